@@ -1,0 +1,36 @@
+# make train: the main job.  make test: the tests.  Each works alone, first, in an empty clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+
+.PHONY: setup train test parity lint clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --editable .[test]
+	touch $@
+
+$(VENV)/.parity: $(VENV)/.installed
+	$(PIP_INSTALL) --editable .[test,parity]
+	touch $@
+
+train: setup
+	$(BIN)/python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not parity"
+
+parity: $(VENV)/.parity
+	$(BIN)/python -m pytest -m parity
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .jax_cache build *.egg-info

@@ -1,0 +1,129 @@
+"""What a model costs: parameters, FLOPs a token by declared convention, cache bytes, peaks.
+
+Parameters are counted from the shapes of the real model, never from a second formula.
+FLOPs count multiplications and additions of forward and backward (3 x forward), without
+recomputation: 6 for each weight a token meets, plus attention. Three conventions differ by
+what they count of attention and of multi-token prediction; published figures use all
+three, so name the one you quote.
+"""
+
+import math
+from typing import Any
+
+import jax
+
+from dsmoe import model as model_lib
+from dsmoe.config import ModelConfig
+
+# Dense bfloat16 peak, FLOP/s a jax device, by device_kind as jax spells it. Vendor figures.
+PEAK_FLOPS = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v5p": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "TPU7x": 2307e12 / 2,  # a chip shows as two devices
+  "NVIDIA A100-SXM4-80GB": 312e12,
+  "NVIDIA H100 80GB HBM3": 989e12,
+  "NVIDIA H200": 989e12,
+  "NVIDIA B200": 2250e12,
+}
+
+
+def _size(tree: Any) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _block_parts(block: dict, bias: dict) -> dict[str, int]:
+  """Splits a stack of blocks into its parts; `experts` are the routed ones."""
+  mlp = block["mlp"]
+  parts = {"attention": _size(block["attention"])}
+  parts["norms"] = _size(block["attention_norm"]) + _size(block["mlp_norm"])
+  if "experts" in mlp:
+    parts["routed_experts"] = _size(mlp["experts"])
+    parts["shared_experts"] = _size(mlp.get("shared", {}))
+    parts["router"] = _size(mlp["router"])
+    parts["router_bias"] = _size(bias)
+  else:
+    parts["dense_mlp"] = _size(mlp)
+  return parts
+
+
+def parameters(config: ModelConfig) -> dict[str, Any]:
+  """Counts parameters of the main model, router bias included, and of MTP apart.
+
+  Returns:
+    `total`: all of the main model; `active`: those one token meets, with the head and
+    without the embedding; `parts`: of the main model, by kind; `mtp_total`, `mtp_active`:
+    of the MTP modules without the shared embedding and head.
+  """
+  _, params, bias = model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
+  parts: dict[str, int] = {"embedding": _size(params["embed"])}
+  parts["head"] = _size(params.get("head", {}))
+  parts["norms"] = _size(params["norm"])
+  for name in ("dense_layers", "moe_layers"):
+    if name in params:
+      for part, size in _block_parts(params[name], bias.get(name, {})).items():
+        parts[part] = parts.get(part, 0) + size
+  total = sum(parts.values())
+  idle = _idle_fraction(config)
+  active = total - parts["embedding"] - round(parts.get("routed_experts", 0) * idle)
+  if config.tie_word_embeddings:
+    active += parts["embedding"]
+  mtp_total = mtp_active = 0
+  if "mtp" in params:
+    mtp_total = _size(params["mtp"]) + _size(bias.get("mtp", {}))
+    routed = _block_parts(params["mtp"]["block"], {}).get("routed_experts", 0)
+    mtp_active = mtp_total - round(routed * idle)
+  return dict(total=total, active=active, parts=parts, mtp_total=mtp_total, mtp_active=mtp_active)
+
+
+def _idle_fraction(config: ModelConfig) -> float:
+  if not config.num_moe_layers:
+    return 0.0
+  return 1 - config.num_experts_per_tok / config.n_routed_experts
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, float]:
+  """Returns training FLOPs a token: `causal`, `non_causal`, `causal_mtp`.
+
+  Norms, biases and softmax are left out. Source of the conventions: arXiv:2505.09343
+  Table 2 (causal), MaxText (non-causal), Megatron (causal with MTP).
+  """
+  _, params, _ = model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
+  idle = _idle_fraction(config)
+
+  def met(tree: dict) -> float:
+    """Matrix elements one token is multiplied with."""
+    size = 0.0
+    for path, leaf in jax.tree.leaves_with_path(tree):
+      names = [key.key for key in path]
+      if names[-1].endswith(("norm", "_bias")) or names[-1] == "embed":
+        continue
+      size += math.prod(leaf.shape) * (1 - idle if "experts" in names else 1)
+    return size
+
+  head = config.vocab_size * config.hidden_size
+  main = met({name: part for name, part in params.items() if name not in ("mtp", "head")}) + head
+  heads_dim = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+  attention = 6.0 * heads_dim * sequence_length  # a layer, every token seeing every other
+  layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+  mtp = 6 * (met(params.get("mtp", {})) + depth * head) + depth * attention / 2
+  causal = 6 * main + layers * attention / 2
+  return {
+    "causal": causal,
+    "non_causal": 6 * main + layers * attention,
+    "causal_mtp": causal + mtp,
+  }
+
+
+def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
+  """Returns the latent cache's size: kv_lora_rank + qk_rope_head_dim numbers a token and layer."""
+  numbers = config.kv_lora_rank + config.qk_rope_head_dim
+  return config.num_hidden_layers * numbers * bytes_per_number
+
+
+def peak_flops(device: Any) -> float | None:
+  """Returns a device's dense bfloat16 peak in FLOP/s, or None where it is not known."""
+  return PEAK_FLOPS.get(device.device_kind)

@@ -1,0 +1,108 @@
+"""Losses on hidden states: cross-entropy over the vocabulary in chunks of tokens.
+
+Shapes: M tokens, D hidden, V vocabulary.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class CrossEntropy(NamedTuple):
+  """Sums over tokens, each times its weight; float32 scalars."""
+
+  cross_entropy: jax.Array  # nats
+  z_loss: jax.Array  # log^2 of the softmax's normaliser; z_loss_weight not applied
+
+
+def _chunks(a, chunk: int):
+  """Pads the leading dimension with zeros and splits it: [M, ...] -> [n, chunk, ...]."""
+  missing = -a.shape[0] % chunk
+  a = jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
+  return a.reshape(-1, chunk, *a.shape[1:])
+
+
+def _like(shape, *operands):
+  axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
+  return jax.lax.pcast(jnp.zeros(shape, jnp.float32), tuple(axes), to="varying")
+
+
+def _chunk_loss(x_cD, head_DV, targets_c, weights_c):
+  """Returns the chunk's sums, and what its gradient needs."""
+  logits_cV = jnp.matmul(x_cD, head_DV, preferred_element_type=jnp.float32)
+  top_c = jnp.max(logits_cV, axis=-1)
+  exp_cV = jnp.exp(logits_cV - top_c[:, None])
+  normaliser_c = jnp.sum(exp_cV, axis=-1)
+  log_z_c = jnp.log(normaliser_c) + top_c
+  target_c = jnp.take_along_axis(logits_cV, targets_c[:, None], axis=-1)[:, 0]
+  sums = CrossEntropy(
+    jnp.sum(weights_c * (log_z_c - target_c)), jnp.sum(weights_c * jnp.square(log_z_c))
+  )
+  return sums, (exp_cV, normaliser_c, log_z_c)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def chunked_cross_entropy(x_MD, head_DV, targets_M, weights_M, z_loss_weight, chunk_tokens):
+  """Sums cross-entropy + z_loss_weight * z-loss over tokens without whole logits in memory.
+
+  Differentiated, it computes the gradient of each chunk while that chunk's logits are
+  there, so the logits are neither stored nor computed twice.
+
+  Args:
+    x_MD: final hidden states.
+    head_DV: output projection, in x's dtype.
+    targets_M: int32 token ids.
+    weights_M: float32; 0 leaves a token out. No gradient.
+    z_loss_weight: python float.
+    chunk_tokens: tokens whose [chunk_tokens, V] logits are in memory at once.
+
+  Returns:
+    (loss, CrossEntropy): the weighted total to differentiate, and its parts. The parts
+    have no gradient.
+  """
+  inputs = [_chunks(a, min(chunk_tokens, x_MD.shape[0])) for a in (x_MD, targets_M, weights_M)]
+
+  def step(total, chunk):
+    x_cD, targets_c, weights_c = chunk
+    sums, _ = _chunk_loss(x_cD, head_DV, targets_c, weights_c)
+    return jax.tree.map(jnp.add, total, sums), None
+
+  zero = _like((), x_MD, head_DV, targets_M, weights_M)
+  sums, _ = jax.lax.scan(step, CrossEntropy(zero, zero), inputs)
+  return sums.cross_entropy + z_loss_weight * sums.z_loss, sums
+
+
+def _fwd(x_MD, head_DV, targets_M, weights_M, z_loss_weight, chunk_tokens):
+  inputs = [_chunks(a, min(chunk_tokens, x_MD.shape[0])) for a in (x_MD, targets_M, weights_M)]
+
+  def step(carry, chunk):
+    total, dhead_DV = carry
+    x_cD, targets_c, weights_c = chunk
+    sums, (exp_cV, normaliser_c, log_z_c) = _chunk_loss(x_cD, head_DV, targets_c, weights_c)
+    scale_c = weights_c * (1 + 2 * z_loss_weight * log_z_c) / normaliser_c
+    hit_cV = targets_c[:, None] == jnp.arange(head_DV.shape[1], dtype=targets_c.dtype)[None, :]
+    dlogits_cV = exp_cV * scale_c[:, None] - jnp.where(hit_cV, weights_c[:, None], 0)
+    dlogits_cV = dlogits_cV.astype(x_cD.dtype)
+    dx_cD = jnp.matmul(dlogits_cV, head_DV.T)
+    dhead_DV += jnp.matmul(x_cD.T, dlogits_cV, preferred_element_type=jnp.float32)
+    return (jax.tree.map(jnp.add, total, sums), dhead_DV), dx_cD
+
+  operands = (x_MD, head_DV, targets_M, weights_M)
+  zero = _like((), *operands)
+  carry = (CrossEntropy(zero, zero), _like(head_DV.shape, *operands))
+  (sums, dhead_DV), dx = jax.lax.scan(step, carry, inputs)
+  dx_MD = dx.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
+  return (sums.cross_entropy + z_loss_weight * sums.z_loss, sums), (dx_MD, dhead_DV)
+
+
+def _bwd(z_loss_weight, chunk_tokens, saved, cotangents):
+  dx_MD, dhead_DV = saved
+  dloss, _ = cotangents
+  # In float32: the total's weight is small against bfloat16's range of exact values.
+  dx_MD_scaled = (dx_MD.astype(jnp.float32) * dloss).astype(dx_MD.dtype)
+  return dx_MD_scaled, (dhead_DV * dloss).astype(dx_MD.dtype), None, None
+
+
+chunked_cross_entropy.defvjp(_fwd, _bwd)

@@ -1,0 +1,283 @@
+"""What a run measures: expert-load statistics, metrics.jsonl and TensorBoard beside it.
+
+L counts MoE layers, from the first of them. Everything here is NumPy on the host; in a run of
+several processes only one of them writes and prints.
+"""
+
+import collections
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorboardX
+from etils import epath
+
+METRICS_FILE = "metrics.jsonl"
+_UPLOAD_SECS = 60.0  # between two copies of the file to an object store
+
+
+def load_statistics(counts_LE: np.ndarray) -> dict[str, np.ndarray]:
+  """Measures how evenly each layer's tokens are spread over its experts.
+
+  Args:
+    counts_LE: integer [L, E], tokens sent to each expert in a step, summed over devices.
+
+  Returns:
+    A dict of arrays [L]. float64, NaN for a layer without tokens: `max_vio`, the largest load
+    over the mean load, minus 1; `load_cv`, standard deviation over mean; `load_entropy`, of the
+    distribution of tokens over experts, divided by ln E (1: uniform). int64: `dead_experts`,
+    those without a token; `starved_experts`, those below 10% of the mean load, dead ones
+    included.
+
+  Raises:
+    ValueError: if the counts are not integers [L, E] of at least 0, with E >= 1.
+
+  Source: MaxVio is arXiv:2408.15664's.
+  """
+  counts_LE = _checked_counts(counts_LE)
+  E = counts_LE.shape[1]
+  total_L = counts_LE.sum(axis=1)
+  mean_L = np.where(total_L > 0, total_L / E, np.nan)
+  share_LE = counts_LE / (mean_L * E)[:, None]
+  log_LE = np.log(share_LE, out=np.zeros_like(share_LE), where=share_LE > 0)
+  entropy_L = -(share_LE * log_LE).sum(axis=1)
+  return {
+    "max_vio": counts_LE.max(axis=1) / mean_L - 1.0,
+    "load_cv": counts_LE.std(axis=1) / mean_L,
+    "load_entropy": entropy_L / np.log(E) if E > 1 else share_LE[:, 0],
+    "dead_experts": (counts_LE == 0).sum(axis=1),
+    "starved_experts": (10 * E * counts_LE < total_L[:, None]).sum(axis=1),
+  }
+
+
+def bias_range(router_bias_LE: np.ndarray) -> np.ndarray:
+  """Returns float [L], the largest minus the smallest of each layer's biases, in score units."""
+  return np.ptp(np.asarray(router_bias_LE), axis=1)
+
+
+class RunningLoad:
+  """Sums expert counts since the start of a run, or over the latest ones only."""
+
+  def __init__(self, window: int | None = None):
+    """Starts without counts.
+
+    Args:
+      window: how many of the latest `add`ed counts are summed, at least 1; None: all.
+    """
+    if window is not None and window < 1:
+      raise ValueError(f"window must be None or at least 1, got {window}")
+    self._latest: collections.deque[np.ndarray] = collections.deque()
+    self._window = window
+    self._total_LE: np.ndarray | None = None
+
+  @classmethod
+  def from_rows(cls, rows: Iterable[Mapping[str, Any]], window: int | None = None) -> "RunningLoad":
+    """Rebuilds the sum from metrics lines, so that a resumed run goes on from the same one."""
+    running = cls(window)
+    for row in rows:
+      if row.get("expert_counts"):
+        running.add(np.asarray(row["expert_counts"]))
+    return running
+
+  def add(self, counts_LE: np.ndarray) -> None:
+    """Adds integer [L, E] counts, which must have the shape of those before."""
+    counts_LE = _checked_counts(counts_LE)
+    if self._total_LE is None:
+      self._total_LE = np.zeros_like(counts_LE)
+    if counts_LE.shape != self._total_LE.shape:
+      raise ValueError(
+        f"counts must keep their shape {self._total_LE.shape}, got {counts_LE.shape}"
+      )
+    self._total_LE = self._total_LE + counts_LE
+    if self._window is not None:
+      self._latest.append(counts_LE)
+      if len(self._latest) > self._window:
+        self._total_LE = self._total_LE - self._latest.popleft()
+
+  def statistics(self) -> dict[str, np.ndarray]:
+    """Returns `max_vio_running` and `dead_experts_running`, [L] each; {} before any counts."""
+    if self._total_LE is None:
+      return {}
+    statistics = load_statistics(self._total_LE)
+    return {f"{name}_running": statistics[name] for name in ("max_vio", "dead_experts")}
+
+
+class MetricsWriter:
+  """Appends to <workdir>/metrics.jsonl, and to <workdir>/tensorboard when asked to."""
+
+  def __init__(self, workdir: epath.PathLike, tensorboard: bool, start_step: int = 0):
+    """Opens the files, whose lines up to `start_step` stay.
+
+    If there are later lines, or half a line of a killed run, the file as it was is kept beside
+    as metrics.jsonl.before_step_<start_step>, numbered when there is one already.
+
+    Args:
+      workdir: on disk or gs://; created if absent. An object store cannot append, so there
+        the file is sent whole by `flush`, `close` and once a minute.
+      tensorboard: whether to write TensorBoard events too.
+      start_step: the step of the checkpoint the run goes on from; 0 for a new run.
+
+    Raises:
+      ValueError: for a metrics.jsonl with a broken line; see `read_metrics`.
+    """
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._path = live = workdir / METRICS_FILE
+    _cut(self._path, start_step)
+    self._staging = None
+    if _is_remote(workdir):
+      self._staging = tempfile.TemporaryDirectory(prefix="metrics")
+      live = epath.Path(self._staging.name) / METRICS_FILE
+      if self._path.exists():
+        _copy(self._path, live)
+    self._live = live
+    self._file = live.open("a")
+    self._upload_time = time.monotonic()
+    self._board = None
+    if tensorboard:
+      self._board = tensorboardX.SummaryWriter(
+        os.fspath(workdir / "tensorboard"), purge_step=start_step + 1
+      )
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes one line, {"step": step, ...}.
+
+    Args:
+      step: optimizer steps made so far.
+      values: numbers, None, or arrays or lists of up to two dimensions. What is not finite
+        becomes null. TensorBoard gets the numbers, and one dimension as name/layer_00, ...
+
+    Raises:
+      ValueError: for a value of another kind, naming it.
+    """
+    line = {"step": int(step)}
+    line |= {name: _plain(name, value) for name, value in values.items() if name != "step"}
+    self._file.write(json.dumps(line, allow_nan=False) + "\n")
+    self._file.flush()
+    if self._board is not None:
+      for name, value in line.items():
+        numbers = {name: value}
+        if isinstance(value, list):
+          numbers = {f"{name}/layer_{i:02d}": item for i, item in enumerate(value)}
+        for tag, number in numbers.items():
+          if isinstance(number, (int, float)) and name != "step":
+            self._board.add_scalar(tag, number, line["step"])
+    if time.monotonic() - self._upload_time > _UPLOAD_SECS:
+      self.flush()
+
+  def flush(self) -> None:
+    """Makes what was written safe; call it before saving a checkpoint."""
+    if self._board is not None:
+      self._board.flush()
+    if self._staging is not None:
+      _copy(self._live, self._path)
+    self._upload_time = time.monotonic()
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    self._file.close()
+    self.flush()
+    if self._board is not None:
+      self._board.close()
+    if self._staging is not None:
+      self._staging.cleanup()
+
+  def __enter__(self) -> "MetricsWriter":
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+
+def iter_metrics(workdir: epath.PathLike) -> Iterator[dict[str, Any]]:
+  """Yields what `read_metrics` returns, one line at a time."""
+  for _, row in _lines(epath.Path(workdir) / METRICS_FILE):
+    yield row
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+  """Reads <workdir>/metrics.jsonl; a last line cut short by a kill is left out.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: for any other line that is no JSON object with an integer "step".
+  """
+  return list(iter_metrics(workdir))
+
+
+def _checked_counts(counts_LE: np.ndarray) -> np.ndarray:
+  counts = np.asarray(counts_LE)
+  if counts.ndim != 2 or counts.dtype.kind not in "iu" or not counts.shape[1]:
+    raise ValueError(f"counts must be integers [L, E], got {counts.dtype} {counts.shape}")
+  counts = counts.astype(np.int64)
+  if (counts < 0).any():
+    raise ValueError(f"counts must be at least 0, got {counts.min()}")
+  return counts
+
+
+def _plain(name: str, value: Any) -> Any:
+  """Turns a number or array into what JSON holds; float32 keeps its own few digits."""
+  if value is None:
+    return None
+  array = np.asarray(value)
+  if array.dtype.kind in "OUSMmc" or array.ndim > 2:
+    raise ValueError(
+      f"{name} must be numbers of at most 2 dimensions, got {array.dtype} {array.shape}"
+    )
+  if array.dtype.kind in "biu":
+    return array.tolist()
+  if array.dtype != np.float64:
+    array = array.astype(np.float32).astype("U").astype(np.float64)
+  return np.where(np.isfinite(array), array, np.array(None)).tolist()
+
+
+def _lines(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+  """Yields each line with its value, but not a last one cut short."""
+  with path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      try:
+        row = json.loads(line)
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+          raise ValueError("no object with an integer step")
+      except ValueError as error:
+        if not line.endswith(b"\n"):  # only the last line can lack its end
+          return
+        raise ValueError(f"{path}, line {number}: {error}, got {line[:80]!r}") from error
+      yield line, row
+
+
+def _cut(path: epath.Path, start_step: int) -> None:
+  """Leaves only whole lines up to start_step; the file as it was stays beside if that is less."""
+  if not path.exists():
+    return
+  temporary = path.with_name(f"{path.name}.tmp")
+  with temporary.open("wb") as file:
+    for line, row in _lines(path):
+      if row["step"] <= start_step:
+        file.write(line.rstrip(b"\n") + b"\n")
+  if temporary.stat().length == path.stat().length:
+    temporary.unlink()
+    return
+  aside = path.with_name(f"{path.name}.before_step_{start_step}")
+  number = 0
+  while aside.exists():
+    number += 1
+    aside = path.with_name(f"{path.name}.before_step_{start_step}.{number}")
+  half = path.with_name(f"{aside.name}.tmp")
+  _copy(path, half)
+  half.replace(aside)
+  temporary.replace(path)
+
+
+def _is_remote(path: epath.Path) -> bool:
+  return "://" in os.fspath(path)
+
+
+def _copy(source: epath.Path, target: epath.Path) -> None:
+  with source.open("rb") as reader, target.open("wb") as writer:
+    shutil.copyfileobj(reader, writer)

@@ -1,0 +1,210 @@
+"""The transformer: embedding, dense blocks, MoE blocks, norm, head, MTP. Wiring only.
+
+Layers of one kind are stacked and scanned, so compile time does not grow with depth. Each
+layer's weights are gathered from their shards just before use, inside the scan.
+
+Shapes: B batch, S sequence, D hidden, V vocabulary, L layers, E routed experts.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from dsmoe import balance, mtp, rope, sharding
+from dsmoe.attention import MLA
+from dsmoe.config import ModelConfig
+from dsmoe.layers import SwiGLU, normal, ones, rms_norm
+from dsmoe.moe import MoE, MoEStats, RouterBias
+
+# Kept in float32 under bfloat16 compute: the router decides by small differences.
+FLOAT32_PARAMETERS = ("router",)
+
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+  "none": lambda fn: fn,
+  "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable),
+  "full": jax.checkpoint,
+}
+
+
+class ModelOutput(NamedTuple):
+  """What a forward pass leaves for the losses."""
+
+  hidden_BSD: jax.Array  # after the final norm
+  mtp_hidden: list[jax.Array]  # [B, S, D] of each MTP depth, after its norm
+  stats: MoEStats | None  # of every MoE layer, the MTP ones last: leading dimension L
+
+
+class Block(nnx.Module):
+  """Attention and a feed-forward part, each behind a norm and around a residual."""
+
+  def __init__(self, config: ModelConfig, use_moe: bool, rngs: nnx.Rngs):
+    self.config = config
+    self.use_moe = use_moe
+    self.attention_norm = ones(config.hidden_size)
+    self.attention = MLA(config, rngs)
+    self.mlp_norm = ones(config.hidden_size)
+    D, F = config.hidden_size, config.intermediate_size
+    self.mlp: nnx.Module = (
+      MoE(config, rngs) if use_moe else SwiGLU(D, F, config.initializer_range, rngs)
+    )
+
+  def __call__(self, x_BSD, cos_BSr, sin_BSr, segments_BS, balancer=balance.NONE):
+    """Returns [B, S, D] and, of a MoE block, its stats (else None)."""
+    eps = self.config.rms_norm_eps
+    with jax.named_scope("attention"):
+      h_BSD = rms_norm(x_BSD, self.attention_norm[...], eps)
+      x_BSD = x_BSD + self.attention(h_BSD, cos_BSr, sin_BSr, segments_BS)
+    with jax.named_scope("mlp"):
+      h_BSD = rms_norm(x_BSD, self.mlp_norm[...], eps)
+      out_BSD, stats = self.mlp(h_BSD, balancer) if self.use_moe else (self.mlp(h_BSD), None)
+    return x_BSD + out_BSD, stats
+
+
+def _stack(make, num: int, rngs: nnx.Rngs):
+  """Builds `num` modules with their parameters stacked along a leading dimension."""
+  return nnx.split_rngs(splits=num)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+
+
+def _gathered(graphdef, state) -> Any:
+  return nnx.merge(graphdef, sharding.gather_weights(state))
+
+
+class Transformer(nnx.Module):
+  """The model. Runs inside `sharding.shard_map`; see `logits` for a plain call."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    D, V = config.hidden_size, config.vocab_size
+    num_dense, num_moe = config.first_k_dense_replace, config.num_moe_layers
+    self.embed = normal(rngs, (V, D), config.initializer_range)  # [V, D]
+    if num_dense:
+      self.dense_layers = _stack(lambda r: Block(config, False, r), num_dense, rngs)
+    if num_moe:
+      self.moe_layers = _stack(lambda r: Block(config, True, r), num_moe, rngs)
+    self.norm = ones(D)
+    if not config.tie_word_embeddings:
+      self.head = normal(rngs, (D, V), config.initializer_range)  # [D, V]
+    if config.num_nextn_predict_layers:
+      self.mtp = _stack(
+        lambda r: mtp.MTPModule(config, Block(config, num_moe > 0, r), r),
+        config.num_nextn_predict_layers,
+        rngs,
+      )
+
+  def gathered_embed(self):
+    """Returns the whole embedding, [V, D]."""
+    return sharding.gather_weights({"embed": self.embed[...]})["embed"]
+
+  def gathered_head(self):
+    """Returns the whole output projection, [D, V]."""
+    if self.config.tie_word_embeddings:
+      return self.gathered_embed().T
+    return sharding.gather_weights({"head": self.head[...]})["head"]
+
+  def __call__(
+    self,
+    tokens_BS,
+    positions_BS,
+    segments_BS=None,
+    targets_BS=None,
+    balancer: balance.Balancer = balance.NONE,
+  ) -> ModelOutput:
+    """Runs every layer on this device's part of the batch.
+
+    Args:
+      tokens_BS: int32.
+      positions_BS: int32, for RoPE.
+      segments_BS: int32 document numbers; None when a row is one document.
+      targets_BS: int32 next tokens, for multi-token prediction; None leaves it out.
+      balancer: whose loss the stats carry.
+    """
+    config = self.config
+    embed_VD = self.gathered_embed()
+    cos_sin = rope.cos_sin(positions_BS, config)
+    args = (*cos_sin, segments_BS, balancer)
+    x_BSD = embed_VD[tokens_BS]
+    stats: list[MoEStats] = []
+    for name in ("dense_layers", "moe_layers"):
+      if hasattr(self, name):
+        graphdef, layers = nnx.split(getattr(self, name))
+
+        def layer(x_BSD, state, graphdef=graphdef):
+          return _gathered(graphdef, state)(x_BSD, *args)
+
+        x_BSD, layer_stats = jax.lax.scan(REMAT[config.remat](layer), x_BSD, layers)
+        stats += [layer_stats] if layer_stats is not None else []
+    hidden_BSD = rms_norm(x_BSD, self.norm[...], config.rms_norm_eps)
+
+    mtp_hidden: list[jax.Array] = []
+    if config.num_nextn_predict_layers and targets_BS is not None:
+      graphdef, layers = nnx.split(self.mtp)
+
+      def module(state, hidden_BSD, embedded_BSD):
+        return _gathered(graphdef, state)(hidden_BSD, embedded_BSD, *args)
+
+      for k in range(config.num_nextn_predict_layers):
+        before = mtp_hidden[-1] if mtp_hidden else hidden_BSD
+        embedded_BSD = embed_VD[mtp.shift(targets_BS, k)]
+        state = jax.tree.map(lambda leaf, k=k: leaf[k], layers)
+        after, layer_stats = REMAT[config.remat](module)(state, before, embedded_BSD)
+        mtp_hidden.append(after)
+        if layer_stats is not None:
+          stats.append(jax.tree.map(lambda a: a[None], layer_stats))
+    joined = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
+    return ModelOutput(hidden_BSD, mtp_hidden, joined)
+
+
+def build(config: ModelConfig, seed: int = 0) -> Transformer:
+  """Creates the model with fresh float32 weights; under `jax.eval_shape`, only its shapes."""
+  return Transformer(config, nnx.Rngs(params=seed))
+
+
+def split(model: Transformer):
+  """Returns (graphdef, params, router_bias): what it is, what the gradient moves, what not.
+
+  The last two are nested dicts of arrays; `nnx.merge` of the three is the model again.
+  """
+  graphdef, params, router_bias, *_ = nnx.split(model, nnx.Param, RouterBias)
+  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(router_bias)
+
+
+def compute_cast(params, config: ModelConfig):
+  """Casts matrices to the compute dtype once; vectors and the router stay float32."""
+
+  def cast(path, x):
+    is_vector = sharding.parameter_spec(path, x.ndim) == PartitionSpec()
+    if is_vector or path[-1].key in FLOAT32_PARAMETERS:
+      return x
+    return x.astype(config.compute_dtype)
+
+  return jax.tree.map_with_path(cast, params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(graphdef, config, params, bias, tokens_BS):
+  def forward(params, bias, tokens_BS):
+    model = nnx.merge(graphdef, compute_cast(params, config), bias)
+    positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
+    hidden_BSD = model(tokens_BS, positions_BS).hidden_BSD
+    return jnp.matmul(hidden_BSD, model.gathered_head(), preferred_element_type=jnp.float32)
+
+  batch = sharding.batch_spec()
+  specs = (sharding.parameter_specs(params), sharding.parameter_specs(bias), batch)
+  mesh = sharding.single_device_mesh()
+  return sharding.shard_map(forward, mesh, specs, batch)(params, bias, tokens_BS)
+
+
+def logits(model: Transformer, tokens_BS) -> jax.Array:
+  """Returns the float32 logits [B, S, V] of every position, on one device.
+
+  Args:
+    model: from `build` or `hf.load_pretrained`.
+    tokens_BS: int32, each row one document starting at position 0.
+  """
+  graphdef, params, bias = split(model)
+  return _logits(graphdef, model.config, params, bias, jnp.asarray(tokens_BS, jnp.int32))

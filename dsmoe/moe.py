@@ -1,0 +1,83 @@
+"""The mixture of experts: shared experts for every token, routed ones for chosen tokens.
+
+Source: DeepSeekMoE (arXiv:2401.06066), DeepSeek-V3 (arXiv:2412.19437) section 2.1.2.
+
+Shapes: B batch, S sequence, M = B S tokens, D hidden, E routed experts, F an expert's
+inner size, K experts a token.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dsmoe import balance, dispatch, routing
+from dsmoe.config import ModelConfig
+from dsmoe.layers import SwiGLU, normal
+
+
+class RouterBias(nnx.Variable):
+  """float32 [E], moved by `balance.py` and never by the gradient."""
+
+
+class MoEStats(NamedTuple):
+  """What one MoE layer saw on this device."""
+
+  counts_E: jax.Array  # int32, tokens each expert received
+  groups_per_token: jax.Array  # float32 mean
+  balance_loss: jax.Array  # float32, summed over sequences
+
+
+class Experts(nnx.Module):
+  """The routed experts' weights, stacked."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    E, D, F = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+    init = functools.partial(normal, rngs, stddev=config.initializer_range)
+    self.w_gate = init((E, D, F))
+    self.w_up = init((E, D, F))
+    self.w_down = init((E, F, D))
+
+
+class MoE(nnx.Module):
+  """Router, routed experts, shared experts."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    D, E = config.hidden_size, config.n_routed_experts
+    self.router = normal(rngs, (D, E), config.initializer_range)
+    if config.uses_router_bias:
+      self.router_bias = RouterBias(jnp.zeros((E,), jnp.float32))
+    self.experts = Experts(config, rngs)
+    if config.n_shared_experts:
+      inner = config.n_shared_experts * config.moe_intermediate_size
+      self.shared = SwiGLU(D, inner, config.initializer_range, rngs)
+
+  def route(self, x_MD) -> routing.Routing:
+    """Returns where each token goes."""
+    logits_ME = routing.router_logits(x_MD, self.router[...])
+    bias_E = self.router_bias[...] if self.config.uses_router_bias else None
+    return routing.route(logits_ME, bias_E, self.config)
+
+  def __call__(self, x_BSD, balancer: balance.Balancer = balance.NONE):
+    """Returns [B, S, D] and the layer's `MoEStats`."""
+    config = self.config
+    B, S, D = x_BSD.shape
+    x_MD = x_BSD.reshape(B * S, D)
+    with jax.named_scope("routing"):
+      routed = self.route(x_MD)
+    experts = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
+    back_end = dispatch.BACK_ENDS[config.dispatch]
+    y_BSD = back_end(x_MD, routed.expert_MK, routed.gate_MK, experts).reshape(B, S, D)
+    if config.n_shared_experts:
+      with jax.named_scope("shared_experts"):
+        y_BSD = y_BSD + self.shared(x_BSD)
+    scores_BSE = routed.scores_ME.reshape(B, S, -1)
+    stats = MoEStats(
+      counts_E=routed.counts_E,
+      groups_per_token=routing.groups_touched(routed.expert_MK, config),
+      balance_loss=balancer.loss(scores_BSE, config.num_experts_per_tok),
+    )
+    return y_BSD, stats

@@ -1,0 +1,250 @@
+"""The training loop, top to bottom: data, mesh, state, restore, step, log, evaluate, save.
+
+python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
+"""
+
+import math
+import signal
+import time
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+import rich
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from dsmoe import (
+  accounting,
+  checkpoint,
+  corpus,
+  data,
+  decode,
+  host,
+  metrics,
+  plots,
+  progress,
+  records,
+  sharding,
+  train_step,
+)
+from dsmoe import config as config_lib
+from dsmoe.config import Config
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; resumed if it exists.")
+_ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+  "allow_config_change", False, "Resume although the config differs from the saved one."
+)
+
+
+class NonFiniteError(RuntimeError):
+  """A loss or gradient was not finite; the last good state has been saved."""
+
+
+def to_global(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+  """Turns this process's rows into global arrays sharded over the mesh."""
+  shard = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
+  return {k: jax.make_array_from_process_local_data(shard, v) for k, v in batch.items()}
+
+
+def evaluate(eval_step, state, batches: Iterable[dict], mesh, limit: int = -1):
+  """Returns (nats, tokens) summed over the validation batches, at most `limit` of them."""
+  sums = [eval_step(state, to_global(b, mesh)) for _, b in zip(_count(limit), batches)]
+  sums = jax.device_get(sums)
+  return sum(float(n) for n, _ in sums), sum(float(w) for _, w in sums)
+
+
+def _count(limit: int) -> Iterable[int]:
+  return iter(int, 1) if limit < 0 else range(limit)
+
+
+def step_line(step: int, host_metrics: dict, router_bias, tokens_per_step: int) -> dict:
+  """Turns a step's fetched metrics into a line of metrics.jsonl."""
+  losses = host_metrics["losses"]
+  line = {
+    "loss": losses.total,
+    "cross_entropy": losses.cross_entropy,
+    "z_loss": losses.z_loss,
+    "mtp_loss": losses.mtp_loss,
+    "balance_loss": losses.balance_loss,
+    "learning_rate": host_metrics["learning_rate"],
+    "grad_norm": host_metrics["grad_norm"],
+    "tokens": step * tokens_per_step,
+  }
+  for name, norm in host_metrics["grad_norms"].items():
+    line[f"grad_norm/{name}"] = norm
+  load = host_metrics["load"]
+  if load is not None:
+    line |= metrics.load_statistics(load.counts_LE)
+    line["groups_per_token"] = load.groups_per_token_L
+    line["expert_counts"] = load.counts_LE
+  bias = [np.asarray(leaf) for leaf in jax.tree.leaves(router_bias)]
+  if bias:
+    line["router_bias"] = np.concatenate(bias)
+    line["bias_range"] = metrics.bias_range(line["router_bias"])
+  return line
+
+
+def train(config: Config, workdir: epath.PathLike, allow_config_change: bool = False) -> int:
+  """Trains to `config.num_steps`, going on from the newest checkpoint in `workdir`.
+
+  Returns:
+    The step reached; less than num_steps after SIGTERM, with the state saved.
+
+  Raises:
+    ValueError: for a config that breaks a rule or differs from the saved one.
+    NonFiniteError: when a loss or gradient is not finite.
+  """
+  workdir = epath.Path(workdir)
+  mesh = sharding.make_mesh(config.mesh)
+  train_step.check_batch(config, mesh)
+  abstract = train_step.abstract_state(config, mesh)
+  stop = []
+  previous_handler = signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
+
+  checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint)
+  first = checkpoints.latest_step() or 0
+  checkpoint.record_config(workdir, config, first, allow_config_change)
+  prepared = records.prepare(
+    config.data, config.model.vocab_size, config.data.cache_dir or workdir / "data"
+  )
+  if first:
+    state, next_batch = checkpoints.restore(abstract, first)
+    print(f"resumed from step {first}")
+  else:
+    state, next_batch = train_step.init_state(config, mesh), 0
+  processes = (jax.process_index(), jax.process_count())
+  batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, next_batch)
+
+  tokens_per_step = config.batch_size * config.data.sequence_length
+  flops = accounting.flops_per_token(config.model, config.data.sequence_length)["causal_mtp"]
+  peak = accounting.peak_flops(jax.devices()[0])
+  writer = metrics.MetricsWriter(workdir, config.log.tensorboard, first)
+  running = metrics.RunningLoad.from_rows(metrics.iter_metrics(workdir))
+  bar = progress.Progress(config.num_steps, first)
+  eval_step = train_step.make_eval_step(config, mesh)
+
+  def validation_line(limit: int) -> dict:
+    batches = data.validation_batches(prepared, config.data, config.batch_size, *processes)
+    nats, tokens = evaluate(eval_step, state, batches, mesh, limit)
+    tokens_per_byte = prepared.validation_tokens / prepared.validation_bytes
+    loss = nats / max(tokens, 1)
+    return {
+      "validation_loss": loss,
+      "validation_bits_per_byte": loss / math.log(2) * tokens_per_byte,
+    }
+
+  step_fn = train_step.make_train_step(config, mesh)
+  with checkpoints, writer, bar:
+    bar.print(f"compiling for {mesh.size} x {jax.devices()[0].device_kind}")
+    start = time.perf_counter()
+    batch = to_global(next(batches), mesh)
+    step_fn = step_fn.lower(state, batch).compile()
+    bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
+    logged_step, logged_time = first, time.perf_counter()
+    saved = first
+    for step in range(first + 1, config.num_steps + 1):
+      state, step_metrics = step_fn(state, batch)
+      batch = to_global(next(batches), mesh)  # read while the device computes
+      step_metrics = jax.device_get(step_metrics)
+      if not step_metrics["finite"]:
+        # The state returned is the one before this step.
+        checkpoints.save(state, step - 1)
+        raise NonFiniteError(
+          f"loss ({step_metrics['losses'].total}) and gradient norm ({step_metrics['grad_norm']}) "
+          f"must be finite, at step {step}; the state after step {step - 1} is saved in {workdir}"
+        )
+      is_last = step == config.num_steps
+      if step % config.log.log_every_steps == 0 or is_last:
+        line = step_line(step, step_metrics, state.router_bias, tokens_per_step)
+        if "expert_counts" in line:
+          running.add(line["expert_counts"])
+          line |= running.statistics()
+        now = time.perf_counter()
+        secs = (now - logged_time) / (step - logged_step)
+        logged_step, logged_time = step, now
+        line["step_secs"] = secs
+        line["tokens_per_sec"] = tokens_per_step / secs
+        line["gflops_per_sec"] = flops * tokens_per_step / secs / 1e9
+        line["mfu"] = peak and flops * tokens_per_step / secs / (peak * mesh.size)
+        writer.write(step, line)
+        bar.update(step, line)
+      else:
+        bar.update(step, {})
+      if step % config.log.eval_every_steps == 0 or is_last:
+        start = time.perf_counter()
+        line = validation_line(-1 if is_last else config.log.eval_batches)
+        writer.write(step, line)
+        bar.update(step, line)
+        logged_time += time.perf_counter() - start
+      if step % config.checkpoint.save_every_steps == 0 or is_last or stop:
+        start = time.perf_counter()
+        writer.flush()
+        checkpoints.save(state, step)
+        saved = step
+        logged_time += time.perf_counter() - start
+      if stop:
+        bar.print(f"stopped by {stop[0]}; saved at step {saved}")
+        break
+  signal.signal(signal.SIGTERM, previous_handler)
+  return int(state.step)
+
+
+def write_sample(config: Config, workdir: epath.PathLike, prompt: str = "def ") -> str:
+  """Returns what the newest checkpoint writes after `prompt`."""
+  mesh = sharding.make_mesh(config.mesh)
+  params, router_bias, _ = load_weights(config, workdir, mesh)
+  encoder = records.prepare(
+    config.data, config.model.vocab_size, config.data.cache_dir or epath.Path(workdir) / "data"
+  ).tokenizer
+  if encoder is None:
+    return ""
+  prompts = [encoder.encode(prompt, add_special_tokens=False).ids]
+  tokens = decode.generate(
+    config, params, router_bias, mesh, prompts, config.log.sample_tokens, temperature=0.7
+  )
+  return prompt + encoder.decode(tokens[0])
+
+
+def load_weights(config: Config, workdir: epath.PathLike, mesh, step: int | None = None):
+  """Restores (params, router_bias, step) of a run onto a mesh."""
+  abstract = train_step.abstract_state(config, mesh)
+  return checkpoint.restore_weights(workdir, abstract.params, abstract.router_bias, step)
+
+
+def report(config: Config, workdir: epath.Path) -> None:
+  """Prints how the run ended, beside the compressors, and where everything lies."""
+  rows = progress.summary(metrics.iter_metrics(workdir))
+  if "synthetic" not in config.data.validation_globs and config.data.validation_globs:
+    for name, bits in corpus.compressed_bits_per_byte(
+      corpus.validation_documents(config.data)
+    ).items():
+      rows.append((f"{name}, bits per byte", f"{bits:.3f}"))
+  if config.log.plots:
+    for path in plots.draw(workdir):
+      rows.append(("plot", str(path)))
+  rows.append(("checkpoints", str(workdir / "checkpoints")))
+  rows.append(("metrics", str(workdir / metrics.METRICS_FILE)))
+  rich.print(progress.final_table(rows, title=str(workdir)))
+  if config.log.sample_tokens:
+    print("\nWhat the model writes:\n")
+    print(write_sample(config, workdir))
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  logging.set_verbosity(logging.WARNING)
+  host.start()
+  config = config_lib.from_config_dict(_CONFIG.value)
+  workdir = epath.Path(_WORKDIR.value)
+  step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value)
+  if step == config.num_steps and jax.process_index() == 0:
+    report(config, workdir)
+
+
+if __name__ == "__main__":
+  flags.mark_flags_as_required(["config", "workdir"])
+  app.run(main)

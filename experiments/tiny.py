@@ -1,0 +1,30 @@
+"""A DeepSeek-V3-shaped model that learns Python from the standard library in minutes.
+
+Command:   make train   (python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny)
+Hardware:  2 CPU cores
+Time:      under 6 minutes
+Metric:    validation bits per byte, below gzip -9 on the same files
+"""
+
+from experiments import base
+
+
+def get_config():
+  """Returns the config of `make train`."""
+  c = base.get_config()
+  c.num_steps = 300
+  c.batch_size = 16
+  c.data.sequence_length = 256
+  m = c.model
+  m.compute_dtype = "float32"
+  m.q_lora_rank = 96
+  m.n_group = 4
+  m.topk_group = 2
+  m.num_nextn_predict_layers = 1
+  c.optim.learning_rate = 3e-3
+  c.optim.final_learning_rate = 3e-4
+  c.optim.warmup_steps = 30
+  c.checkpoint.save_every_steps = 100
+  c.log.eval_every_steps = 100
+  c.log.eval_batches = 16
+  return c

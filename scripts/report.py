@@ -1,0 +1,29 @@
+"""Redraws a run's plots and prints its final table, from its metrics.jsonl alone.
+
+python -m scripts.report --workdir=/tmp/dsmoe/tiny
+"""
+
+from absl import app, flags
+from etils import epath
+from rich import console
+
+from dsmoe import metrics, plots, progress
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
+_PLOTS = flags.DEFINE_bool("plots", True, "Whether to redraw the plots.")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"report takes flags only, got {' '.join(argv[1:])}")
+  workdir = epath.Path(_WORKDIR.value)
+  if not (workdir / metrics.METRICS_FILE).exists():
+    raise app.UsageError(f"--workdir={workdir} has no {metrics.METRICS_FILE}")
+  pairs = progress.summary(metrics.iter_metrics(workdir))
+  console.Console().print(progress.final_table(pairs, title=str(workdir)))
+  for path in plots.draw(workdir) if _PLOTS.value else []:
+    print(path)
+
+
+if __name__ == "__main__":
+  app.run(main)

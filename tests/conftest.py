@@ -1,0 +1,12 @@
+"""Eight fake CPU devices for every test, tolerances in one table, small configs."""
+
+import os
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".jax_cache")
+
+import jax
+
+jax.config.update("jax_platforms", os.environ.get("DSMOE_TEST_PLATFORM", "cpu"))
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,83 @@
+"""What several tests share: tolerances, small configs, random batches, comparison."""
+
+import jax
+import numpy as np
+
+from dsmoe import config as config_lib
+from dsmoe import sharding
+from experiments import base
+
+# One table, by kind of comparison; relative to the largest magnitude. Never raised to pass.
+TOLERANCE = {
+  "op_float32": 1e-5,  # one op against another implementation
+  "model_float32": 2e-4,  # whole models, on logits, against another implementation
+  "gradient_float32": 1e-3,  # whole models' gradients against another implementation
+  "bfloat16": 2e-2,
+}
+
+
+def assert_close(actual, expected, kind: str = "op_float32") -> None:
+  """Compares trees of arrays: the largest difference over the largest magnitude."""
+  actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+  assert len(actual) == len(expected)
+  for a, b in zip(actual, expected):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape
+    assert np.isfinite(a).all()
+    scale = max(np.abs(b).max(initial=0.0), 1e-6)
+    error = np.abs(a - b).max(initial=0.0) / scale
+    assert error <= TOLERANCE[kind], f"relative error {error:.2e}, shape {a.shape}"
+
+
+def small_config(**overrides) -> config_lib.Config:
+  """A whole model in float32, every size distinct and every count at least 2.
+
+  Overrides are dotted: small_config(**{"model.remat": "full"}).
+  """
+  c = base.get_config()
+  c.batch_size, c.num_steps = 16, 20
+  m = c.model
+  m.vocab_size, m.hidden_size, m.intermediate_size = 96, 40, 56
+  m.num_hidden_layers, m.first_k_dense_replace = 5, 2
+  m.num_attention_heads, m.q_lora_rank, m.kv_lora_rank = 3, 24, 16
+  m.qk_nope_head_dim, m.qk_rope_head_dim, m.v_head_dim = 12, 8, 10
+  m.n_routed_experts, m.num_experts_per_tok, m.moe_intermediate_size = 12, 3, 18
+  m.n_shared_experts, m.n_group, m.topk_group = 2, 4, 2
+  m.num_nextn_predict_layers = 2
+  m.compute_dtype, m.attention_chunk_tokens = "float32", 8
+  m.initializer_range = 0.1
+  c.loss.cross_entropy_chunk_tokens = 32
+  c.loss.z_loss_weight = 1e-3
+  c.balance.sequence_loss_weight = 0.01
+  c.data.sequence_length = 14
+  c.data.train_globs = c.data.validation_globs = ("synthetic",)
+  c.optim.warmup_steps = 2
+  for name, value in overrides.items():
+    node, *rest = name.split(".")[::-1]
+    group = c
+    for part in rest[::-1]:
+      group = group[part]
+    group[node] = value
+  return config_lib.from_config_dict(c)
+
+
+def random_batch(config: config_lib.Config, seed: int) -> dict[str, np.ndarray]:
+  """A batch of random tokens in two documents a row, some targets without weight."""
+  rng = np.random.default_rng(seed)
+  B, S = config.batch_size, config.data.sequence_length
+  tokens = rng.integers(0, config.model.vocab_size, (B, S + 1)).astype(np.int32)
+  cut = rng.integers(2, S - 1, (B, 1))
+  place = np.arange(S)[None, :]
+  return {
+    "tokens": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "positions": np.where(place < cut, place, place - cut).astype(np.int32),
+    "segments": np.where(place < cut, 1, 2).astype(np.int32),
+    "weights": (rng.random((B, S)) < 0.8).astype(np.float32),
+  }
+
+
+def mesh_of(num_devices: int):
+  """A mesh of the first devices, all on `data`."""
+  config = config_lib.MeshConfig(stage=1, data=num_devices, expert=1, context=1, model=1)
+  return sharding.make_mesh(config, jax.devices()[:num_devices])
