@@ -54,9 +54,9 @@ def parameters(config: ModelConfig) -> dict[str, Any]:
   """Counts parameters of the main model, router bias included, and of MTP apart.
 
   Returns:
-    `total`: all of the main model; `active`: those one token meets, with the head and
-    without the embedding; `parts`: of the main model, by kind; `mtp_total`, `mtp_active`:
-    of the MTP modules without the shared embedding and head.
+    `total`: all of the main model; `active`: elements of the matrices one token is multiplied
+    with, so the head but neither embedding, norms nor biases; `parts`: of the main model, by
+    kind; `mtp_total`, `mtp_active`: of the MTP modules without the shared embedding and head.
   """
   _, params, bias = model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
   parts: dict[str, int] = {"embedding": _size(params["embed"])}
@@ -67,16 +67,31 @@ def parameters(config: ModelConfig) -> dict[str, Any]:
       for part, size in _block_parts(params[name], bias.get(name, {})).items():
         parts[part] = parts.get(part, 0) + size
   total = sum(parts.values())
-  idle = _idle_fraction(config)
-  active = total - parts["embedding"] - round(parts.get("routed_experts", 0) * idle)
-  if config.tie_word_embeddings:
-    active += parts["embedding"]
-  mtp_total = mtp_active = 0
-  if "mtp" in params:
-    mtp_total = _size(params["mtp"]) + _size(bias.get("mtp", {}))
-    routed = _block_parts(params["mtp"]["block"], {}).get("routed_experts", 0)
-    mtp_active = mtp_total - round(routed * idle)
-  return dict(total=total, active=active, parts=parts, mtp_total=mtp_total, mtp_active=mtp_active)
+  mtp = params.get("mtp", {})
+  return dict(
+    total=total,
+    active=round(_met_by_main(config, params)),
+    parts=parts,
+    mtp_total=_size(mtp) + _size(bias.get("mtp", {})),
+    mtp_active=round(_met(config, mtp)),
+  )
+
+
+def _met(config: ModelConfig, tree: dict) -> float:
+  """Counts the matrix elements one token is multiplied with, of an even share of the experts."""
+  size = 0.0
+  for path, leaf in jax.tree.leaves_with_path(tree):
+    names = [key.key for key in path]
+    if names[-1].endswith(("norm", "_bias")) or names[-1] == "embed":
+      continue
+    size += math.prod(leaf.shape) * (1 - _idle_fraction(config) if "experts" in names else 1)
+  return size
+
+
+def _met_by_main(config: ModelConfig, params: dict) -> float:
+  """Counts those of the main model; a tied embedding counts as the head it is."""
+  body = {name: part for name, part in params.items() if name not in ("mtp", "head")}
+  return _met(config, body) + config.vocab_size * config.hidden_size
 
 
 def _idle_fraction(config: ModelConfig) -> float:
@@ -92,24 +107,12 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
   Table 2 (causal), MaxText (non-causal), Megatron (causal with MTP).
   """
   _, params, _ = model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
-  idle = _idle_fraction(config)
-
-  def met(tree: dict) -> float:
-    """Matrix elements one token is multiplied with."""
-    size = 0.0
-    for path, leaf in jax.tree.leaves_with_path(tree):
-      names = [key.key for key in path]
-      if names[-1].endswith(("norm", "_bias")) or names[-1] == "embed":
-        continue
-      size += math.prod(leaf.shape) * (1 - idle if "experts" in names else 1)
-    return size
-
   head = config.vocab_size * config.hidden_size
-  main = met({name: part for name, part in params.items() if name not in ("mtp", "head")}) + head
+  main = _met_by_main(config, params)
   heads_dim = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
   attention = 6.0 * heads_dim * sequence_length  # a layer, every token seeing every other
   layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
-  mtp = 6 * (met(params.get("mtp", {})) + depth * head) + depth * attention / 2
+  mtp = 6 * (_met(config, params.get("mtp", {})) + depth * head) + depth * attention / 2
   causal = 6 * main + layers * attention / 2
   return {
     "causal": causal,

@@ -45,8 +45,8 @@ class RopeScaling:
     _at_least(self, 1, "original_max_position_embeddings")
     _at_least(self, 0.0, "mscale", "mscale_all_dim")
     _require(
-      self.beta_fast > self.beta_slow > 0,
-      f"beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow}), both positive",
+      self.beta_fast >= self.beta_slow > 0,
+      f"beta_fast ({self.beta_fast}) must be at least beta_slow ({self.beta_slow}), both positive",
     )
 
 

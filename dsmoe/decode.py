@@ -75,9 +75,10 @@ def generate(
       f"prompt ({longest} tokens) plus num_tokens ({num_tokens}) must not exceed "
       f"max_position_embeddings ({limit})"
     )
-  largest = max(max(p) for p in prompts)
-  if largest >= config.model.vocab_size:
-    raise ValueError(f"tokens must be below vocab_size ({config.model.vocab_size}), got {largest}")
+  V = config.model.vocab_size
+  for token in (min(min(p) for p in prompts), max(max(p) for p in prompts)):
+    if not 0 <= token < V:
+      raise ValueError(f"tokens must be at least 0 and below vocab_size ({V}), got {token}")
   graphdef, *_ = model_lib.split(jax.eval_shape(lambda: model_lib.build(config.model)))
   next_logits = make_next_logits(config, graphdef, params, router_bias, mesh)
   B = len(prompts) + -len(prompts) % sharding.num_batch_shards(mesh)

@@ -12,65 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import grouped_swiglu
-
-
-def expert_order(expert_MK, num_experts: int):
-  """Sorts the (token, choice) pairs by expert, keeping token order within one.
-
-  Args:
-    expert_MK: int32 expert of each choice.
-    num_experts: E.
-
-  Returns:
-    pair_P, the pair m * K + k at each row; row_MK, each pair's row; sizes_E: all int32.
-  """
-  M, K = expert_MK.shape
-  flat_P = expert_MK.reshape(-1)
-  pair_P = jnp.argsort(flat_P, stable=True).astype(jnp.int32)
-  row_P = (
-    jnp.zeros_like(pair_P).at[pair_P].set(jnp.arange(M * K, dtype=jnp.int32), unique_indices=True)
-  )
-  sizes_E = jnp.bincount(flat_P, length=num_experts).astype(jnp.int32)
-  return pair_P, row_P.reshape(M, K), sizes_E
-
-
-@jax.custom_vjp
-def permute(x_MD, pair_P, row_MK):
-  """Copies each token's row to its K places: x_PD[p] = x_MD[pair_P[p] // K]."""
-  return x_MD[pair_P // row_MK.shape[1]]
-
-
-@jax.custom_vjp
-def combine(y_PD, pair_P, row_MK):
-  """Sums each token's K rows: y_MD[m] = sum over k of y_PD[row_MK[m, k]]."""
-  return _sum_rows(y_PD, row_MK)
-
-
-def _sum_rows(y_PD, row_MK):
-  rows = [y_PD[row_MK[:, k]].astype(jnp.float32) for k in range(row_MK.shape[1])]
-  return sum(rows[1:], rows[0]).astype(y_PD.dtype)
-
-
-# Each is the other's transpose; written out, since autodiff would scatter where a gather does.
-permute.defvjp(
-  lambda x_MD, pair_P, row_MK: (permute(x_MD, pair_P, row_MK), (pair_P, row_MK)),
-  lambda saved, dx_PD: (_sum_rows(dx_PD, saved[1]), None, None),
-)
-combine.defvjp(
-  lambda y_PD, pair_P, row_MK: (combine(y_PD, pair_P, row_MK), (pair_P, row_MK)),
-  lambda saved, dy_MD: (dy_MD[saved[0] // saved[1].shape[1]], None, None),
-)
+from pallas_kernels.permute import combine, expert_order
 
 
 def local(x_MD, expert_MK, gate_MK, experts):
-  """Permutes rows into expert order, applies each expert to its own, sums them back."""
+  """Takes rows in expert order, applies each expert to its own, sums each token's back."""
   w_gate_EDF, w_up_EDF, w_down_EFD = experts
   with jax.named_scope("dispatch"):
     pair_P, row_MK, sizes_E = expert_order(expert_MK, w_gate_EDF.shape[0])
-    x_PD = permute(x_MD, pair_P, row_MK)
     weight_P = gate_MK.reshape(-1)[pair_P]
   with jax.named_scope("experts"):
-    y_PD = grouped_swiglu(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E)
+    y_PD = grouped_swiglu(
+      x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, order=(pair_P, row_MK)
+    )
   with jax.named_scope("combine"):
     return combine(y_PD, pair_P, row_MK)
 

@@ -1,6 +1,5 @@
 """Settings of the process itself, made before any computation."""
 
-import ctypes
 import os
 import sys
 
@@ -13,25 +12,41 @@ _CLUSTER_VARIABLES = (
   "OMPI_COMM_WORLD_SIZE",
   "JAX_COORDINATOR_ADDRESS",
 )
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def start() -> None:
-  """Joins the other processes of a multi-host run, if there are any, and settles memory."""
+  """Settles memory, then joins the other processes of a multi-host run if there are any.
+
+  Call it first in `main`: it may start the program again, in the same process.
+  """
+  use_huge_pages()
   if any(name in os.environ for name in _CLUSTER_VARIABLES):
     jax.distributed.initialize()
-  keep_freed_memory()
 
 
-def keep_freed_memory() -> None:
-  """Tells glibc to reuse freed memory instead of returning it to the system.
+def use_huge_pages() -> None:
+  """Lets glibc back large allocations by huge pages; starts the program again to do so.
 
-  XLA:CPU allocates its temporary buffers anew at every step; without this each large one
-  is mapped, zeroed page by page and unmapped again, a third of a small model's step.
+  XLA:CPU allocates its temporary buffers anew at every step and the system clears each
+  page of them: by 4 KiB pages that is a tenth of a small model's step. glibc reads the
+  setting only when a process starts. A GLIBC_TUNABLES of the user's is left alone.
   """
-  if sys.platform == "linux" and jax.default_backend() == "cpu":
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-      libc.mallopt(_M_MMAP_MAX, 0)
-      libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-      libc.mallopt(_M_TOP_PAD, 2**26)
+  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def compiler_options() -> dict[str, bool | str]:
+  """Returns XLA options for `jax.jit` that make a train step faster on this backend.
+
+  On CPU: matmuls by oneDNN, up to twice as fast as the default on small batched ones, and
+  reductions, but nothing else, by YNNPACK.
+  """
+  if jax.default_backend() != "cpu":
+    return {}
+  return {
+    "xla_cpu_use_onednn": True,
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+  }

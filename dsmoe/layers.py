@@ -52,4 +52,7 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x):
     """Maps [..., D] to [..., D]."""
-    return (jax.nn.silu(x @ self.w_gate[...]) * (x @ self.w_up[...])) @ self.w_down[...]
+    inner = jax.nn.silu(x @ self.w_gate[...]) * (x @ self.w_up[...])
+    # The gradient of w_down transposes `inner`; without this XLA:CPU would redo the silu in
+    # transposed order, element by element, while it does.
+    return jax.lax.optimization_barrier(inner) @ self.w_down[...]

@@ -35,7 +35,7 @@ class ModelOutput(NamedTuple):
   """What a forward pass leaves for the losses."""
 
   hidden_BSD: jax.Array  # after the final norm
-  mtp_hidden: list[jax.Array]  # [B, S, D] of each MTP depth, after its norm
+  mtp_hidden: jax.Array | None  # [depth, B, S, D] of each MTP depth, after its norm
   stats: MoEStats | None  # of every MoE layer, the MTP ones last: leading dimension L
 
 
@@ -140,21 +140,22 @@ class Transformer(nnx.Module):
         stats += [layer_stats] if layer_stats is not None else []
     hidden_BSD = rms_norm(x_BSD, self.norm[...], config.rms_norm_eps)
 
-    mtp_hidden: list[jax.Array] = []
-    if config.num_nextn_predict_layers and targets_BS is not None:
+    mtp_hidden = None
+    depths = config.num_nextn_predict_layers
+    if depths and targets_BS is not None:
       graphdef, layers = nnx.split(self.mtp)
+      ahead = jnp.stack([mtp.shift(targets_BS, k) for k in range(depths)])  # [depth, B, S]
 
-      def module(state, hidden_BSD, embedded_BSD):
-        return _gathered(graphdef, state)(hidden_BSD, embedded_BSD, *args)
+      def module(hidden_BSD, depth):
+        state, tokens_BS = depth
+        block = _gathered(graphdef, state)
+        hidden_BSD, layer_stats = block(hidden_BSD, embed_VD[tokens_BS], *args)
+        return hidden_BSD, (hidden_BSD, layer_stats)
 
-      for k in range(config.num_nextn_predict_layers):
-        before = mtp_hidden[-1] if mtp_hidden else hidden_BSD
-        embedded_BSD = embed_VD[mtp.shift(targets_BS, k)]
-        state = jax.tree.map(lambda leaf, k=k: leaf[k], layers)
-        after, layer_stats = REMAT[config.remat](module)(state, before, embedded_BSD)
-        mtp_hidden.append(after)
-        if layer_stats is not None:
-          stats.append(jax.tree.map(lambda a: a[None], layer_stats))
+      _, (mtp_hidden, layer_stats) = jax.lax.scan(
+        REMAT[config.remat](module), hidden_BSD, (layers, ahead)
+      )
+      stats += [layer_stats] if layer_stats is not None else []
     joined = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
     return ModelOutput(hidden_BSD, mtp_hidden, joined)
 
@@ -169,8 +170,8 @@ def split(model: Transformer):
 
   The last two are nested dicts of arrays; `nnx.merge` of the three is the model again.
   """
-  graphdef, params, router_bias, *_ = nnx.split(model, nnx.Param, RouterBias)
-  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(router_bias)
+  parts: Any = nnx.split(model, nnx.Param, RouterBias)
+  return parts[0], nnx.to_pure_dict(parts[1]), nnx.to_pure_dict(parts[2])
 
 
 def compute_cast(params, config: ModelConfig):

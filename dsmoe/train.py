@@ -6,7 +6,6 @@ python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
 import math
 import signal
 import time
-from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -21,6 +20,7 @@ from dsmoe import (
   corpus,
   data,
   decode,
+  evaluate,
   host,
   metrics,
   plots,
@@ -41,23 +41,6 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 
 class NonFiniteError(RuntimeError):
   """A loss or gradient was not finite; the last good state has been saved."""
-
-
-def to_global(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-  """Turns this process's rows into global arrays sharded over the mesh."""
-  shard = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
-  return {k: jax.make_array_from_process_local_data(shard, v) for k, v in batch.items()}
-
-
-def evaluate(eval_step, state, batches: Iterable[dict], mesh, limit: int = -1):
-  """Returns (nats, tokens) summed over the validation batches, at most `limit` of them."""
-  sums = [eval_step(state, to_global(b, mesh)) for _, b in zip(_count(limit), batches)]
-  sums = jax.device_get(sums)
-  return sum(float(n) for n, _ in sums), sum(float(w) for _, w in sums)
-
-
-def _count(limit: int) -> Iterable[int]:
-  return iter(int, 1) if limit < 0 else range(limit)
 
 
 def step_line(step: int, host_metrics: dict, router_bias, tokens_per_step: int) -> dict:
@@ -128,9 +111,9 @@ def train(config: Config, workdir: epath.PathLike, allow_config_change: bool = F
 
   def validation_line(limit: int) -> dict:
     batches = data.validation_batches(prepared, config.data, config.batch_size, *processes)
-    nats, tokens = evaluate(eval_step, state, batches, mesh, limit)
+    nats, tokens = evaluate.validation_nats(eval_step, state, batches, mesh, limit)
     tokens_per_byte = prepared.validation_tokens / prepared.validation_bytes
-    loss = nats / max(tokens, 1)
+    loss = nats / tokens
     return {
       "validation_loss": loss,
       "validation_bits_per_byte": loss / math.log(2) * tokens_per_byte,
@@ -140,14 +123,14 @@ def train(config: Config, workdir: epath.PathLike, allow_config_change: bool = F
   with checkpoints, writer, bar:
     bar.print(f"compiling for {mesh.size} x {jax.devices()[0].device_kind}")
     start = time.perf_counter()
-    batch = to_global(next(batches), mesh)
+    batch = evaluate.to_global(next(batches), mesh)
     step_fn = step_fn.lower(state, batch).compile()
     bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
     logged_step, logged_time = first, time.perf_counter()
     saved = first
     for step in range(first + 1, config.num_steps + 1):
       state, step_metrics = step_fn(state, batch)
-      batch = to_global(next(batches), mesh)  # read while the device computes
+      batch = evaluate.to_global(next(batches), mesh)  # read while the device computes
       step_metrics = jax.device_get(step_metrics)
       if not step_metrics["finite"]:
         # The state returned is the one before this step.
@@ -173,7 +156,7 @@ def train(config: Config, workdir: epath.PathLike, allow_config_change: bool = F
         bar.update(step, line)
       else:
         bar.update(step, {})
-      if step % config.log.eval_every_steps == 0 or is_last:
+      if prepared.validation_tokens and (step % config.log.eval_every_steps == 0 or is_last):
         start = time.perf_counter()
         line = validation_line(-1 if is_last else config.log.eval_batches)
         writer.write(step, line)
@@ -194,24 +177,16 @@ def train(config: Config, workdir: epath.PathLike, allow_config_change: bool = F
 
 def write_sample(config: Config, workdir: epath.PathLike, prompt: str = "def ") -> str:
   """Returns what the newest checkpoint writes after `prompt`."""
-  mesh = sharding.make_mesh(config.mesh)
-  params, router_bias, _ = load_weights(config, workdir, mesh)
-  encoder = records.prepare(
-    config.data, config.model.vocab_size, config.data.cache_dir or epath.Path(workdir) / "data"
-  ).tokenizer
-  if encoder is None:
+  run = evaluate.load_run(workdir)
+  if not run.tokenizer_path.exists():
     return ""
+  encoder = run.tokenizer()
   prompts = [encoder.encode(prompt, add_special_tokens=False).ids]
   tokens = decode.generate(
-    config, params, router_bias, mesh, prompts, config.log.sample_tokens, temperature=0.7
+    *(run.config, run.params, run.router_bias, run.mesh, prompts, config.log.sample_tokens),
+    temperature=0.7,
   )
   return prompt + encoder.decode(tokens[0])
-
-
-def load_weights(config: Config, workdir: epath.PathLike, mesh, step: int | None = None):
-  """Restores (params, router_bias, step) of a run onto a mesh."""
-  abstract = train_step.abstract_state(config, mesh)
-  return checkpoint.restore_weights(workdir, abstract.params, abstract.router_bias, step)
 
 
 def report(config: Config, workdir: epath.Path) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dsmoe import balance, losses, mtp, optim, sharding
+from dsmoe import balance, host, losses, mtp, optim, sharding
 from dsmoe import model as model_lib
 from dsmoe.config import Config
 
@@ -144,7 +144,8 @@ def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weigh
   main, parts = cross_entropy(out.hidden_BSD, 0, weights[0])
   total = main
   zero = jnp.zeros_like(main)
-  depths = [cross_entropy(h, k + 1, weights[k + 1]) for k, h in enumerate(out.mtp_hidden)]
+  num_depths = config.model.num_nextn_predict_layers
+  depths = [cross_entropy(out.mtp_hidden[k], k + 1, weights[k + 1]) for k in range(num_depths)]
   mtp_mean = sum((loss for loss, _ in depths), zero) / max(len(depths), 1)
   total += mtp_weight * mtp_mean
   balance_loss, stats = zero, None
@@ -258,6 +259,7 @@ def make_train_step(config: Config, mesh):
     donate_argnums=0,
     in_shardings=(shardings, sharding.named(mesh, sharding.batch_spec())),
     out_shardings=(shardings, None),
+    compiler_options=host.compiler_options(),
   )
 
 
@@ -301,7 +303,10 @@ def make_eval_step(config: Config, mesh):
     ),
     out_specs=replicated,
   )
-  return jax.jit(lambda state, batch: run(state.params, state.router_bias, batch))
+  return jax.jit(
+    lambda state, batch: run(state.params, state.router_bias, batch),
+    compiler_options=host.compiler_options(),
+  )
 
 
 def check_batch(config: Config, mesh) -> None:

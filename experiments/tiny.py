@@ -12,17 +12,23 @@ from experiments import base
 def get_config():
   """Returns the config of `make train`."""
   c = base.get_config()
-  c.num_steps = 300
-  c.batch_size = 16
+  c.num_steps = 400
+  c.batch_size = 8
   c.data.sequence_length = 256
   m = c.model
   m.compute_dtype = "float32"
-  m.q_lora_rank = 96
+  m.vocab_size = 2048
+  m.hidden_size = 192
+  m.intermediate_size = 384
+  m.num_attention_heads = 6
+  m.q_lora_rank = 64
+  m.kv_lora_rank = 48
+  m.moe_intermediate_size = 96
   m.n_group = 4
   m.topk_group = 2
   m.num_nextn_predict_layers = 1
-  c.optim.learning_rate = 3e-3
-  c.optim.final_learning_rate = 3e-4
+  c.optim.learning_rate = 4e-3
+  c.optim.final_learning_rate = 2e-4
   c.optim.warmup_steps = 30
   c.checkpoint.save_every_steps = 100
   c.log.eval_every_steps = 100

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul import cpu, reference
+from pallas_kernels.permute import permute
 
 
 def ragged_dot(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
@@ -31,15 +32,19 @@ def grouped_swiglu(
   w_down_EFD,
   group_sizes_E,
   implementation: str | None = None,
+  order=None,
 ):
   """Applies each expert's SwiGLU to its own rows, weighted: w * down(silu(gate x) * up x).
 
   Args:
-    x_PD: rows in expert order: the first group_sizes_E[0] belong to expert 0, and so on.
+    x_PD: rows in expert order: the first group_sizes_E[0] belong to expert 0, and so on;
+      with `order`, tokens x_MD.
     weight_P: float32 factor of each row's output.
     w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, in x's dtype.
     group_sizes_E: int32, zeros allowed; must sum to P.
     implementation: a key of `IMPLEMENTATIONS`; None: `blocked` on CPU, else `ragged_dot`.
+    order: (pair_P, row_MK) of `permute.expert_order`, when the rows are still to be taken
+      from tokens; an implementation may do that on the way and never store them.
 
   Returns:
     [P, D] in x's dtype. Differentiable in everything but the sizes.
@@ -47,10 +52,11 @@ def grouped_swiglu(
   Raises:
     ValueError: for shapes or dtypes that do not fit together, or an unknown implementation.
   """
-  P, D = x_PD.shape
+  P, D = weight_P.size, x_PD.shape[1]
   E, _, F = w_gate_EDF.shape
   expected = {
     "weight_P": (weight_P, (P,)),
+    "x": (x_PD, (P if order is None else order[1].shape[0], D)),
     "w_gate_EDF": (w_gate_EDF, (E, D, F)),
     "w_up_EDF": (w_up_EDF, (E, D, F)),
     "w_down_EFD": (w_down_EFD, (E, F, D)),
@@ -67,6 +73,8 @@ def grouped_swiglu(
     raise ValueError(
       f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
     )
-  return IMPLEMENTATIONS[implementation](
-    x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E
-  )
+  weights = (weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
+  if implementation == "blocked":
+    return cpu.grouped_swiglu(x_PD, *weights, order)
+  rows_PD = x_PD if order is None else permute(x_PD, *order)
+  return IMPLEMENTATIONS[implementation](rows_PD, *weights)

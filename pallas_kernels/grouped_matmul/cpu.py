@@ -1,146 +1,168 @@
 """Grouped SwiGLU for XLA:CPU: a loop over blocks of rows, as many as the sizes need.
 
-Each step takes `BLOCKS` blocks of `ROWS` rows, each block with one expert's weights, and
-does the whole SwiGLU on them as small batched matmuls, one a core, while they are in
-cache. Groups need no padding: a block that runs past its group's end computes rows of the
-next groups with the wrong expert, and those rows are written again, rightly, by the later
-steps, since groups are visited in order. Only weight gradients mask them.
+Each step takes `BLOCKS` blocks of rows, each with one expert's weights, and does the whole
+SwiGLU on them as batched matmuls. Rows are gathered from the tokens on the way and never
+stored in expert order. Groups need no padding: a block that runs past its group computes
+rows of its neighbours with the wrong expert and does not write them.
+
+Shapes: M tokens, P rows, D hidden, F inner, I = 2 F, E experts, b blocks of a step, r rows
+of a block.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-ROWS = 128  # a block's rows: an L2-sized tile
-BLOCKS = 4  # blocks a step: enough to keep the cores busy
+from pallas_kernels.permute import sum_rows
+
+ROWS = 256  # a block's rows
+BLOCKS = 8  # blocks a step
+
+f32 = jnp.float32
 
 
-def _like(x, shape, dtype, *others):
+def _zeros(shape, dtype, operands):
   """Zeros that vary over the mesh axes any of the operands varies over."""
-  axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in (x, *others)))
+  axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
   return jax.lax.pcast(jnp.zeros(shape, dtype), tuple(axes), to="varying")
 
 
-def _schedule(group_sizes_E):
-  """Returns a function from block number to (expert, first row, valid rows), and their count."""
-  blocks_E = (group_sizes_E + ROWS - 1) // ROWS
+def _schedule(group_sizes_E, num_rows: int):
+  """Cuts the groups into blocks.
+
+  Returns:
+    A function from a step's number to (expert_b, first_b, mine_br): each block's expert,
+    first row, and which of its rows belong to it; the number of steps; and a block's rows.
+  """
+  R = min(ROWS, num_rows)
+  blocks_E = (group_sizes_E + R - 1) // R
   last_E = jnp.cumsum(blocks_E)
   end_E = jnp.cumsum(group_sizes_E)
-  total = end_E[-1]
 
-  def block(number):
-    expert = jnp.searchsorted(last_E, number, side="right").astype(jnp.int32)
-    expert = jnp.minimum(expert, group_sizes_E.shape[0] - 1)
-    start = end_E[expert] - group_sizes_E[expert]
-    first = start + (number - (last_E[expert] - blocks_E[expert])) * ROWS
-    real = number < last_E[-1]
-    # Blocks after the last write behind the rows, where nothing is read.
-    return expert, jnp.where(real, first, total), jnp.where(real, end_E[expert] - first, 0)
+  def step(i):
+    number_b = i * BLOCKS + jnp.arange(BLOCKS)
+    expert_b = jnp.searchsorted(last_E, number_b, side="right").astype(jnp.int32)
+    expert_b = jnp.minimum(expert_b, group_sizes_E.shape[0] - 1)
+    within_b = number_b - (last_E[expert_b] - blocks_E[expert_b])
+    wanted_b = end_E[expert_b] - group_sizes_E[expert_b] + within_b * R
+    first_b = jnp.clip(wanted_b, 0, num_rows - R)  # a block does not run past the rows
+    row_br = first_b[:, None] + jnp.arange(R)[None, :]
+    mine_br = (row_br >= wanted_b[:, None]) & (row_br < end_E[expert_b][:, None])
+    return expert_b, first_b, mine_br & (number_b < last_E[-1])[:, None]
 
-  return block, (last_E[-1] + BLOCKS - 1) // BLOCKS
-
-
-def _rows(a, first_b):
-  return jnp.stack([jax.lax.dynamic_slice_in_dim(a, f, ROWS) for f in first_b])
+  return step, (last_E[-1] + BLOCKS - 1) // BLOCKS, R
 
 
-def _put(a, blocks, first_b):
-  for i, first in enumerate(first_b):
-    a = jax.lax.dynamic_update_slice_in_dim(a, blocks[i], first, 0)
+def _take(a, first_b, R: int):
+  """Returns the blocks' rows, [b, r, ...]."""
+  return jnp.stack([jax.lax.dynamic_slice_in_dim(a, f, R) for f in first_b])
+
+
+def _put(a, blocks, first_b, mine_br):
+  """Writes the rows that belong to the blocks."""
+  for block, first, mine_r in zip(blocks, first_b, mine_br):
+    old = jax.lax.dynamic_slice_in_dim(a, first, block.shape[0])
+    mine = mine_r.reshape(-1, *[1] * (a.ndim - 1))
+    a = jax.lax.dynamic_update_slice_in_dim(a, jnp.where(mine, block, old), first, 0)
   return a
 
 
 def _add(a, updates, expert_b):
-  for i, e in enumerate(expert_b):
+  for update, e in zip(updates, expert_b):
     old = jax.lax.dynamic_index_in_dim(a, e, keepdims=False)
-    a = jax.lax.dynamic_update_index_in_dim(a, old + updates[i], e, 0)
+    a = jax.lax.dynamic_update_index_in_dim(a, old + update, e, 0)
   return a
 
 
-def _pad(a):
-  return jnp.pad(a, [(0, ROWS)] + [(0, 0)] * (a.ndim - 1))
+def _transposed(a):
+  """Swaps the last two dimensions now: matmuls of plain row-major operands are the fast ones."""
+  return jax.lax.optimization_barrier(a.swapaxes(-1, -2))
 
 
 def _activation(hidden, weight):
-  gate, up = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
-  return jax.nn.silu(gate) * up * weight
+  gate, up = jnp.split(hidden.astype(f32), 2, axis=-1)
+  return jax.nn.silu(gate) * up * weight[..., None]
 
 
-def _forward(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
-  P, D = x_PD.shape
-  F = w_gate_EDF.shape[-1]
-  w_in_EDI = jnp.concatenate([w_gate_EDF, w_up_EDF], axis=-1)  # I = 2F
-  block, num_steps = _schedule(group_sizes_E)
-  x_pad, weight_pad = _pad(x_PD), _pad(weight_P)
-
-  def step(i, carry):
-    y, hidden = carry
-    spots = [block(i * BLOCKS + j) for j in range(BLOCKS)]
-    expert_b, first_b = [s[0] for s in spots], [s[1] for s in spots]
-    h = jnp.einsum("brd,bdi->bri", _rows(x_pad, first_b), w_in_EDI[jnp.stack(expert_b)])
-    inner = _activation(h, _rows(weight_pad, first_b)[..., None]).astype(x_PD.dtype)
-    out = jnp.einsum("brf,bfd->brd", inner, w_down_EFD[jnp.stack(expert_b)])
-    return _put(y, out, first_b), _put(hidden, h, first_b)
-
-  operands = (x_PD, weight_P, w_in_EDI, w_down_EFD, group_sizes_E)
-  carry = (
-    _like(*operands[:1], (P + ROWS, D), x_PD.dtype, *operands[1:]),
-    _like(*operands[:1], (P + ROWS, 2 * F), x_PD.dtype, *operands[1:]),
-  )
-  y, hidden = jax.lax.fori_loop(0, num_steps, step, carry)
-  return y[:P], hidden
+def _token_of_row(order, num_rows: int):
+  if order is None:
+    return jnp.arange(num_rows, dtype=jnp.int32)
+  pair_P, row_MK = order
+  return pair_P // row_MK.shape[1]
 
 
 @jax.custom_vjp
-def grouped_swiglu(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
+def grouped_swiglu(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order=None):
   """See `api.grouped_swiglu`."""
-  return _forward(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)[0]
+  return _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order)[0]
 
 
-def _fwd(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E):
-  y, hidden = _forward(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
-  return y, (x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, hidden)
-
-
-def _bwd(residuals, dy_PD):
-  x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, hidden = residuals
-  P, D = x_PD.shape
+def _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order=None):
+  P, D = weight_P.shape[0], x_MD.shape[1]
   w_in_EDI = jnp.concatenate([w_gate_EDF, w_up_EDF], axis=-1)
-  block, num_steps = _schedule(group_sizes_E)
-  x_pad, weight_pad, dy_pad = _pad(x_PD), _pad(weight_P), _pad(dy_PD)
-  f32 = jnp.float32
+  token_P = _token_of_row(order, P)
+  step, num_steps, R = _schedule(group_sizes_E, P)
 
-  def step(i, carry):
-    dx, dweight, dw_in, dw_down = carry
-    spots = [block(i * BLOCKS + j) for j in range(BLOCKS)]
-    expert_b, first_b = [s[0] for s in spots], [s[1] for s in spots]
-    experts = jnp.stack(expert_b)
-    mine = jnp.arange(ROWS)[None, :] < jnp.stack([s[2] for s in spots])[:, None]
-    dy = _rows(dy_pad, first_b)
-    inner, vjp = jax.vjp(_activation, _rows(hidden, first_b), _rows(weight_pad, first_b)[..., None])
-    dinner = jnp.einsum("brd,bfd->brf", dy, w_down_EFD[experts], preferred_element_type=f32)
-    dh, dwt = vjp(dinner)
-    masked = jnp.where(mine[..., None], inner, 0).astype(x_PD.dtype)
-    add_down = jnp.einsum("brf,brd->bfd", masked, dy, preferred_element_type=f32)
-    dx_rows = jnp.einsum("bri,bdi->brd", dh, w_in_EDI[experts])
-    dh = jnp.where(mine[..., None], dh, 0)
-    add_in = jnp.einsum("brd,bri->bdi", _rows(x_pad, first_b), dh, preferred_element_type=f32)
+  def body(i, carry):
+    y_PD, hidden_PI = carry
+    expert_b, first_b, mine_br = step(i)
+    x_brD = x_MD[_take(token_P, first_b, R)]
+    hidden_brI = jnp.matmul(x_brD, w_in_EDI[expert_b])
+    inner_brF = _activation(hidden_brI, _take(weight_P, first_b, R)).astype(x_MD.dtype)
+    y_brD = jnp.matmul(inner_brF, w_down_EFD[expert_b])
+    return _put(y_PD, y_brD, first_b, mine_br), _put(hidden_PI, hidden_brI, first_b, mine_br)
+
+  zeros = functools.partial(_zeros, operands=(x_MD, weight_P, w_in_EDI, w_down_EFD, group_sizes_E))
+  carry = (zeros((P, D), x_MD.dtype), zeros((P, w_in_EDI.shape[-1]), x_MD.dtype))
+  y_PD, hidden_PI = jax.lax.fori_loop(0, num_steps, body, carry)
+  saved = (x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order, hidden_PI)
+  return y_PD, saved
+
+
+def _bwd(saved, dy_PD):
+  x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order, hidden_PI = saved
+  P, D = dy_PD.shape
+  dtype = x_MD.dtype
+  w_in_EDI = jnp.concatenate([w_gate_EDF, w_up_EDF], axis=-1)
+  w_in_EID, w_down_EDF = _transposed(w_in_EDI), _transposed(w_down_EFD)
+  token_P = _token_of_row(order, P)
+  step, num_steps, R = _schedule(group_sizes_E, P)
+
+  def body(i, carry):
+    dx_PD, dweight_P, dw_in_EDI, dw_down_EFD = carry
+    expert_b, first_b, mine_br = step(i)
+    dy_brD = _take(dy_PD, first_b, R)
+    inner_brF, vjp = jax.vjp(_activation, _take(hidden_PI, first_b, R), _take(weight_P, first_b, R))
+    dinner_brF = jnp.matmul(dy_brD, w_down_EDF[expert_b], preferred_element_type=f32)
+    dhidden_brI, dweight_br = vjp(dinner_brF)
+    dx_brD = jnp.matmul(dhidden_brI, w_in_EID[expert_b])
+    # A neighbour's rows count for nothing in this expert's weights.
+    inner_bFr = _transposed(jnp.where(mine_br[..., None], inner_brF, 0).astype(dtype))
+    dw_down = jnp.matmul(inner_bFr, dy_brD, preferred_element_type=f32)
+    x_bDr = _transposed(x_MD[_take(token_P, first_b, R)])
+    own_brI = jnp.where(mine_br[..., None], dhidden_brI, 0)
+    dw_in = jnp.matmul(x_bDr, own_brI, preferred_element_type=f32)
     return (
-      _put(dx, dx_rows, first_b),
-      _put(dweight, dwt[..., 0], first_b),
-      _add(dw_in, add_in, expert_b),
-      _add(dw_down, add_down, expert_b),
+      _put(dx_PD, dx_brD, first_b, mine_br),
+      _put(dweight_P, dweight_br, first_b, mine_br),
+      _add(dw_in_EDI, dw_in, expert_b),
+      _add(dw_down_EFD, dw_down, expert_b),
     )
 
-  operands = (weight_P, w_in_EDI, w_down_EFD, group_sizes_E, dy_PD)
-  carry = (
-    _like(x_PD, (P + ROWS, D), x_PD.dtype, *operands),
-    _like(x_PD, (P + ROWS,), f32, *operands),
-    _like(x_PD, w_in_EDI.shape, f32, *operands),
-    _like(x_PD, w_down_EFD.shape, f32, *operands),
+  zeros = functools.partial(
+    _zeros, operands=(x_MD, weight_P, w_in_EDI, w_down_EFD, group_sizes_E, dy_PD)
   )
-  dx, dweight, dw_in, dw_down = jax.lax.fori_loop(0, num_steps, step, carry)
-  dw_gate, dw_up = jnp.split(dw_in.astype(w_gate_EDF.dtype), 2, axis=-1)
-  return dx[:P], dweight[:P], dw_gate, dw_up, dw_down.astype(w_down_EFD.dtype), None
+  carry = (
+    zeros((P, D), dtype),
+    zeros((P,), f32),
+    zeros(w_in_EDI.shape, f32),
+    zeros(w_down_EFD.shape, f32),
+  )
+  dx_PD, dweight_P, dw_in_EDI, dw_down_EFD = jax.lax.fori_loop(0, num_steps, body, carry)
+  dw_gate, dw_up = jnp.split(dw_in_EDI.astype(dtype), 2, axis=-1)
+  dx_MD = dx_PD if order is None else sum_rows(dx_PD, order[1])
+  return dx_MD, dweight_P, dw_gate, dw_up, dw_down_EFD.astype(dtype), None, None
 
 
 grouped_swiglu.defvjp(_fwd, _bwd)

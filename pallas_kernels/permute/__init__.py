@@ -1,0 +1,5 @@
+"""Tokens into expert order and back."""
+
+from pallas_kernels.permute.reference import combine, expert_order, permute, sum_rows
+
+__all__ = ["combine", "expert_order", "permute", "sum_rows"]

@@ -1,0 +1,115 @@
+"""Measures a config's training step: tokens/s, compile seconds, peak memory, GFLOP/s, MFU.
+
+python scripts/bench_train.py --config=experiments/bench_small.py --steps=10 --json
+
+The measured step is the whole one: the next batch is read while it runs, and its metrics are
+fetched. Validation data is not touched; --synthetic leaves the training data alone too.
+"""
+
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import rich
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dsmoe import accounting, data, evaluate, host, progress, records, sharding, train_step
+from dsmoe import config as config_lib
+from dsmoe.config import Config
+
+_WARMUP_STEPS = 2  # after compiling, not measured
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Measured steps.", lower_bound=1)
+_SYNTHETIC = flags.DEFINE_bool("synthetic", False, "Random tokens instead of the config's data.")
+_JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
+
+
+def peak_rss_mib() -> float:
+  """Returns the most memory this process has held."""
+  unit_bytes = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 2**20
+
+
+def peak_device_mib() -> float | None:
+  """Returns the most memory in use on the fullest device, or None where it is not counted."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [s["peak_bytes_in_use"] / 2**20 for s in stats if "peak_bytes_in_use" in s]
+  return max(peaks, default=None)
+
+
+def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
+  """Compiles the step and runs it; returns the figures."""
+  mesh = sharding.make_mesh(config.mesh)
+  directory = config.data.cache_dir or folder
+  prepared = records.prepare(config.data, config.model.vocab_size, directory)
+  processes = (jax.process_index(), jax.process_count())
+  batches = data.train_iterator(prepared, config.data, config.batch_size, *processes)
+  state = train_step.init_state(config, mesh)
+  batch = evaluate.to_global(next(batches), mesh)
+  start = time.perf_counter()
+  step_fn = train_step.make_train_step(config, mesh).lower(state, batch).compile()
+  compile_secs = time.perf_counter() - start
+
+  tokens = config.batch_size * config.data.sequence_length
+  secs = []
+  with progress.Progress(_WARMUP_STEPS + steps) as bar:
+    for step in range(1, _WARMUP_STEPS + steps + 1):
+      start = time.perf_counter()
+      state, metrics = step_fn(state, batch)
+      batch = evaluate.to_global(next(batches), mesh)
+      metrics = jax.device_get(metrics)
+      secs.append(time.perf_counter() - start)
+      loss = float(metrics["losses"].total)
+      bar.update(step, dict(loss=loss, tokens_per_sec=tokens / secs[-1], step_secs=secs[-1]))
+  median_secs = statistics.median(secs[_WARMUP_STEPS:])
+  flops = accounting.flops_per_token(config.model, config.data.sequence_length)["causal_mtp"]
+  flops_per_sec = flops * tokens / median_secs
+  peak = accounting.peak_flops(jax.devices()[0])
+  return {
+    "tokens_per_sec": tokens / median_secs,
+    "median_step_secs": median_secs,
+    "compile_secs": compile_secs,
+    "peak_rss_mib": peak_rss_mib(),
+    "peak_device_mib": peak_device_mib(),
+    "gflops_per_sec": flops_per_sec / 1e9,
+    "mfu": peak and flops_per_sec / (peak * mesh.size),
+    "loss": loss,
+    "num_parameters": accounting.parameters(config.model)["total"],
+    "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
+    "jax": jax.__version__,
+  }
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  logging.set_verbosity(logging.WARNING)
+  host.start()
+  config = config_lib.from_config_dict(_CONFIG.value)
+  values: dict[str, Any] = {"validation_globs": ()}
+  if _SYNTHETIC.value:
+    values |= {"train_globs": ("synthetic",), "train_weights": (1.0,), "cache_dir": ""}
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, **values))
+  with tempfile.TemporaryDirectory() as folder:
+    result = measure(config, _STEPS.value, folder)
+  if _JSON.value:
+    print(json.dumps(result))
+    return
+  rows = []
+  for name, value in result.items():
+    text = f"{value:,.4g}" if isinstance(value, float) else str(value)
+    rows.append((name.replace("_", " "), "not known" if value is None else text))
+  rich.print(progress.final_table(rows))
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main)
