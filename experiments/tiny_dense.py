@@ -15,6 +15,6 @@ def get_config():
   m = c.model
   m.n_routed_experts = 0
   m.first_k_dense_replace = m.num_hidden_layers
-  m.intermediate_size = 612
+  m.intermediate_size = 460
   c.balance.methods = ()
   return c

@@ -1,9 +1,13 @@
 """What several tests share: tolerances, small configs, random batches, comparison."""
 
+import math
+
 import jax
 import numpy as np
+from flax import nnx
 
 from dsmoe import config as config_lib
+from dsmoe import model as model_lib
 from dsmoe import sharding
 from experiments import base
 
@@ -81,3 +85,59 @@ def mesh_of(num_devices: int):
   """A mesh of the first devices, all on `data`."""
   config = config_lib.MeshConfig(stage=1, data=num_devices, expert=1, context=1, model=1)
   return sharding.make_mesh(config, jax.devices()[:num_devices])
+
+
+def random_parts(config: config_lib.Config, seed: int):
+  """Returns (graphdef, params, router_bias) of a model with random weights, norms and biases.
+
+  Made by NumPy: nothing is compiled.
+  """
+  graphdef, params, bias = model_lib.split(
+    jax.eval_shape(lambda: model_lib.build(config.model, config.seed))
+  )
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    centre = 1.0 if path[-1].key.endswith("norm") else 0.0
+    return (centre + 0.15 * rng.standard_normal(x.shape)).astype(x.dtype)
+
+  params = jax.tree.map_with_path(draw, params)
+  return graphdef, params, jax.tree.map_with_path(draw, bias)
+
+
+def random_model(config: config_lib.Config, seed: int) -> model_lib.Transformer:
+  """The model of `random_parts`."""
+  return nnx.merge(*random_parts(config, seed))
+
+
+def forward(config: config_lib.Config):
+  """Returns a jitted function: (params, router_bias, batch) -> (hidden, [MTP hiddens])."""
+  graphdef, params, bias = random_parts(config, 0)
+
+  def run(params, bias, batch):
+    model = nnx.merge(graphdef, params, bias)
+    segments = None if config.data.cross_document_attention else batch["segments"]
+    out = model(batch["tokens"], batch["positions"], segments, batch["targets"])
+    return out.hidden_BSD, [] if out.mtp_hidden is None else list(out.mtp_hidden)
+
+  rows = sharding.batch_spec()
+  specs = (sharding.parameter_specs(params), sharding.parameter_specs(bias), rows)
+  return jax.jit(sharding.shard_map(run, mesh_of(1), specs, rows))
+
+
+def equations(jaxpr):
+  """Yields every equation of a jaxpr and of those inside it."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for value in jax.tree.leaves(
+      list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")
+    ):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from equations(inner)
+
+
+def largest_intermediate(fn, *args) -> int:
+  """Elements of the largest array that any operation of fn(*args) makes."""
+  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+  return max(math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars)

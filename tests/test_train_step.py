@@ -38,15 +38,12 @@ def first_step(
 @pytest.mark.parametrize(
   "variant",
   [
-    dict(num_devices=2),
-    dict(num_devices=4),
-    dict(num_devices=8),
     dict(num_microbatches=4),
     dict(num_devices=2, num_microbatches=4),
-    dict(remat="full"),
-    dict(remat="dots"),
+    dict(num_devices=4, remat="full"),
+    dict(num_devices=8, remat="dots"),
+    dict(num_devices=8, num_microbatches=2),
     dict(dispatch="dense"),
-    dict(num_devices=8, remat="full", num_microbatches=2),
   ],
   ids=str,
 )

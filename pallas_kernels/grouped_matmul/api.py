@@ -65,6 +65,8 @@ def grouped_swiglu(
   for name, (array, shape) in expected.items():
     if array.shape != shape:
       raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    if name.startswith("w_") and array.dtype != x_PD.dtype:
+      raise ValueError(f"{name} must have x's dtype ({x_PD.dtype}), got {array.dtype}")
   if not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
     raise ValueError(f"group_sizes_E must be integers, got {group_sizes_E.dtype}")
   if implementation is None:
@@ -73,7 +75,10 @@ def grouped_swiglu(
     raise ValueError(
       f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
     )
-  weights = (weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
+  # Loops index them by traced numbers, which NumPy's own arrays refuse.
+  x_PD, order, *weights = jax.tree.map(
+    jnp.asarray, (x_PD, order, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
+  )
   if implementation == "blocked":
     return cpu.grouped_swiglu(x_PD, *weights, order)
   rows_PD = x_PD if order is None else permute(x_PD, *order)

@@ -1,0 +1,217 @@
+"""One suite for every implementation of the grouped SwiGLU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_swiglu
+
+E, D, F = 5, 12, 7
+every_implementation = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+
+
+@functools.cache
+def _inputs(P):
+  rng = np.random.default_rng(P)
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+  x, weight, dy = draw(P, D), draw(P), draw(P, D)
+  return x, weight, draw(E, D, F) / 2, draw(E, D, F) / 2, draw(E, F, D) / 2, dy
+
+
+@functools.cache
+def _compiled(implementation):
+  @jax.jit
+  def run(x, weight, w_gate, w_up, w_down, dy, sizes):
+    y, vjp = jax.vjp(
+      lambda *a: grouped_swiglu(*a, sizes, implementation), x, weight, w_gate, w_up, w_down
+    )
+    return y, vjp(dy)
+
+  return run
+
+
+def _by_groups(x, weight, w_gate, w_up, w_down, dy, sizes):
+  """Value and gradients, a group at a time in float64, the derivatives written out."""
+  x, weight, w_gate, w_up, w_down, dy = (
+    np.asarray(a, np.float64) for a in (x, weight, w_gate, w_up, w_down, dy)
+  )
+  y, dx, dweight = np.zeros(x.shape), np.zeros(x.shape), np.zeros(weight.shape)
+  dw_gate, dw_up, dw_down = (np.zeros(w.shape) for w in (w_gate, w_up, w_down))
+  start = 0
+  for e, size in enumerate(sizes):
+    mine = slice(start, start + size)
+    start += size
+    gate, up, scale = x[mine] @ w_gate[e], x[mine] @ w_up[e], weight[mine, None]
+    sigmoid = 1 / (1 + np.exp(-gate))
+    act = gate * sigmoid * up
+    y[mine] = scale * (act @ w_down[e])
+    dact = dy[mine] @ w_down[e].T
+    dweight[mine] = (dact * act).sum(axis=1)
+    dgate = scale * dact * up * sigmoid * (1 + gate * (1 - sigmoid))
+    dup = scale * dact * gate * sigmoid
+    dx[mine] = dgate @ w_gate[e].T + dup @ w_up[e].T
+    dw_gate[e], dw_up[e] = x[mine].T @ dgate, x[mine].T @ dup
+    dw_down[e] = (scale * act).T @ dy[mine]
+  return y, (dx, dweight, dw_gate, dw_up, dw_down)
+
+
+def _check(implementation, sizes):
+  inputs = _inputs(sum(sizes))
+  actual = _compiled(implementation)(*inputs, np.asarray(sizes, np.int32))
+  assert_close(actual, _by_groups(*inputs, sizes))
+
+
+@st.composite
+def _ragged_sizes(draw):
+  """E sizes, zeros among them, of one of two totals: each total is a compilation."""
+  P = draw(st.sampled_from([41, 2700]))
+  cuts = sorted(draw(st.lists(st.integers(0, P), min_size=E - 1, max_size=E - 1)))
+  return tuple(int(n) for n in np.diff([0, *cuts, P]))
+
+
+@every_implementation
+@settings(
+  max_examples=10,
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(sizes=_ragged_sizes())
+def test_ragged_sizes(implementation, sizes):
+  _check(implementation, sizes)
+
+
+@every_implementation
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    (0, 0, 2700, 0, 0),  # all rows in one group
+    (2700, 0, 0, 0, 0),
+    (0, 0, 0, 0, 2700),
+    (1, 512, 513, 1024, 650),  # whole blocks and a row more
+    (0, 1281, 0, 127, 1292),
+    (540, 540, 540, 540, 540),
+  ],
+  ids=str,
+)
+def test_sizes_over_several_blocks(implementation, sizes):
+  _check(implementation, sizes)
+
+
+@every_implementation
+def test_rows_taken_from_tokens(implementation):
+  """With an order, rows are copies of tokens, and a token's gradient sums its copies'."""
+  M, K, sizes = 900, 3, (1000, 0, 1, 1100, 599)
+  x, weight, *weights, dy = _inputs(M * K)
+  x = x[:M]
+  pair = np.random.default_rng(0).permutation(M * K).astype(np.int32)
+  row = np.argsort(pair).astype(np.int32).reshape(M, K)
+
+  @jax.jit
+  def run(sizes, order, *operands):
+    y, vjp = jax.vjp(lambda *a: grouped_swiglu(*a, sizes, implementation, order), *operands)
+    return y, vjp(dy)
+
+  y, (dx, *rest) = _by_groups(x[pair // K], weight, *weights, dy, sizes)
+  summed = np.zeros((M, D))
+  for p in range(M * K):
+    summed[pair[p] // K] += dx[p]
+  actual = run(np.asarray(sizes, np.int32), (pair, row), x, weight, *weights)
+  assert_close(actual, (y, (summed, *rest)))
+
+
+@every_implementation
+def test_bfloat16(implementation):
+  sizes = (5, 0, 17, 2, 17)
+  low = [jnp.asarray(a, jnp.bfloat16) for a in _inputs(41)]
+  low[1] = _inputs(41)[1]  # the rows' weights stay float32
+  y, gradients = _compiled(implementation)(*low, np.asarray(sizes, np.int32))
+  assert y.dtype == jnp.bfloat16
+  assert [g.dtype for g in gradients] == [a.dtype for a in low[:5]]
+  assert_close((y, gradients), _by_groups(*low, sizes), "bfloat16")
+
+
+@every_implementation
+def test_rows_of_other_groups_do_not_leak(implementation):
+  """Larger rows in one group change nothing in the others."""
+  sizes = (10, 9, 0, 12, 10)
+  inputs = list(_inputs(41))
+  expected = _compiled(implementation)(*inputs, np.asarray(sizes, np.int32))
+  others = np.r_[0:10, 19:41]
+  inputs[0] = inputs[0].copy()
+  inputs[0][10:19] *= 1e3
+  y, gradients = _compiled(implementation)(*inputs, np.asarray(sizes, np.int32))
+  assert_close(y[others], expected[0][others])
+  assert_close(gradients[0][others], expected[1][0][others])
+  for actual, before in zip(gradients[2:], expected[1][2:]):
+    assert_close(np.delete(actual, 1, axis=0), np.delete(before, 1, axis=0))
+
+
+@every_implementation
+def test_numpy_operands_outside_jit(implementation):
+  sizes = (5, 0, 17, 2, 17)
+  expected, _ = _by_groups(*_inputs(41), sizes)
+  *operands, _ = _inputs(41)
+  order = (np.arange(41, dtype=np.int32), np.arange(41, dtype=np.int32)[:, None])
+  sizes = np.asarray(sizes, np.int32)
+  assert_close(grouped_swiglu(*operands, sizes, implementation, order), expected)
+
+
+def test_default_implementation_is_one_of_them():
+  sizes = (5, 0, 17, 2, 17)
+  expected, _ = _by_groups(*_inputs(41), sizes)
+  assert_close(grouped_swiglu(*_inputs(41)[:5], np.asarray(sizes, np.int32)), expected)
+
+
+def _shapes(**changes):
+  shapes = {
+    "weight_P": (41,),
+    "w_gate_EDF": (E, D, F),
+    "w_up_EDF": (E, D, F),
+    "w_down_EFD": (E, F, D),
+  } | changes
+  arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+  return dict(x_PD=np.zeros((41, D), np.float32), group_sizes_E=np.zeros(E, np.int32)) | arrays
+
+
+@pytest.mark.parametrize(
+  "name, shape, expected",
+  [
+    ("weight_P", (41, 1), "(41,)"),
+    ("weight_P", (42,), None),
+    ("w_gate_EDF", (E, F, D), None),
+    ("w_up_EDF", (E, D, F + 1), f"({E}, {D}, {F})"),
+    ("w_down_EFD", (E, D, F), f"({E}, {F}, {D})"),
+  ],
+)
+def test_shapes_that_do_not_fit_are_refused(name, shape, expected):
+  with pytest.raises(ValueError) as error:
+    grouped_swiglu(**_shapes(**{name: shape}))
+  # None: as many rows as weights and E, F of the gate are taken as given; another is named.
+  if expected is not None:
+    assert str(error.value) == f"{name} must have shape {expected}, got {shape}"
+  assert "must have shape" in str(error.value)
+
+
+def test_sizes_must_be_integers_one_an_expert():
+  with pytest.raises(ValueError, match="group_sizes_E must be integers, got float32"):
+    grouped_swiglu(**_shapes() | {"group_sizes_E": np.zeros(E, np.float32)})
+  with pytest.raises(ValueError, match=r"group_sizes_E must have shape \(5,\), got \(4,\)"):
+    grouped_swiglu(**_shapes() | {"group_sizes_E": np.zeros(E - 1, np.int32)})
+
+
+def test_weights_must_have_the_dtype_of_the_rows():
+  low = {"w_up_EDF": np.zeros((E, D, F), jnp.bfloat16)}
+  with pytest.raises(ValueError, match=r"w_up_EDF must have x's dtype \(float32\), got bfloat16"):
+    grouped_swiglu(**_shapes() | low)
+
+
+def test_unknown_implementation_is_refused():
+  with pytest.raises(ValueError, match=r"implementation must be one of .*, got 'fastest'"):
+    grouped_swiglu(**_shapes(), implementation="fastest")

@@ -1,0 +1,61 @@
+import os
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dsmoe import host
+
+CLUSTERS = [
+  *("TPU_WORKER_HOSTNAMES", "SLURM_NTASKS"),
+  *("OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"),
+]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+  """What was done, in order, on a Linux machine that knows of no cluster and no tunables."""
+  done = []
+  for name in (*CLUSTERS, "GLIBC_TUNABLES"):
+    monkeypatch.setenv(name, "")  # so that whatever is set meanwhile is undone
+    monkeypatch.delenv(name)
+  monkeypatch.setattr(sys, "platform", "linux")
+  monkeypatch.setattr(jax.distributed, "initialize", lambda: done.append("joined"))
+  monkeypatch.setattr(os, "execv", lambda path, argv: done.append((path, argv)))
+  return done
+
+
+def test_the_program_starts_again_once_with_huge_pages(calls, monkeypatch):
+  monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "dsmoe.train", "--workdir=a b"])
+  host.start()
+  again = [sys.executable, "-m", "dsmoe.train", "--workdir=a b"]
+  assert calls == [(sys.executable, again)]
+  assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+  host.start()  # the started program: nothing left to do
+  assert len(calls) == 1
+
+
+def test_the_users_tunables_and_other_systems_are_left_alone(calls, monkeypatch):
+  monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=3")
+  host.start()
+  assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=3"
+  monkeypatch.delenv("GLIBC_TUNABLES")
+  monkeypatch.setattr(sys, "platform", "darwin")
+  host.start()
+  assert calls == [] and "GLIBC_TUNABLES" not in os.environ
+
+
+@pytest.mark.parametrize("variable", CLUSTERS)
+def test_a_cluster_is_joined_after_that(calls, monkeypatch, variable):
+  monkeypatch.setenv(variable, "1")
+  host.start()
+  assert len(calls) == 2 and calls[1] == "joined"
+
+
+def test_compiler_options_are_for_cpu_and_this_compiler_knows_them(monkeypatch):
+  run = jax.jit(lambda x: x @ x, compiler_options=host.compiler_options())
+  x = np.array([[1, 2], [3, 4]], np.float32)
+  assert run(x).tolist() == [[7, 10], [15, 22]]
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert host.compiler_options() == {}

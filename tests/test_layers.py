@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+from flax import nnx
+from helpers import assert_close
+
+from dsmoe import layers
+
+
+def test_rms_norm_matches_a_loop_in_value_and_gradient():
+  rng = np.random.default_rng(0)
+  B, S, D, eps = 2, 3, 7, 0.1  # an eps that matters
+  x, dy = rng.standard_normal((2, B, S, D)).astype(np.float32)
+  scale = rng.standard_normal(D).astype(np.float32)
+  y, vjp = jax.vjp(lambda x, scale: layers.rms_norm(x, scale, eps), x, scale)
+  dx, dscale = vjp(jnp.asarray(dy))
+  expected = np.zeros((B, S, D))
+  expected_dx, expected_dscale = np.zeros((B, S, D)), np.zeros(D)
+  for b, s in np.ndindex(B, S):
+    row, g = x[b, s].astype(np.float64), dy[b, s].astype(np.float64)
+    expected[b, s] = oracles.rms_norm(row, scale, eps)
+    r = 1 / np.sqrt((row**2).mean() + eps)
+    expected_dscale += g * row * r
+    expected_dx[b, s] = r * g * scale - r**3 * row * (g * scale * row).mean()
+  assert_close(y, expected)
+  assert_close((dx, dscale), (expected_dx, expected_dscale))
+
+
+def test_rms_norm_computes_in_float32():
+  """Squares of these overflow float16; the small differences drown in bfloat16."""
+  x = jnp.asarray([[300.0, 400.0]], jnp.float16)
+  y = layers.rms_norm(x, jnp.ones(2), 1e-6)
+  assert y.dtype == jnp.float16
+  np.testing.assert_allclose(np.asarray(y, np.float32), [[0.8485, 1.1314]], rtol=1e-3)
+  scale = jnp.asarray([1.0 + 2.0**-10, 1.0])  # not a bfloat16 number
+  y = layers.rms_norm(jnp.asarray([[1.0, 1.0]], jnp.float32), scale, 0.0)
+  assert_close(y, np.array([[1.0 + 2.0**-10, 1.0]]))
+
+
+def test_swiglu_matches_a_loop_in_value_and_gradient():
+  rng = np.random.default_rng(1)
+  D, F, B, S = 5, 7, 2, 3
+  module = layers.SwiGLU(D, F, 0.5, nnx.Rngs(params=0))
+  weights = [np.asarray(w[...]) for w in (module.w_gate, module.w_up, module.w_down)]
+  assert [w.shape for w in weights] == [(D, F), (D, F), (F, D)]
+  x, dy = rng.standard_normal((2, B, S, D)).astype(np.float32)
+
+  graphdef, state = nnx.split(module)
+  y, vjp = jax.vjp(lambda x, state: nnx.merge(graphdef, state)(x), jnp.asarray(x), state)
+  dx, dstate = vjp(jnp.asarray(dy))
+  expected = np.stack([[oracles.swiglu(x[b, s], *weights) for s in range(S)] for b in range(B)])
+  assert_close(y, expected)
+  expected_dx, sums = np.zeros((B, S, D)), [0.0, 0.0, 0.0]
+  w64 = [w.astype(np.float64) for w in weights]
+  for b, s in np.ndindex(B, S):
+    dx_row, _, *dw = oracles.swiglu_gradients(x[b, s], 1.0, *w64, dy[b, s])
+    expected_dx[b, s] = dx_row
+    sums = [total + part for total, part in zip(sums, dw)]
+  assert_close(dx, expected_dx)
+  names = ("w_gate", "w_up", "w_down")
+  assert_close([dstate[name][...] for name in names], sums)
+
+
+def test_initial_weights_have_their_standard_deviation():
+  w = np.asarray(layers.normal(nnx.Rngs(params=3), (200, 300), 0.02)[...])
+  assert w.dtype == np.float32
+  assert abs(w.std() / 0.02 - 1) < 0.02 and abs(w.mean()) < 5e-4
+  assert np.asarray(layers.ones(3)[...]).tolist() == [1, 1, 1]
+  assert np.asarray(layers.zeros(2)[...]).tolist() == [0, 0]

@@ -1,0 +1,112 @@
+"""Every script runs, once; what it prints is what it promises."""
+
+import json
+
+import pytest
+import runs
+from data_cases import VOCAB, make_folder
+from helpers import small_config
+
+from dsmoe import train
+
+PUBLISHED = ("deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "moonlight_16b", "kimi_k2")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  return make_folder(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def workdir(corpus, tmp_path_factory):
+  """A run of three steps on text."""
+  folder = tmp_path_factory.mktemp("run")
+  config = small_config(
+    **runs.TWO_LAYERS,
+    **{"model.vocab_size": VOCAB, "num_steps": 3, "log.log_every_steps": 1},
+    **{"data.train_globs": (f"{corpus}/a/*.txt",)},
+    **{"data.validation_globs": (f"{corpus}/v/*.txt",)},
+  )
+  assert train.train(config, folder) == 3
+  return folder
+
+
+def failure(*args) -> str:
+  code, out, err = runs.finish(runs.start(*args))
+  assert code != 0, out
+  assert "Traceback" not in err
+  return err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_compute_report_json(name):
+  out = runs.run("scripts/compute_report.py", f"--config=experiments/{name}.py", "--json")
+  values = json.loads(out)
+  assert values["active_params"] < values["total_params"]
+  assert set(values["flops_per_token"]) == {"causal", "non_causal", "causal_mtp"}
+  assert values["kv_cache_bytes_per_token"] > 0
+  assert values["training_flops"]["6nd"] == pytest.approx(
+    6 * values["active_params"] * values["training_tokens"]
+  )
+
+
+def test_compute_report_table():
+  # 14.8T tokens in 2.664M GPU hours. Source: DeepSeek-V3 (arXiv:2412.19437), table 1.
+  args = ("--config=experiments/deepseek_v3.py", "--tokens_per_sec=1543", "--chip=h100")
+  out = runs.run("scripts/compute_report.py", *args)
+  for text in ("671,026,419,200", "70,272", "250.4 GFLOP", "39.1%", "43.9%"):
+    assert text in out
+  assert failure("scripts/compute_report.py", *args[:2]).startswith("--tokens_per_sec needs")
+
+
+def test_bench_train():
+  args = ("scripts/bench_train.py", f"--config={runs.SHORT_RUN}", "--steps=2")
+  values = json.loads(runs.run(*args, "--json").splitlines()[-1])
+  for name in ("tokens_per_sec", "compile_secs", "peak_rss_mib", "loss", "gflops_per_sec"):
+    assert values[name] > 0, name
+  assert "tokens per sec" in runs.run(*args)
+
+
+def test_generate(workdir):
+  args = ("scripts/generate.py", f"--workdir={workdir}", "--num_tokens=8")
+  sampled = runs.run(*args, "--prompt=alpha beta", "--temperature=1")
+  likeliest = runs.run(*args, "--prompt=alpha beta", "--temperature=0", "--step=3")
+  assert sampled.startswith("alpha beta") and likeliest.startswith("alpha beta")
+  assert len(sampled) > len("alpha beta\n") and sampled != likeliest
+
+
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (("--prompt=",), "each prompt must have at least 1 token, got 0"),
+    (("--prompt=a", "--step=2"), "([3]), got 2"),
+    (("--prompt=a", "--workdir=/nowhere"), "must hold config.json, got /nowhere"),
+  ],
+)
+def test_generate_refuses_in_one_sentence(workdir, args, message):
+  last = failure("scripts/generate.py", f"--workdir={workdir}", *args)
+  assert last.startswith("generate: ") and last.endswith(message)
+
+
+def test_evaluate_text_is_the_runs_own_validation(workdir, corpus):
+  args = ("scripts/evaluate.py", f"--workdir={workdir}")
+  values = json.loads(runs.run(*args, f"--text={corpus}/v/*.txt", "--json"))
+  last = [json.loads(line) for line in (workdir / "metrics.jsonl").open()][-1]
+  assert values["step"] == last["step"] == 3
+  assert values["nats_per_token"] == pytest.approx(last["validation_loss"], rel=1e-5)
+  assert values["bits_per_byte"] == pytest.approx(last["validation_bits_per_byte"], rel=1e-5)
+  assert failure(*args, "--text=/nowhere/*").startswith("evaluate: ")
+
+
+def test_evaluate_choices(workdir, tmp_path):
+  path = tmp_path / "questions.jsonl"
+  questions = [{"question": "alpha", "choices": ["beta", "qqqq", "##"], "answer": 0}] * 2
+  path.write_text("\n".join(map(json.dumps, questions)))
+  out = runs.run("scripts/evaluate.py", f"--workdir={workdir}", f"--choices={path}")
+  for text in ("accuracy", "accuracy per byte", "margin"):
+    assert text in out
+
+
+def test_report(workdir):
+  out = runs.run("-m", "scripts.report", f"--workdir={workdir}", "--noplots")
+  assert "validation loss" in out

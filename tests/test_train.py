@@ -1,0 +1,125 @@
+"""Whole runs: killed at any moment, stopped, changed, exploding; they go on bitwise."""
+
+import json
+import pathlib
+import random
+import signal
+import time
+
+import pytest
+import runs
+from helpers import small_config
+
+from dsmoe import metrics, train
+
+LAST_STEP = 40
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+  """The workdir of a run that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp("uninterrupted")
+  code, out, err = runs.finish(runs.start_training(workdir))
+  assert code == 0, out + err
+  return workdir
+
+
+def assert_same_end(workdir, uninterrupted):
+  runs.assert_bitwise_equal(
+    runs.checkpoint_arrays(workdir, LAST_STEP), runs.checkpoint_arrays(uninterrupted, LAST_STEP)
+  )
+  assert runs.comparable_metrics(workdir) == runs.comparable_metrics(uninterrupted)
+
+
+def checkpoint_steps(workdir) -> list[int]:
+  folder = pathlib.Path(workdir) / "checkpoints"
+  return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def unfinished_saves(workdir) -> list[pathlib.Path]:
+  folder = pathlib.Path(workdir) / "checkpoints"
+  return [path for path in folder.glob("*") if not path.name.isdigit()]
+
+
+def test_uninterrupted_run_logs_each_step_once(uninterrupted):
+  rows = metrics.read_metrics(uninterrupted)
+  assert [row["step"] for row in rows if "loss" in row] == list(range(2, LAST_STEP + 1, 2))
+  assert [row["step"] for row in rows if "validation_loss" in row] == [10, 20, 30, 40]
+  assert checkpoint_steps(uninterrupted) == [39, 40]
+
+
+def test_killed_run_ends_as_if_never_stopped(uninterrupted, tmp_path):
+  seed = random.SystemRandom().randrange(2**32)
+  print(f"seed of the kills: {seed}")  # shown when the test fails
+  rng = random.Random(seed)
+
+  def after_lines(low, high):
+    lines = rng.randint(low, high)
+    return lambda: runs.logged_lines(tmp_path) >= lines
+
+  latest = max(checkpoint_steps(uninterrupted))
+  moments = [
+    ("after some lines", after_lines(1, 7)),
+    ("during a save", lambda: unfinished_saves(tmp_path) and checkpoint_steps(tmp_path)),
+    ("after more lines", after_lines(10, 16)),
+  ]
+  kills = []
+  for name, moment in moments:
+    process = runs.start_training(tmp_path)
+    if runs.wait_for(moment, process):
+      if name != "during a save":
+        time.sleep(rng.uniform(0, 0.1))
+      process.send_signal(signal.SIGKILL)
+    code, out, err = runs.finish(process)
+    kills.append((name, code, checkpoint_steps(tmp_path)))
+    assert code == -signal.SIGKILL, f"{kills}\n{out}\n{err}"
+    assert latest not in checkpoint_steps(tmp_path), kills
+  print(kills)
+  code, out, err = runs.finish(runs.start_training(tmp_path))
+  assert code == 0, out + err
+  assert "resumed from step" in out
+  assert_same_end(tmp_path, uninterrupted)
+
+
+def test_sigterm_saves_and_exits(uninterrupted, tmp_path):
+  process = runs.start_training(tmp_path)
+  assert runs.wait_for(lambda: runs.logged_lines(tmp_path) >= 4, process)
+  process.send_signal(signal.SIGTERM)
+  code, out, err = runs.finish(process)
+  assert code == 0, out + err
+  [saved] = [line for line in out.splitlines() if line.startswith("stopped by SIGTERM")]
+  step = int(saved.split()[-1])
+  assert 8 <= step < LAST_STEP and checkpoint_steps(tmp_path)[-1] == step
+  code, out, err = runs.finish(runs.start_training(tmp_path))
+  assert code == 0 and f"resumed from step {step}" in out, out + err
+  assert_same_end(tmp_path, uninterrupted)
+
+
+def test_changed_config_is_refused_by_name(uninterrupted):
+  before = (uninterrupted / "config.json").read_text()
+  process = runs.start_training(uninterrupted, "--config.model.routed_scaling_factor=2.0")
+  code, _, err = runs.finish(process)
+  assert code != 0
+  assert "model.routed_scaling_factor: 2.5 -> 2.0" in err and "--allow_config_change" in err
+  assert (uninterrupted / "config.json").read_text() == before
+  assert checkpoint_steps(uninterrupted) == [39, 40]
+
+
+def test_explosion_stops_with_the_last_good_state_saved(tmp_path):
+  overrides = ("--config.optim.learning_rate=1e30", "--config.optim.clip_norm=0.0")
+  code, out, err = runs.finish(runs.start_training(tmp_path, *overrides))
+  assert code not in (0, -signal.SIGKILL), out
+  [line] = [line for line in err.splitlines() if "NonFiniteError: " in line]
+  assert "must be finite, at step" in line
+  good = int(line.split("the state after step ")[1].split()[0])
+  assert checkpoint_steps(tmp_path)[-1] == good
+  arrays = runs.checkpoint_arrays(tmp_path, good)
+  assert arrays["['step']"] == good
+  assert all((array == array).all() for array in arrays.values())  # no NaN
+
+
+def test_run_without_validation_data(tmp_path):
+  config = small_config(**runs.TWO_LAYERS, **{"num_steps": 3, "data.validation_globs": ()})
+  assert train.train(config, tmp_path) == 3
+  assert not any("validation_loss" in row for row in metrics.read_metrics(tmp_path))
+  assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 3
