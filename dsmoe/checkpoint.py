@@ -152,7 +152,7 @@ def restore_weights(
   Raises:
     ValueError: when there is no such checkpoint.
   """
-  with _manager(workdir, ocp.CheckpointManagerOptions(read_only=True)) as manager:
+  with _manager(workdir, ocp.CheckpointManagerOptions(create=False)) as manager:
     steps = manager.all_steps()
     step = manager.latest_step() if step is None else step
     if step is None or step not in steps:
