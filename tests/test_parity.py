@@ -80,13 +80,15 @@ def build(kind: str, fields: dict, seed: int):
 
 
 @torch.no_grad()
-def randomise(module, bias_mean: float):
-  """Draws what initialises to a constant."""
+def randomise(module, bias_mean: float, std: float | None = None):
+  """Draws what initialises to a constant; with `std`, everything else too."""
   for name, parameter in module.named_parameters():
     if name.endswith(("norm.weight", "layernorm.weight")):
       parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
     elif name.endswith(".bias"):
       parameter.copy_(0.2 * torch.randn_like(parameter))
+    elif std is not None:
+      parameter.copy_(std * torch.randn_like(parameter))
   for name, buffer in module.named_buffers():
     if name.endswith("e_score_correction_bias"):
       buffer.copy_(bias_mean + 0.3 * torch.randn_like(buffer))
@@ -211,8 +213,8 @@ def test_multi_token_prediction_of_depth_two(rope, tmp_path):
   for attempt in range(50):
     theirs = build("V3", rope | {"num_nextn_predict_layers": depth}, seed + attempt)
     heads = MtpModel(theirs, depth).train()
-    for module in (theirs, heads):
-      randomise(module, 0.0)
+    randomise(theirs, 0.0)
+    randomise(heads, 0.0, std=0.2)  # MtpModel leaves its experts uninitialised
     # The embedding and head are the main model's own, in both.
     watch = Watch().on(theirs, heads.layers)
     tokens, _ = random_tokens((2, 17))
