@@ -16,7 +16,7 @@ from flax import nnx
 
 from dsmoe import rope
 from dsmoe.config import ModelConfig
-from dsmoe.layers import normal, ones, rms_norm, zeros
+from dsmoe.layers import normal, ones, project, rms_norm, zeros
 
 LATENT_NORM_EPS = 1e-6  # whatever rms_norm_eps says, as in every released checkpoint's code
 
@@ -72,14 +72,18 @@ def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float, chunk_to
   return _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens)[0]
 
 
+def _heads_first(a):
+  """[B, S, H, x] to [B, H, S, x], all rows at once: inside the loop over rows it is slower."""
+  return jax.lax.optimization_barrier(a.swapaxes(1, 2))
+
+
 def _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens):
   S, dtype = q_BSHA.shape[1], v_BSHU.dtype
+  q_BHSA, k_BHTA, v_BHTU = (_heads_first(a) for a in (q_BSHA * scale, k_BSHA, v_BSHU))
 
   def one_row(row):
-    q_SHA, k_SHA, v_SHU, segments_S = row
-    q_HSA = (q_SHA * scale).swapaxes(0, 1)
-    k_HAT = _swap(k_SHA.swapaxes(0, 1))
-    v_HTU = v_SHU.swapaxes(0, 1)
+    q_HSA, k_HTA, v_HTU, segments_S = row
+    k_HAT = _swap(k_HTA)
     outs, log_z = [], []
     for first, end in _chunks(S, chunk_tokens):
       visible = _visible(segments_S, first, end)
@@ -94,10 +98,11 @@ def _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens):
       )
       outs.append((out_HsU / z_Hs1).astype(dtype))
       log_z.append((top_Hs1 + jnp.log(z_Hs1))[..., 0])
-    return jnp.concatenate(outs, axis=1).swapaxes(0, 1), jnp.concatenate(log_z, axis=1)
+    return jnp.concatenate(outs, axis=1), jnp.concatenate(log_z, axis=1)
 
-  out_BSHU, log_z_BHS = jax.lax.map(one_row, (q_BSHA, k_BSHA, v_BSHU, segments_BS))
-  return out_BSHU, (q_BSHA, k_BSHA, v_BSHU, segments_BS, out_BSHU, log_z_BHS)
+  inputs = (q_BHSA, k_BHTA, v_BHTU, segments_BS)
+  out_BHSU, log_z_BHS = jax.lax.map(one_row, inputs)
+  return out_BHSU.swapaxes(1, 2), (*inputs, out_BHSU, log_z_BHS)
 
 
 def _attention_bwd(scale, chunk_tokens, saved, dout_BSHU):
@@ -105,13 +110,10 @@ def _attention_bwd(scale, chunk_tokens, saved, dout_BSHU):
   f32 = jnp.float32
 
   def one_row(row):
-    q_SHA, k_SHA, v_SHU, segments_S, out_SHU, log_z_HS, dout_SHU = row
-    q_HSA, k_HTA, v_HTU, dout_HSU = (
-      a.swapaxes(0, 1) for a in ((q_SHA * scale), k_SHA, v_SHU, dout_SHU)
-    )
+    q_HSA, k_HTA, v_HTU, segments_S, out_HSU, log_z_HS, dout_HSU = row
     q_HAS, k_HAT, v_HUT, dout_HUS = _swap(q_HSA, k_HTA, v_HTU, dout_HSU)
     # Sum over keys of p dp, the part of the softmax's gradient all logits of a row share.
-    shared_HS1 = jnp.sum(dout_SHU.astype(f32) * out_SHU, axis=-1).T[..., None]
+    shared_HS1 = jnp.sum(dout_HSU.astype(f32) * out_HSU, axis=-1, keepdims=True)
     dq = []
     dk_HAT, dv_HUT = jnp.zeros_like(k_HAT, f32), jnp.zeros_like(v_HUT, f32)
     for first, end in _chunks(S, chunk_tokens):
@@ -124,15 +126,13 @@ def _attention_bwd(scale, chunk_tokens, saved, dout_BSHU):
       dk = jnp.matmul(q_HAS[..., first:end], dlogits_HsT, preferred_element_type=f32)
       dk_HAT = dk_HAT.at[..., :end].add(dk)
       dv_HUT = dv_HUT.at[..., :end].add(dv)
-    dq_HSA = jnp.concatenate(dq, axis=1) * scale
-    return (
-      dq_HSA.swapaxes(0, 1).astype(dtype),
-      dk_HAT.transpose(2, 0, 1).astype(dtype),
-      dv_HUT.transpose(2, 0, 1).astype(dtype),
-    )
+    dq_HSA = jnp.concatenate(dq, axis=1)
+    return dq_HSA.astype(dtype), dk_HAT.astype(dtype), dv_HUT.astype(dtype)
 
-  dq_BSHA, dk_BSHA, dv_BSHU = jax.lax.map(one_row, (*saved, dout_BSHU))
-  return dq_BSHA, dk_BSHA, dv_BSHU, None
+  gradients = jax.lax.map(one_row, (*saved, _heads_first(dout_BSHU)))
+  dq_BHSA, dk_BHAT, dv_BHUT = jax.lax.optimization_barrier(gradients)
+  dk_BTHA, dv_BTHU = (a.transpose(0, 3, 1, 2) for a in (dk_BHAT, dv_BHUT))
+  return dq_BHSA.swapaxes(1, 2) * scale, dk_BTHA, dv_BTHU, None
 
 
 causal_attention.defvjp(_attention_fwd, _attention_bwd)
@@ -173,20 +173,20 @@ class MLA(nnx.Module):
   def queries(self, x_BSD, cos_BSr, sin_BSr):
     """Returns rotated queries [B, S, H, N + R]."""
     if self.config.q_lora_rank is None:
-      q_BSHA = jnp.einsum("bsd,dha->bsha", x_BSD, self._rope_columns(self.q_proj[...]))
+      q_BSHA = project(x_BSD, self._rope_columns(self.q_proj[...]))
     else:
-      q_BSQ = x_BSD @ self.q_a_proj[...]
+      q_BSQ = project(x_BSD, self.q_a_proj[...])
       if self.config.attention_bias:
         q_BSQ = q_BSQ + self.q_a_bias[...].astype(q_BSQ.dtype)[None, None]
       q_BSQ = rms_norm(q_BSQ, self.q_a_norm[...], LATENT_NORM_EPS)
-      q_BSHA = jnp.einsum("bsq,qha->bsha", q_BSQ, self._rope_columns(self.q_b_proj[...]))
+      q_BSHA = project(q_BSQ, self._rope_columns(self.q_b_proj[...]))
     q_BSHN, q_BSHR = jnp.split(q_BSHA, [self.config.qk_nope_head_dim], axis=-1)
     q_BSHR = rope.rotate(q_BSHR, cos_BSr[:, :, None], sin_BSr[:, :, None])
     return jnp.concatenate([q_BSHN, q_BSHR], axis=-1)
 
   def latents(self, x_BSD, cos_BSr, sin_BSr):
     """Returns the normalised latent [B, S, C] and the rotated shared key [B, S, R]."""
-    kv = x_BSD @ self._rope_columns(self.kv_a_proj[...])
+    kv = project(x_BSD, self._rope_columns(self.kv_a_proj[...]))
     if self.config.attention_bias:
       kv = kv + self._rope_columns(self.kv_a_bias[...]).astype(kv.dtype)[None, None]
     c_BSC, k_BSR = jnp.split(kv, [self.config.kv_lora_rank], axis=-1)
@@ -207,14 +207,16 @@ class MLA(nnx.Module):
     config = self.config
     q_BSHA = self.queries(x_BSD, cos_BSr, sin_BSr)
     c_BSC, k_BSR = self.latents(x_BSD, cos_BSr, sin_BSr)
-    kv = jnp.einsum("bsc,che->bshe", c_BSC, self.kv_b_proj[...])
+    kv = project(c_BSC, self.kv_b_proj[...])
     k_BSHN, v_BSHU = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
     k_BSHR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSHN.shape[:3], config.qk_rope_head_dim))
     k_BSHA = jnp.concatenate([k_BSHN, k_BSHR], axis=-1)
     out_BSHU = causal_attention(
       q_BSHA, k_BSHA, v_BSHU, segments_BS, rope.softmax_scale(config), config.attention_chunk_tokens
     )
-    out_BSD = jnp.einsum("bshu,hud->bsd", out_BSHU, self.o_proj[...])
+    out_BSD = project(
+      out_BSHU.reshape(*x_BSD.shape[:2], -1), self.o_proj[...].reshape(-1, x_BSD.shape[2])
+    )
     if config.attention_bias:
       out_BSD = out_BSD + self.o_bias[...].astype(out_BSD.dtype)[None, None]
     return out_BSD

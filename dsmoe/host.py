@@ -12,6 +12,7 @@ _CLUSTER_VARIABLES = (
   "OMPI_COMM_WORLD_SIZE",
   "JAX_COORDINATOR_ADDRESS",
 )
+_MALLOC = {"hugetlb": 1, "arena_max": 1, "mmap_threshold": 2**40, "trim_threshold": 2**40}
 
 
 def start() -> None:
@@ -19,20 +20,22 @@ def start() -> None:
 
   Call it first in `main`: it may start the program again, in the same process.
   """
-  use_huge_pages()
+  keep_memory()
   if any(name in os.environ for name in _CLUSTER_VARIABLES):
     jax.distributed.initialize()
 
 
-def use_huge_pages() -> None:
-  """Lets glibc back large allocations by huge pages; starts the program again to do so.
+def keep_memory() -> None:
+  """Has glibc keep freed memory and back it by huge pages; starts the program again to do so.
 
-  XLA:CPU allocates its temporary buffers anew at every step and the system clears each
-  page of them: by 4 KiB pages that is a tenth of a small model's step. glibc reads the
-  setting only when a process starts. A GLIBC_TUNABLES of the user's is left alone.
+  XLA:CPU allocates its temporary buffers anew at every step. By default glibc returns them to
+  the system, which clears every page again: a tenth of a small model's step, or more when the
+  machine is short of huge pages. Only one arena, since the others hand large blocks back
+  whatever the thresholds. glibc reads these settings only when a process starts. A
+  GLIBC_TUNABLES of the user's is left alone.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{k}={v}" for k, v in _MALLOC.items())
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,6 +1,6 @@
 """The transformer: embedding, dense blocks, MoE blocks, norm, head, MTP. Wiring only.
 
-Layers of one kind are stacked and scanned, so compile time does not grow with depth. Each
+Layers of one kind are stacked, and scanned when many, so compile time does not grow with depth. Each
 layer's weights are gathered from their shards just before use, inside the scan.
 
 Shapes: B batch, S sequence, D hidden, V vocabulary, L layers, E routed experts.
@@ -23,6 +23,8 @@ from dsmoe.moe import MoE, MoEStats, RouterBias
 
 # Kept in float32 under bfloat16 compute: the router decides by small differences.
 FLOAT32_PARAMETERS = ("router",)
+
+MAX_WRITTEN_OUT_LAYERS = 4  # of one kind
 
 REMAT: dict[str, Callable[[Callable], Callable]] = {
   "none": lambda fn: fn,
@@ -68,6 +70,23 @@ class Block(nnx.Module):
 def _stack(make, num: int, rngs: nnx.Rngs):
   """Builds `num` modules with their parameters stacked along a leading dimension."""
   return nnx.split_rngs(splits=num)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+
+
+def _apply_stack(layer, x_BSD, layers):
+  """Runs `layer(x, weights) -> (x, stats)` over stacked weights; stats gain a leading dimension.
+
+  A short stack is written out: a scan keeps what its gradient needs in stacked buffers, cleared,
+  filled and sliced, which on CPU is a fifth of a small model's step. A longer one is scanned, so
+  that compile time does not grow with depth.
+  """
+  num_layers = jax.tree.leaves(layers)[0].shape[0]
+  if num_layers > MAX_WRITTEN_OUT_LAYERS:
+    return jax.lax.scan(layer, x_BSD, layers)
+  stats = []
+  for i in range(num_layers):
+    x_BSD, layer_stats = layer(x_BSD, jax.tree.map(lambda w, i=i: w[i], layers))
+    stats.append(layer_stats)
+  return x_BSD, jax.tree.map(lambda *s: jnp.stack(s), *stats)
 
 
 def _gathered(graphdef, state) -> Any:
@@ -136,7 +155,7 @@ class Transformer(nnx.Module):
         def layer(x_BSD, state, graphdef=graphdef):
           return _gathered(graphdef, state)(x_BSD, *args)
 
-        x_BSD, layer_stats = jax.lax.scan(REMAT[config.remat](layer), x_BSD, layers)
+        x_BSD, layer_stats = _apply_stack(REMAT[config.remat](layer), x_BSD, layers)
         stats += [layer_stats] if layer_stats is not None else []
     hidden_BSD = rms_norm(x_BSD, self.norm[...], config.rms_norm_eps)
 

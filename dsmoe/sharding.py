@@ -169,7 +169,8 @@ def gather_weights(params: Any) -> Any:
     spec = parameter_spec(path, x.ndim)
     owned = RULES.spec(("experts",))[0] if any("experts" in str(key) for key in path) else None
     for dim, axis in enumerate(spec):
-      if axis is not None and axis != owned:
+      # Over an axis of one device it would be a copy.
+      if axis is not None and axis != owned and jax.lax.axis_size(axis) > 1:
         x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
     return x
 

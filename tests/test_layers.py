@@ -68,3 +68,14 @@ def test_initial_weights_have_their_standard_deviation():
   assert abs(w.std() / 0.02 - 1) < 0.02 and abs(w.mean()) < 5e-4
   assert np.asarray(layers.ones(3)[...]).tolist() == [1, 1, 1]
   assert np.asarray(layers.zeros(2)[...]).tolist() == [0, 0]
+
+
+def test_project_is_the_contraction_in_value_and_gradient():
+  keys = jax.random.split(jax.random.key(8), 3)
+  x, w = jax.random.normal(keys[0], (2, 3, 5)), jax.random.normal(keys[1], (5, 4, 7))
+  y, vjp = jax.vjp(layers.project, x, w)
+  dy = jax.random.normal(keys[2], y.shape)
+  dx, dw = vjp(dy)
+  assert_close(y, np.einsum("bsd,dha->bsha", x, w))
+  assert_close(dx, np.einsum("bsha,dha->bsd", dy, w))
+  assert_close(dw, np.einsum("bsha,bsd->dha", dy, x))

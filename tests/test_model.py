@@ -18,7 +18,7 @@ from helpers import (
 )
 
 from dsmoe import model as model_lib
-from dsmoe import train_step
+from dsmoe import sharding, train_step
 
 ORDER = ("tokens", "positions", "segments", "targets")
 SHALLOW = {"model.num_hidden_layers": 3, "model.first_k_dense_replace": 1, "batch_size": 3}
@@ -122,12 +122,45 @@ def _step_jaxpr(**overrides):
 
 
 def test_the_step_does_not_grow_with_depth():
-  counts = [len(_step_jaxpr(**{"model.num_hidden_layers": layers})) for layers in (4, 32)]
-  assert counts[0] == counts[1] > 100
+  """Beyond the short stacks that are written out, which may be a few times as long."""
+  few, more, many = (
+    len(_step_jaxpr(**{"model.num_hidden_layers": layers})) for layers in (4, 8, 32)
+  )
+  assert 100 < more == many
+  assert few < 3 * many
 
 
-def test_remat_keeps_less_and_computes_more():
+def test_a_stack_written_out_equals_the_scanned_one(monkeypatch):
+  """Loss, every gradient and every expert's count."""
+  config = small_config(**{"model.num_hidden_layers": 5, "model.first_k_dense_replace": 2})
+  graphdef, params, bias = random_parts(config, 11)
+  run = train_step._loss_and_grads(config, graphdef)
+  specs = [sharding.parameter_specs(x) for x in (params, bias)]
+  none = jax.sharding.PartitionSpec()
+  outs, scans = [], []
+  for most in (4, 0):
+    monkeypatch.setattr(model_lib, "MAX_WRITTEN_OUT_LAYERS", most)
+    step = jax.jit(
+      sharding.shard_map(
+        lambda *a: run(*a),
+        mesh_of(1),
+        in_specs=(*specs, none, sharding.batch_spec()),
+        out_specs=((none, none), specs[0]),
+      )
+    )
+    args = (params, bias, jnp.zeros((), jnp.int32), random_batch(config, 12))
+    scans.append(sum(e.primitive.name == "scan" for e in equations(step.trace(*args).jaxpr.jaxpr)))
+    outs.append(step(*args))
+  assert scans[0] > scans[1]  # each layer's own loops, not one stack's
+  ((losses, load), grads), ((losses2, load2), grads2) = outs
+  np.testing.assert_array_equal(load.counts_LE, load2.counts_LE)
+  assert load.counts_LE.shape[0] == 3 + config.model.num_nextn_predict_layers
+  jax.tree.map(assert_close, (losses, grads), (losses2, grads2))
+
+
+def test_remat_keeps_less_and_computes_more(monkeypatch):
   """By policy: elements the layers' scans leave for the backward pass, and its matmuls."""
+  monkeypatch.setattr(model_lib, "MAX_WRITTEN_OUT_LAYERS", 0)
   saved, matmuls = {}, {}
   for remat in ("none", "dots", "full"):
     steps = _step_jaxpr(**{"model.remat": remat, "model.num_nextn_predict_layers": 0})
