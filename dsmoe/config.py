@@ -112,6 +112,8 @@ class ModelConfig:
     )
     _at_least(self, 0, "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
     _require(self.rms_norm_eps > 0, f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
+    _require(self.rope_theta > 1, f"rope_theta must be above 1, got {self.rope_theta}")
+    _at_least(self, 0, "initializer_range")
     _require(
       self.q_lora_rank is None or self.q_lora_rank >= 1,
       f"q_lora_rank must be None or at least 1, got {self.q_lora_rank}",
@@ -168,6 +170,10 @@ class BalanceConfig:
   def __post_init__(self):
     for method in self.methods:
       _one_of("balance.methods", method, ("bias", "sequence"))
+    _require(
+      len(set(self.methods)) == len(self.methods),
+      f"balance.methods must name each method once, got {self.methods}",
+    )
     _at_least(self, 0.0, "bias_update_speed", "sequence_loss_weight")
     _at_least(self, -1, "bias_freeze_step")
 
@@ -340,6 +346,11 @@ class Config:
       o.warmup_steps + tail <= self.num_steps,
       f"optim.warmup_steps ({o.warmup_steps}) plus decay_steps ({tail}) must not exceed "
       f"num_steps ({self.num_steps})",
+    )
+    _require(
+      o.schedule != "cosine" or o.warmup_steps < self.num_steps,
+      f"optim.schedule 'cosine' needs steps after warm-up: optim.warmup_steps ({o.warmup_steps}) "
+      f"must be below num_steps ({self.num_steps})",
     )
 
 

@@ -61,9 +61,11 @@ def generate(
     The new tokens of each prompt.
 
   Raises:
-    ValueError: for an empty prompt, a token outside the vocabulary, a negative temperature,
+    ValueError: for no prompt or an empty one, a token outside the vocabulary, a negative temperature,
       or more tokens than max_position_embeddings.
   """
+  if not prompts:
+    raise ValueError("prompts must have at least 1 prompt, got 0")
   longest = max(len(p) for p in prompts)
   limit = config.model.max_position_embeddings
   if min(len(p) for p in prompts) == 0:

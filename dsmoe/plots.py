@@ -19,6 +19,7 @@ from dsmoe import metrics
 
 _DOTS_PER_INCH = 110
 _MAX_POINTS = 256  # even
+_SMOOTHED_POINTS = 40  # from so many on, a loss is drawn with its running mean
 _WIDE = ("expert_counts", "router_bias")  # [L, E] a line: thinned while they are read
 
 
@@ -105,6 +106,14 @@ class _Panel(NamedTuple):
   lines: list[tuple[str, str]]  # metric, legend
 
 
+def _running_mean(value_T, reach: int) -> np.ndarray:
+  """Averages each point with `reach` neighbours on either side, fewer at the ends."""
+  sums = np.concatenate([[0.0], np.cumsum(value_T, dtype=np.float64)])
+  at = np.arange(len(value_T))
+  first, end = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(value_T))
+  return (sums[end] - sums[first]) / (end - first)
+
+
 def _draw_losses(run: _Run) -> figure.Figure | None:
   main = [("loss", "train loss, all terms"), ("cross_entropy", "train cross-entropy")]
   main += [("validation_loss", "validation loss")]
@@ -160,6 +169,10 @@ def _draw_lines(run: _Run, panels: list[_Panel]) -> figure.Figure | None:
       style = "o--" if name == "validation_loss" else _style(step_T)
       value_T = value_T * 100 if name == "mfu" else value_T
       color = f"C{i}" if len(lines) <= 10 else palette[i]
+      if scale == "free" and len(value_T) >= _SMOOTHED_POINTS and name != "validation_loss":
+        ax.plot(step_T, value_T, color=color, linewidth=0.8, alpha=0.3)
+        value_T = _running_mean(value_T, len(value_T) // 20)
+        legend += f", mean of {2 * (len(value_T) // 20) + 1} points"
       ax.plot(step_T, value_T, style, label=legend, color=color, linewidth=1.2, markersize=5)
     ax.set_title(title, fontsize=11)
     ax.set_ylabel(label)

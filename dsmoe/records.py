@@ -80,7 +80,7 @@ def prepare(config: DataConfig, vocab_size: int, directory: epath.PathLike) -> P
   directory = epath.Path(directory)
   if "://" in directory.as_posix():
     raise ValueError(f"data.cache_dir must be a local directory, got {directory}")
-  sources = _find_sources(config)
+  sources = find_sources(config)
   directory.mkdir(parents=True, exist_ok=True)
   inputs = _inputs(config, vocab_size, sources, directory)
   _claim(directory, inputs, sources)
@@ -118,7 +118,12 @@ def lengths_path(path: epath.Path) -> epath.Path:
   return path.with_suffix(".lengths.npy")
 
 
-def _find_sources(config: DataConfig) -> dict[str, corpus.Source]:
+def find_sources(config: DataConfig) -> dict[str, corpus.Source]:
+  """Finds every file of the config's globs, by "train-<i>" and "validation-<i>".
+
+  Raises:
+    ValueError: if a glob matches nothing, or "synthetic" does not stand alone in validation.
+  """
   train, held_out = config.train_globs, config.validation_globs
   if corpus.SYNTHETIC in held_out and len(held_out) > 1:
     raise ValueError(f"'synthetic' must stand alone in data.validation_globs, got {held_out}")

@@ -83,6 +83,7 @@ def train(config: Config, workdir: epath.PathLike, allow_config_change: bool = F
   workdir = epath.Path(workdir)
   mesh = sharding.make_mesh(config.mesh)
   train_step.check_batch(config, mesh)
+  records.find_sources(config.data)  # a wrong glob is refused before anything is written
   abstract = train_step.abstract_state(config, mesh)
   stop = []
   previous_handler = signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))

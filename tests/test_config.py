@@ -57,6 +57,17 @@ RULES = [
     for name in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
   ),
   ({"model.rms_norm_eps": 0.0}, "rms_norm_eps must be positive, got 0.0"),
+  ({"model.rope_theta": 1.0}, "rope_theta must be above 1, got 1.0"),
+  ({"model.initializer_range": -0.1}, "initializer_range must be at least 0, got -0.1"),
+  (
+    {"balance.methods": ("bias", "bias")},
+    "balance.methods must name each method once, got ('bias', 'bias')",
+  ),
+  (
+    {"optim.schedule": "cosine", "optim.warmup_steps": 20, "num_steps": 20},
+    "optim.schedule 'cosine' needs steps after warm-up: optim.warmup_steps (20) must be below "
+    "num_steps (20)",
+  ),
   ({"model.q_lora_rank": 0}, "q_lora_rank must be None or at least 1, got 0"),
   ({"model.qk_rope_head_dim": 7}, "qk_rope_head_dim must be even, got 7"),
   (

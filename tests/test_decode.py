@@ -90,6 +90,7 @@ def test_temperature_zero_takes_the_first_of_the_likeliest():
 @pytest.mark.parametrize(
   "prompts, options, message",
   [
+    ([], {}, "prompts must have at least 1 prompt, got 0"),
     ([[1], []], {}, "each prompt must have at least 1 token, got 0"),
     ([[1]], {"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
     ([[1] * 16, [2]], {}, r"prompt \(16 tokens\) plus num_tokens \(5\) must not exceed .* \(20\)"),

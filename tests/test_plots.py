@@ -109,3 +109,9 @@ def test_report_names_the_missing_file(tmp_path):
   done = _report(f"--workdir={tmp_path}")
   assert done.returncode != 0
   assert "has no metrics.jsonl" in done.stdout + done.stderr
+
+
+def test_running_mean_matches_a_loop_and_keeps_the_ends():
+  values = np.random.default_rng(4).normal(size=11)
+  expected = [values[max(i - 3, 0) : i + 4].mean() for i in range(11)]
+  np.testing.assert_allclose(plots._running_mean(values, 3), expected, rtol=1e-12)

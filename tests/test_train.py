@@ -123,3 +123,10 @@ def test_run_without_validation_data(tmp_path):
   assert train.train(config, tmp_path) == 3
   assert not any("validation_loss" in row for row in metrics.read_metrics(tmp_path))
   assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 3
+
+
+def test_a_glob_that_matches_nothing_leaves_no_workdir(tmp_path):
+  config = small_config(**runs.TWO_LAYERS, **{"data.validation_globs": (f"{tmp_path}/*.txt",)})
+  with pytest.raises(ValueError, match=r"data.validation_globs must match a file; .*/\*.txt"):
+    train.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
