@@ -1,5 +1,4 @@
 import os
-import subprocess
 import sys
 
 import jax
@@ -33,7 +32,9 @@ def test_the_program_starts_again_once_with_its_memory_settings(calls, monkeypat
   again = [sys.executable, "-m", "dsmoe.train", "--workdir=a b"]
   assert calls == [(sys.executable, again)]
   tunables = dict(x.split("=") for x in os.environ["GLIBC_TUNABLES"].split(":"))
-  assert tunables["glibc.malloc.hugetlb"] == tunables["glibc.malloc.arena_max"] == "1"
+  assert tunables["glibc.malloc.hugetlb"] == "1"
+  thresholds = [int(tunables[f"glibc.malloc.{name}_threshold"]) for name in ("mmap", "trim")]
+  assert min(thresholds) > 2**35  # more than any buffer
   host.start()  # the started program: nothing left to do
   assert len(calls) == 1
 
@@ -61,29 +62,3 @@ def test_compiler_options_are_for_cpu_and_this_compiler_knows_them(monkeypatch):
   assert run(x).tolist() == [[7, 10], [15, 22]]
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert host.compiler_options() == {}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
-def test_memory_freed_is_kept():
-  """In a thread of its own, as XLA allocates: the second block of one size faults in nothing."""
-  code = """
-import resource, sys, threading
-import jax
-from dsmoe import host
-jax.distributed.initialize = lambda: None
-host.start()
-faults = []
-def touch():
-  for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    bytearray(100 << 20)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-thread = threading.Thread(target=touch)
-thread.start()
-thread.join()
-print(faults[0], faults[2])
-"""
-  env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-  first, third = map(int, out.stdout.split())
-  assert first > third and third < 10, out.stdout
