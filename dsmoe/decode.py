@@ -61,8 +61,8 @@ def generate(
     The new tokens of each prompt.
 
   Raises:
-    ValueError: for no prompt or an empty one, a token outside the vocabulary, a negative temperature,
-      or more tokens than max_position_embeddings.
+    ValueError: for no prompt or an empty one, a token outside the vocabulary, a negative
+      temperature, or more tokens than max_position_embeddings.
   """
   if not prompts:
     raise ValueError("prompts must have at least 1 prompt, got 0")

@@ -30,6 +30,13 @@ def project(x, w):
 
   As one matmul of two-dimensional arrays, whose gradients XLA:CPU runs without copying a
   transposed operand first.
+
+  Args:
+    x: [..., D].
+    w: [D, ...], in x's dtype.
+
+  Returns:
+    x's leading dimensions followed by w's trailing ones, in x's dtype.
   """
   y = x.reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)
   return y.reshape(*x.shape[:-1], *w.shape[1:])
@@ -57,7 +64,7 @@ def rms_norm(x, scale_D, eps: float):
 
 @jax.checkpoint
 def silu_times(gate, up):
-  """SwiGLU's activation; the gradient recomputes it from its two arguments."""
+  """Returns silu(gate) * up, in their shape and dtype; the gradient recomputes it from the two."""
   return jax.nn.silu(gate) * up
 
 

@@ -1,7 +1,7 @@
 """The transformer: embedding, dense blocks, MoE blocks, norm, head, MTP. Wiring only.
 
-Layers of one kind are stacked, and scanned when many, so compile time does not grow with depth. Each
-layer's weights are gathered from their shards just before use, inside the scan.
+Layers of one kind are stacked, and scanned when many, so compile time does not grow with
+depth. Each layer's weights are gathered from their shards just before use.
 
 Shapes: B batch, S sequence, D hidden, V vocabulary, L layers, E routed experts.
 """

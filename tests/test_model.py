@@ -142,7 +142,7 @@ def test_a_stack_written_out_equals_the_scanned_one(monkeypatch):
     monkeypatch.setattr(model_lib, "MAX_WRITTEN_OUT_LAYERS", most)
     step = jax.jit(
       sharding.shard_map(
-        lambda *a: run(*a),
+        lambda *a: run(*a),  # a new function, or jit would take the first trace again
         mesh_of(1),
         in_specs=(*specs, none, sharding.batch_spec()),
         out_specs=((none, none), specs[0]),
