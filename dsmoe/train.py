@@ -126,6 +126,7 @@ def train(config: Config, workdir: epath.PathLike, allow_config_change: bool = F
     start = time.perf_counter()
     batch = evaluate.to_global(next(batches), mesh)
     step_fn = step_fn.lower(state, batch).compile()
+    host.release_memory()
     bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
     logged_step, logged_time = first, time.perf_counter()
     saved = first

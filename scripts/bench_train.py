@@ -57,6 +57,7 @@ def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
   start = time.perf_counter()
   step_fn = train_step.make_train_step(config, mesh).lower(state, batch).compile()
   compile_secs = time.perf_counter() - start
+  host.release_memory()
 
   tokens = config.batch_size * config.data.sequence_length
   secs = []

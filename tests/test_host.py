@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 
 import jax
@@ -62,3 +63,28 @@ def test_compiler_options_are_for_cpu_and_this_compiler_knows_them(monkeypatch):
   assert run(x).tolist() == [[7, 10], [15, 22]]
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert host.compiler_options() == {}
+
+
+RELEASE = """
+from dsmoe import host
+host.keep_memory()
+def resident_mib():
+  return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+import numpy as np
+blocks = [np.ones(2**16, np.uint8) for _ in range(4000)]
+last = np.ones(2**16, np.uint8)  # above the others: the heap cannot just shrink
+held = resident_mib()
+del blocks
+kept = resident_mib()
+host.release_memory()
+print(held - kept, kept - resident_mib())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc_trim is on Linux")
+def test_freed_memory_is_kept_until_released():
+  out = subprocess.run(
+    [sys.executable, "-c", RELEASE], check=True, text=True, capture_output=True
+  ).stdout
+  freed_at_once, released = map(float, out.split())
+  assert freed_at_once < 20 and released > 200

@@ -110,3 +110,17 @@ def test_evaluate_choices(workdir, tmp_path):
 def test_report(workdir):
   out = runs.run("-m", "scripts.report", f"--workdir={workdir}", "--noplots")
   assert "validation loss" in out
+
+
+def test_bench_kernels():
+  small = ["--config.model.hidden_size=32", "--config.model.moe_intermediate_size=16"]
+  out = runs.run(
+    *("scripts/bench_kernels.py", "--config=experiments/bench_small.py", *small),
+    *("--tokens=96", "--rounds=2", "--implementations=ragged_dot", "--json"),
+  )
+  rows = json.loads(out.strip().splitlines()[-1])
+  assert {row["implementation"] for row in rows} == {"dense", "ragged_dot", "local dispatch"}
+  for row in rows:
+    assert row["median_secs"] > 0 and row["of_dense"] > 0
+    work = 6 * 96 * 4 * 32 * 16 * (1 if row["direction"] == "forward" else 3)
+    assert row["gflops_per_sec"] * 1e9 * row["median_secs"] == pytest.approx(work)
