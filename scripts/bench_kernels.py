@@ -63,8 +63,9 @@ def ways(config: ModelConfig, M: int, names: list[str]) -> dict[str, tuple]:
     return inner_PF.astype(x_PD.dtype) @ w_down_FD
 
   def grouped(x_PD, experts, implementation: str = "reference"):
-    sizes = sizes_E if experts[0].shape[0] > 1 else sizes_E.sum(keepdims=True)
-    return grouped_swiglu(x_PD, weight_P, *experts, sizes, implementation=implementation)
+    gate_EDF, up_EDF, down_EFD = experts
+    sizes = sizes_E if gate_EDF.shape[0] > 1 else sizes_E.sum(keepdims=True)
+    return grouped_swiglu(x_PD, weight_P, gate_EDF, up_EDF, down_EFD, sizes, implementation)
 
   found: dict[str, tuple] = {"dense": (one_expert, grouped, (x_PD, tuple(w[:1] for w in experts)))}
   for name in names:
