@@ -16,11 +16,12 @@ from dsmoe.config import CheckpointConfig, Config
 from dsmoe.train_step import TrainState
 
 CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
 
 
 def _manager(workdir: epath.PathLike, options: ocp.CheckpointManagerOptions):
   return ocp.CheckpointManager(
-    epath.Path(workdir).resolve() / "checkpoints",
+    epath.Path(workdir).resolve() / CHECKPOINTS,
     options=options,
     item_names=("state", "data"),
   )
@@ -136,6 +137,25 @@ def load_config(workdir: epath.PathLike) -> Config:
   return config_lib.from_dict(json.loads(path.read_text()))
 
 
+def step_folder(workdir: epath.PathLike, step: int) -> epath.Path:
+  """Returns where a step's checkpoint lies."""
+  return epath.Path(workdir).resolve() / CHECKPOINTS / str(step)
+
+
+def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
+  """Returns `step` if it is one of the run's checkpoints; the newest for None.
+
+  Raises:
+    ValueError: when there is no such checkpoint.
+  """
+  with _manager(workdir, ocp.CheckpointManagerOptions(create=False)) as manager:
+    steps = manager.all_steps()
+    step = manager.latest_step() if step is None else step
+  if step is None or step not in steps:
+    raise ValueError(f"step must be one of the checkpoints in {workdir} ({steps}), got {step}")
+  return step
+
+
 def restore_weights(
   workdir: epath.PathLike, params: Any, router_bias: Any, step: int | None = None
 ) -> tuple[Any, Any, int]:
@@ -152,11 +172,8 @@ def restore_weights(
   Raises:
     ValueError: when there is no such checkpoint.
   """
+  step = find_step(workdir, step)
   with _manager(workdir, ocp.CheckpointManagerOptions(create=False)) as manager:
-    steps = manager.all_steps()
-    step = manager.latest_step() if step is None else step
-    if step is None or step not in steps:
-      raise ValueError(f"step must be one of the checkpoints in {workdir} ({steps}), got {step}")
     wanted = {"params": params, "router_bias": router_bias}
     restored = manager.restore(
       step,

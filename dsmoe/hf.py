@@ -5,29 +5,25 @@
 Shapes: L layers of a stack, E routed experts; a part of a leaf keeps the model's own dims.
 """
 
-import contextlib
-import json
 import math
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  importing it teaches numpy the name bfloat16
 import numpy as np
 from absl import logging
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
+from dsmoe import hf_files
 from dsmoe import model as model_lib
 from dsmoe.config import ModelConfig
-from dsmoe.hf_config import config_from_hf, config_to_hf, fail
+from dsmoe.hf_config import config_from_hf, config_to_hf, fail, fp8_block
+from dsmoe.hf_files import INDEX, WEIGHTS, Weights
 
-__all__ = ["config_from_hf", "config_to_hf", "layout", "load_pretrained"]
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = ("F32", "BF16", "F16")
+__all__ = ["INDEX", "WEIGHTS", "config_from_hf", "config_to_hf", "layout", "load_pretrained"]
 
 # Published name, our path, and how many of our leading dimensions a Linear sums over: it is
 # published as [outputs, inputs], we keep [*inputs, *outputs]. 0: stored as it is.
@@ -87,16 +83,51 @@ class Slot(NamedTuple):
       return self.shape
     return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
 
-  def to_ours(self, tensor):
-    """Turns a published tensor into our part."""
-    return (tensor.T if self.inputs else tensor).reshape(self.shape)
+  @property
+  def _rows(self) -> int:
+    """Published rows for one step along our first output dimension."""
+    return math.prod(self.shape[self.inputs + 1 :]) if self.inputs else 1
+
+  def to_ours(self, rows):
+    """Turns a published tensor, or whole outputs of it, into our part."""
+    if not self.inputs:
+      return rows
+    return _transposed(rows).reshape(*self.shape[: self.inputs], -1, *self.shape[self.inputs + 1 :])
 
   def to_hf(self, part):
-    """Turns our part into the published tensor."""
-    return part.reshape(self.hf_shape[::-1]).T if self.inputs else part
+    """Turns our part, or some of its first output dimension, into published rows."""
+    if not self.inputs:
+      return part
+    return _transposed(part.reshape(math.prod(self.shape[: self.inputs]), -1))
+
+  def block(self, limit: int) -> int:
+    """Returns how much of the first output dimension makes a piece of about `limit` numbers.
+
+    A piece's rows are a multiple of 128, as FP8 scales want it, or all there are.
+    """
+    size = self.shape[self.inputs]
+    unit = 128 // math.gcd(128, self._rows)
+    return min(max(limit * size // math.prod(self.shape) // unit, 1) * unit, size)
+
+  def pieces(self, limit: int) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+    """Yields published rows, and where they lie in our leaf, piece by piece."""
+    size, block, rows = self.shape[self.inputs], self.block(limit), self._rows
+    for first in range(0, size, block):
+      last = min(first + block, size)
+      index = (*self.at, *(slice(None),) * self.inputs, slice(first, last))
+      yield slice(first * rows, last * rows), index
 
 
-def _flat(tree) -> dict[tuple[str, ...], Any]:
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+  """Copies a matrix's transpose, in strips: three times as fast as NumPy at once."""
+  result = np.empty(matrix.shape[::-1], matrix.dtype)
+  for i in range(0, len(matrix), 16):
+    result[:, i : i + 16] = matrix[i : i + 16].T
+  return result
+
+
+def flat(tree) -> dict[tuple[str, ...], Any]:
+  """Returns a nested dict's leaves by path."""
   return {tuple(key.key for key in path): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
@@ -106,7 +137,7 @@ def layout(params: Any, router_bias: Any, config: ModelConfig) -> dict[str, Slot
   Args:
     params, router_bias: as `model.split` returns them; arrays or only their shapes.
   """
-  leaves = {**_flat(params), **_flat(router_bias)}
+  leaves = {**flat(params), **flat(router_bias)}
   slots = {name: Slot((o,), (), leaves[o,].shape, n) for name, o, n in TOP if (o,) in leaves}
   num_dense, num_layers = config.first_k_dense_replace, config.num_hidden_layers
   for stack, first, rows in (
@@ -125,7 +156,7 @@ def layout(params: Any, router_bias: Any, config: ModelConfig) -> dict[str, Slot
   return slots
 
 
-def _copies(config: ModelConfig) -> dict[str, str]:
+def copies_of(config: ModelConfig) -> dict[str, str]:
   """Returns tensors a file may repeat, and what each must equal."""
   embed = "model.embed_tokens.weight"
   head = embed if config.tie_word_embeddings else "lm_head.weight"
@@ -136,49 +167,102 @@ def _copies(config: ModelConfig) -> dict[str, str]:
   return copies
 
 
-class _Files:
-  """The tensors of a checkpoint folder, in one file or in the shards an index names."""
+class Account(NamedTuple):
+  """What becomes of every tensor of a published checkpoint."""
 
-  def __init__(self, folder: pathlib.Path, stack: contextlib.ExitStack):
-    self._handles: dict[str, Any] = {}
-    self.file_of: dict[str, str] = {}
-    index = folder / INDEX
-    if (folder / WEIGHTS).exists():
-      shards: dict[str, Any] = {WEIGHTS: None}
-    elif index.exists():
-      shards = {}
-      for name, file in json.loads(index.read_text())["weight_map"].items():
-        shards.setdefault(file, set()).add(name)
+  stored_as_is: list[str]
+  transposed: list[str]
+  dequantised: list[str]
+  ignored: dict[str, str]  # and why
+
+
+class Opened(NamedTuple):
+  """A published checkpoint whose every tensor is accounted for, none read yet."""
+
+  config: ModelConfig
+  weights: Weights
+  slots: dict[str, Slot]
+  account: Account
+
+  def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Reads rows of a tensor as they are published, FP8 ones scaled to float32."""
+    return self.weights.read(name, start, stop)
+
+
+def shapes_of(config: ModelConfig) -> tuple[Any, Any, Any]:
+  """Returns `model.split` of the model's shapes; nothing is computed."""
+  return model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
+
+
+def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
+  """Reads config.json and which tensors there are; see `load_pretrained`."""
+  path = (folder := pathlib.Path(folder)) / "config.json"
+  if not path.exists():
+    fail(f"{folder} must hold config.json, it has none")
+  hf = hf_files.read_json(path)
+  config = config_from_hf(hf, **fields)
+  weights = Weights(folder, fp8_block(hf))
+  numbers = [re.match(r"model\.layers\.(\d+)\.", name) for name in weights.stored]
+  last = max((int(number[1]) for number in numbers if number), default=-1)
+  if (
+    config.num_nextn_predict_layers
+    and last < config.num_hidden_layers
+    and "num_nextn_predict_layers" not in fields
+  ):
+    logging.warning("%s counts MTP layers, but no file has any: loaded without", path)
+    config = config_from_hf(hf, num_nextn_predict_layers=0, **fields)
+  slots = layout(*shapes_of(config)[1:], config)
+  return Opened(config, weights, slots, _account(folder, config, weights, slots))
+
+
+def _account(folder, config: ModelConfig, weights: Weights, slots: dict[str, Slot]) -> Account:
+  """Gives every tensor its place; see `load_pretrained` for what raises."""
+  copies, account = copies_of(config), Account([], [], [], {})
+  for name in weights.scales:
+    account.ignored[name] = f"scale of {name.removesuffix(hf_files.SCALE)}"
+  for name, stored in sorted(weights.stored.items()):
+    if name in slots:
+      (account.transposed if slots[name].inputs else account.stored_as_is).append(name)
+      if stored.dtype == "F8_E4M3":
+        account.dequantised.append(name)
+    elif name in copies:
+      account.ignored[name] = f"copy of {copies[name]}"
+    elif IGNORED.search(name):
+      account.ignored[name] = "follows from config.json"
     else:
-      fail(f"{folder} must hold {WEIGHTS} or {INDEX}, it has neither")
-    for file, listed in shards.items():
-      if not (folder / file).exists():
-        fail(f"shard {folder / file} must exist: {INDEX} says it holds {min(listed)}")
-      try:
-        handle = stack.enter_context(safe_open(folder / file, "numpy"))
-      except SafetensorError as error:
-        raise ValueError(f"{folder / file} must be a whole safetensors file: {error}") from error
-      names = set(handle.keys())
-      if listed is not None and names != listed:
-        fail(
-          f"{folder / file} must hold the tensors {INDEX} lists for it: it lacks "
-          f"{sorted(listed - names)[:3]}, and {sorted(names - listed)[:3]} are not listed"
-        )
-      self._handles[file] = handle
-      self.file_of |= dict.fromkeys(names, file)
+      fail(f"{weights.where(name)} has no place in the model config.json describes")
+  missing = [name for name in slots if name not in weights.stored]
+  if missing:
+    holders = ", ".join(sorted({stored.file.name for stored in weights.stored.values()}))
+    fail(
+      f"{folder} must hold every tensor of the model config.json describes: {missing[0]} and "
+      f"{len(missing) - 1} others are not in {holders}"
+    )
+  for name in weights.stored:
+    if name in slots or name in copies:
+      weights.check(name, slots[copies.get(name, name)].hf_shape)
+  return account
 
-  def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns a tensor as float32, having checked its dtype and shape."""
-    file = self.file_of[name]
-    part = self._handles[file].get_slice(name)
-    if part.get_dtype() not in DTYPES:
-      fail(f"tensor {name} in {file} must be one of {', '.join(DTYPES)}, got {part.get_dtype()}")
-    if tuple(part.get_shape()) != shape:
-      fail(
-        f"tensor {name} in {file} must have the shape config.json gives it, {list(shape)}, got "
-        f"{part.get_shape()}"
-      )
-    return self._handles[file].get_tensor(name).astype(np.float32)
+
+def check_copies(opened: Opened, block_rows: int = 1 << 12) -> None:
+  """Compares what a file repeats with the original, block by block.
+
+  Raises:
+    ValueError: naming both tensors and their files, when they differ.
+  """
+  weights = opened.weights
+  for name, original in copies_of(opened.config).items():
+    if name not in weights.stored:
+      continue
+    rows = weights.stored[name].shape[0]
+    for start in range(0, rows, block_rows):
+      stop = min(start + block_rows, rows)
+      a, b = (opened.read(n, start, stop) for n in (name, original))
+      if not np.array_equal(a, b):
+        fail(
+          f"{weights.where(name)} must equal {original} in {weights.stored[original].file.name}, "
+          "which takes its place; they differ"
+        )
 
 
 def load_pretrained(
@@ -186,13 +270,15 @@ def load_pretrained(
 ) -> model_lib.Transformer:
   """Reads a published checkpoint: config.json, and safetensors in one file or shards.
 
-  Parameters are float32, whatever is stored. Copies of the embedding and head, as MTP layers
-  have them, must equal the originals. transformers leaves MTP layers out when it saves, and
-  config.json still counts them: where not one of their tensors exists, the model has no MTP
-  and a warning says so, unless `fields` asks for num_nextn_predict_layers.
+  Parameters are float32, whatever is stored; FP8 weights are scaled. Copies of the embedding
+  and head, as MTP layers have them, must equal the originals. transformers leaves MTP layers
+  out when it saves, and config.json still counts them: where not one of their tensors exists,
+  the model has no MTP and a warning says so, unless `fields` asks for
+  num_nextn_predict_layers.
 
   Args:
-    folder: of model_type deepseek_v3, kimi_k2 or deepseek_v2; float32, bfloat16 or float16.
+    folder: of model_type deepseek_v3, kimi_k2 or deepseek_v2; float32, bfloat16, float16, or
+      float8_e4m3fn with `weight_scale_inv`.
     compute_dtype: of the model's matrix products.
     **fields: fields of `ModelConfig` to set; see `config_from_hf`.
 
@@ -200,52 +286,13 @@ def load_pretrained(
     ValueError: for an unsupported config, and, naming the tensor and its file, for one that
       is unknown, missing, of the wrong shape or dtype, or in a broken or missing file.
   """
-  folder = pathlib.Path(folder)
-  path = folder / "config.json"
-  if not path.exists():
-    fail(f"{folder} must hold config.json, it has none")
-  hf = json.loads(path.read_text())
-  config = config_from_hf(hf, compute_dtype=compute_dtype, **fields)
-  with contextlib.ExitStack() as stack:
-    files = _Files(folder, stack)
-    numbers = [re.match(r"model\.layers\.(\d+)\.", name) for name in files.file_of]
-    last = max((int(number[1]) for number in numbers if number), default=-1)
-    if (
-      config.num_nextn_predict_layers
-      and last < config.num_hidden_layers
-      and "num_nextn_predict_layers" not in fields
-    ):
-      logging.warning("%s counts MTP layers, but no file has any: loaded without", path)
-      config = config_from_hf(hf, compute_dtype=compute_dtype, num_nextn_predict_layers=0, **fields)
-    return _fill(config, files, folder)
-
-
-def _fill(config: ModelConfig, files: _Files, folder: pathlib.Path) -> model_lib.Transformer:
-  shapes = jax.eval_shape(lambda: model_lib.build(config))
-  graphdef, params, router_bias = model_lib.split(shapes)
-  slots, copies = layout(params, router_bias, config), _copies(config)
-  for name, file in sorted(files.file_of.items()):
-    if name not in slots and name not in copies and not IGNORED.search(name):
-      fail(f"tensor {name} in {folder / file} has no place in the model config.json describes")
-  missing = [name for name in slots if name not in files.file_of]
-  if missing:
-    holders = ", ".join(sorted(set(files.file_of.values())))
-    fail(
-      f"{folder} must hold every tensor of the model config.json describes: {missing[0]} and "
-      f"{len(missing) - 1} others are not in {holders}"
-    )
-  leaves = {**_flat(params), **_flat(router_bias)}
+  opened = open_pretrained(folder, compute_dtype=compute_dtype, **fields)
+  check_copies(opened)
+  graphdef, params, router_bias = shapes_of(opened.config)
+  leaves = {**flat(params), **flat(router_bias)}
   filled = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves.items()}
-  for name, slot in slots.items():
-    filled[slot.path][slot.at] = slot.to_ours(files.read(name, slot.hf_shape))
-  for name, original in copies.items():
-    if name in files.file_of:
-      shape = slots[original].hf_shape
-      if not np.array_equal(files.read(name, shape), files.read(original, shape)):
-        fail(
-          f"tensor {name} in {folder / files.file_of[name]} must equal {original} in "
-          f"{files.file_of[original]}, which takes its place; they differ"
-        )
+  for name, slot in opened.slots.items():
+    filled[slot.path][slot.at] = slot.to_ours(opened.read(name))
   trees = (
     jax.tree.map_with_path(lambda path, _: jnp.asarray(filled[tuple(k.key for k in path)]), tree)
     for tree in (params, router_bias)

@@ -85,6 +85,33 @@ def _typed(hints: Mapping[str, Any], name: str, value: Any) -> Any:
   return value
 
 
+def fp8_block(hf: Mapping[str, Any]) -> tuple[int, int] | None:
+  """Returns the block of a config.json's FP8 weights that shares a scale; None without FP8.
+
+  Raises:
+    ValueError: for any other quantisation.
+  """
+  given = hf.get("quantization_config")
+  if not given:
+    return None
+  block = given.get("weight_block_size")
+  is_block = isinstance(block, (list, tuple)) and len(block) == 2
+  is_block = is_block and all(type(n) is int and n > 0 for n in block)
+  if given.get("quant_method") != "fp8" or given.get("fmt", "e4m3") != "e4m3" or not is_block:
+    fail(
+      "config.json: quantization_config must be absent or FP8 (quant_method fp8, fmt e4m3, two "
+      f"sizes in weight_block_size), nothing else is supported, got {given}"
+    )
+  return block[0], block[1]
+
+
+def fp8_settings(ue8m0: bool) -> dict[str, Any]:
+  """Returns a config.json's quantization_config of weights in blocks of 128 x 128."""
+  settings = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+  settings |= {"scale_fmt": "ue8m0"} if ue8m0 else {}
+  return {**settings, "weight_block_size": [128, 128]}
+
+
 def config_from_hf(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
   """Turns the contents of a config.json into our config.
 
@@ -108,11 +135,7 @@ def config_from_hf(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
     )
   if model_type not in MODEL_TYPES:
     fail(f"config.json: model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
-  if hf.get("quantization_config"):
-    fail(
-      f"config.json: quantization_config must be absent, quantised weights are not supported, got "
-      f"{hf['quantization_config']}"
-    )
+  fp8_block(hf)
   for name, only in ONLY.items():
     if hf.get(name, only) != only:
       fail(f"config.json: {name} must be {only!r}, nothing else is supported, got {hf[name]!r}")

@@ -9,9 +9,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dsmoe import hf
+from dsmoe import hf, hf_files, hf_fp8
 from dsmoe import model as model_lib
 from tests import hf_cases
 
@@ -109,6 +110,13 @@ def test_frequencies_and_equal_copies_are_left_out(tmp_path):
   }
   write(tmp_path, SMALL, TENSORS | extra)
   assert_holds(hf.load_pretrained(tmp_path), TENSORS)
+  account = hf.open_pretrained(tmp_path).account
+  reasons = ("follows from config.json", f"copy of {EMBED}", f"copy of {HEAD}")
+  assert account.ignored == dict(zip(extra, reasons))
+  vectors = {name for name, tensor in TENSORS.items() if tensor.ndim == 1}
+  assert set(account.stored_as_is) == vectors | {EMBED}
+  assert set(account.transposed) == set(TENSORS) - vectors - {EMBED}
+  assert account.dequantised == []
 
 
 def test_tied_head_may_be_there_too(tmp_path):
@@ -148,15 +156,15 @@ def without(name):
     (SMALL, TENSORS | {"model.layers.1.mlp.gate.bias": np.ones(4, np.float32)}, "mlp.gate.bias in {} has no place"),
     (SMALL, without(ROUTER), f"{ROUTER} and 0 others are not in model.safetensors"),
     (SMALL, without("model.layers.4.hnorm.weight"), "model.layers.4.hnorm.weight and 0 others are not"),
-    (SMALL, TENSORS | {ROUTER: TENSORS[ROUTER].T.copy()}, f"{ROUTER} in model.safetensors must have the shape config.json gives it, [4, 10], got [10, 4]"),
-    (SMALL, TENSORS | {ROUTER: np.ones((4, 10), np.int8)}, f"{ROUTER} in model.safetensors must be one of F32, BF16, F16, got I8"),
+    (SMALL, TENSORS | {ROUTER: TENSORS[ROUTER].T.copy()}, f"{ROUTER} in {{}} must have the shape config.json gives it, [4, 10], got [10, 4]"),
+    (SMALL, TENSORS | {ROUTER: np.ones((4, 10), np.int8)}, f"{ROUTER} in {{}} must be one of F32, BF16, F16, F8_E4M3, got I8"),
     (SMALL, TENSORS | {"model.layers.3.shared_head.head.weight": TENSORS[HEAD] + 1}, "model.layers.3.shared_head.head.weight in {} must equal lm_head.weight"),
     (SMALL, TENSORS | {"model.layers.4.embed_tokens.weight": TENSORS[EMBED] + 1}, "model.layers.4.embed_tokens.weight in {} must equal model.embed_tokens.weight"),
     (SMALL | {"n_routed_experts": 2, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}, TENSORS, "experts.2.down_proj.weight in {} has no place"),
     (SMALL | {"num_nextn_predict_layers": 1}, TENSORS, "tensor model.layers.4."),
     (SMALL | {"num_hidden_layers": 6}, TENSORS, "tensor model.layers.3.eh_proj.weight in {} has no place"),
     (SMALL | {"q_lora_rank": None}, TENSORS, "model.layers.0.self_attn.q_a_layernorm.weight in {} has no place"),
-    (SMALL | {"v_head_dim": 8}, TENSORS, "self_attn.kv_b_proj.weight in model.safetensors must have the shape"),
+    (SMALL | {"v_head_dim": 8}, TENSORS, "self_attn.kv_b_proj.weight in {} must have the shape"),
     (SMALL | {"tie_word_embeddings": True}, TENSORS, "lm_head.weight in {} must equal"),
     (SMALL | {"attention_bias": True}, TENSORS, "model.layers.0.self_attn.q_a_proj.bias and"),
   ],
@@ -206,4 +214,175 @@ def test_folder_without_config_or_weights(tmp_path):
   write(tmp_path, SMALL, TENSORS)
   shutil.move(tmp_path / hf.WEIGHTS, tmp_path / "pytorch_model.bin")
   with pytest.raises(ValueError, match=rf"must hold {hf.WEIGHTS} or {hf.INDEX}, it has neither"):
+    hf.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("header", "message"),
+  [
+    (b"{not json", "its header is broken"),
+    (b'{"a": {"dtype": "F32", "shape": [2]}}', "its header is broken"),
+    (b'{"a": {"dtype": "Q3", "shape": [2], "data_offsets": [0, 8]}}', "tensor a in .* must be one of F32, BF16, F16, F8_E4M3, got Q3"),
+    (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "tensor a, F32 .3., needs 12 bytes from 0 on, its header says 0 to 8"),
+    (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "tensor a, F32 .1., needs 4 bytes from 0 on"),
+    (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "its tensors end at byte"),
+    (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}', "tensor a ends at byte"),
+  ],
+)  # fmt: skip
+def test_broken_header(tmp_path, header, message):
+  write(tmp_path, SMALL, {})
+  (tmp_path / hf.WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+  with pytest.raises(ValueError, match=message) as error:
+    hf.load_pretrained(tmp_path)
+  assert hf.WEIGHTS in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", hf.INDEX])
+def test_broken_json_is_named(tmp_path, file):
+  write_shards(tmp_path, SMALL, TENSORS)
+  (tmp_path / file).write_text("{,")
+  with pytest.raises(ValueError, match=rf"{file} must be a JSON file: "):
+    hf.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 600, 10**9])
+def test_shards_are_those_of_the_safetensors_library(tmp_path, max_shard_bytes):
+  rng = np.random.default_rng(1)
+  tensors = {
+    "a": rng.normal(size=(7, 3)).astype(np.float32),
+    "b": rng.normal(size=(5, 9)).astype(ml_dtypes.float8_e4m3fn),  # 45 bytes: next is not aligned
+    "c": rng.normal(size=(11,)).astype(ml_dtypes.bfloat16),
+    "d": rng.normal(size=(30, 4)).astype(np.float32),
+  }
+  dtypes = {"a": "F32", "b": "F8_E4M3", "c": "BF16", "d": "F32"}
+  plan = {name: (dtypes[name], tensor.shape) for name, tensor in tensors.items()}
+  places = hf_files.create_shards(tmp_path, plan, max_shard_bytes)
+  for name, tensor in tensors.items():
+    cut = len(tensor) // 2
+    hf_files.write_rows(places[name], cut, tensor[cut:])
+    hf_files.write_rows(places[name], 0, tensor[:cut])
+    assert places[name].start % tensor.dtype.itemsize == 0
+  hf_files.create_shards(tmp_path, plan, max_shard_bytes)  # again: keeps what is there
+  assert hf_files.read_folder(tmp_path) == places
+  files = sorted(tmp_path.glob("*.safetensors"))
+  assert len(files) == {1: 4, 600: 2, 10**9: 1}[max_shard_bytes]
+  for file in files:
+    with safe_open(file, "numpy") as handle:  # NumPy knows no FP8: sizes only
+      held = {name: handle.get_slice(name) for name in handle.keys()}
+      for name, part in held.items():
+        assert (part.get_dtype(), part.get_shape()) == (dtypes[name], list(tensors[name].shape))
+        assert places[name].file == file
+  for name, tensor in tensors.items():
+    assert hf_files.read_rows(places[name]).tobytes() == tensor.tobytes()
+    assert hf_files.read_rows(places[name], 2, 4).tobytes() == tensor[2:4].tobytes()
+
+
+def quantise_dequantise(weight, ue8m0=False):
+  """Block by block, number by number: what an FP8 file makes of a weight."""
+  result = np.zeros_like(weight)
+  for i in range(0, weight.shape[0], 128):
+    for j in range(0, weight.shape[1], 128):
+      block = weight[i : i + 128, j : j + 128]
+      largest = np.float32(np.abs(block).max())
+      scale = largest / np.float32(448) if largest else np.float32(1)
+      if ue8m0 and largest:
+        scale = np.float32(1.0)
+        while scale < largest / np.float32(448):
+          scale *= np.float32(2)
+        while scale / np.float32(2) >= largest / np.float32(448):
+          scale /= np.float32(2)
+      codes = (block / scale).astype(ml_dtypes.float8_e4m3fn)
+      result[i : i + 128, j : j + 128] = codes.astype(np.float32) * scale
+  return result
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (128, 256), (300, 200), (129, 127)])
+def test_quantise(shape, ue8m0):
+  rng = np.random.default_rng(2)
+  weight = rng.normal(size=shape).astype(np.float32) * np.exp(rng.normal(size=shape[1]) * 3)
+  weight = weight.astype(np.float32)
+  weight[:128, :128] *= rng.random() > 2  # a block of zeros
+  weight[-1, -1] = 448 * 2.0**-5  # a scale that is a power of two already
+  codes, scale = hf_fp8.quantise(weight, ue8m0)
+  assert codes.dtype == ml_dtypes.float8_e4m3fn and scale.dtype == np.float32
+  assert scale.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
+  if ue8m0:
+    np.testing.assert_array_equal(np.log2(scale) % 1, 0)
+    np.testing.assert_array_equal(scale, scale.astype(ml_dtypes.float8_e8m0fnu).astype(np.float32))
+  found = hf_fp8.dequantise(codes, scale)
+  np.testing.assert_array_equal(found, quantise_dequantise(weight, ue8m0))
+  assert np.abs(found - weight).max() <= np.abs(weight).max() / 16
+  again, _ = hf_fp8.quantise(found, ue8m0)
+  np.testing.assert_array_equal(again.view(np.uint8), codes.view(np.uint8))
+
+
+FP8_CONFIG = SMALL | {
+  "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [4, 6]}
+}
+Q_A = "model.layers.1.self_attn.q_a_proj.weight"  # [6, 10]: 2 x 2 blocks
+UP = "model.layers.2.mlp.experts.3.up_proj.weight"
+
+
+def fp8_tensors(scale_dtype=np.float32):
+  """TENSORS with two weights in FP8, and their values."""
+  rng, values, tensors = np.random.default_rng(3), dict(TENSORS), dict(TENSORS)
+  for name in (Q_A, UP):
+    codes = TENSORS[name].astype(ml_dtypes.float8_e4m3fn)
+    O, I = codes.shape
+    scale = (2.0 ** rng.integers(-3, 4, (-(-O // 4), -(-I // 6)))).astype(scale_dtype)
+    if scale_dtype == np.float32:
+      scale = scale * rng.random(scale.shape, np.float32)
+    tensors |= {name: codes, name + "_scale_inv": scale}
+    values[name] = np.array(
+      [
+        [np.float32(codes[o, i]) * np.float32(scale[o // 4, i // 6]) for i in range(I)]
+        for o in range(O)
+      ]
+    )
+  return tensors, values
+
+
+def write_any(folder, hf_config, tensors):
+  """Writes shards of any dtype, which safetensors' own NumPy functions do not."""
+  (folder / "config.json").write_text(json.dumps(hf_config))
+  names = {np.dtype(dtype): name for name, dtype in hf_files.DTYPES.items()}
+  plan = {n: (names[t.dtype], t.shape) for n, t in tensors.items()}
+  for name, place in hf_files.create_shards(folder, plan, 4000).items():
+    hf_files.write_rows(place, 0, tensors[name])
+
+
+@pytest.mark.parametrize("scale_dtype", [np.float32, ml_dtypes.float8_e8m0fnu])
+def test_fp8_blocks_of_any_size_read_back_exactly(tmp_path, scale_dtype):
+  tensors, values = fp8_tensors(scale_dtype)
+  write_any(tmp_path, FP8_CONFIG, tensors)
+  assert_holds(hf.load_pretrained(tmp_path), values)
+  opened = hf.open_pretrained(tmp_path)
+  np.testing.assert_array_equal(opened.read(Q_A, 3, 6), values[Q_A][3:6])
+  assert opened.account.dequantised == sorted([Q_A, UP])
+  assert opened.account.ignored == {n + "_scale_inv": f"scale of {n}" for n in (Q_A, UP)}
+
+
+SCALE = f"{Q_A}_scale_inv"
+
+
+@pytest.mark.parametrize(
+  ("hf_config", "changes", "message"),
+  [
+    (SMALL, {}, rf"config\.json must have a quantization_config if and only if .* none, but tensor {Q_A} in .*safetensors is F8_E4M3"),
+    (FP8_CONFIG, {Q_A: TENSORS[Q_A], UP: TENSORS[UP], SCALE: None, UP + "_scale_inv": None}, r"it has one, but tensor \S+ in .*safetensors is F32"),
+    (FP8_CONFIG, {SCALE: None}, rf"tensor {Q_A} in .*safetensors is FP8 and needs a scale, {SCALE} is in no file"),
+    (FP8_CONFIG, {Q_A: TENSORS[Q_A]}, rf"tensor {SCALE} in .*safetensors must belong to an FP8 weight, {Q_A} is F32"),
+    (FP8_CONFIG, {"x.weight_scale_inv": np.ones((1, 1), np.float32)}, r"tensor x.weight_scale_inv in .* x\.weight is in no file"),
+    (FP8_CONFIG, {SCALE: np.ones((1, 2), np.float32)}, rf"tensor {SCALE} in .* must have one number a block of \(4, 6\), \[2, 2\] for .*, got \[1, 2\]"),
+    (FP8_CONFIG, {SCALE: np.ones((2, 2), np.float16)}, rf"tensor {SCALE} in .* must be one of F32, F8_E8M0, got F16"),
+    (SMALL | {"quantization_config": {"quant_method": "compressed-tensors"}}, {}, r"config\.json: quantization_config must be absent or FP8"),
+    (SMALL | {"quantization_config": {"quant_method": "fp8", "weight_block_size": 128}}, {}, r"config\.json: quantization_config must be absent or FP8"),
+  ],
+  ids=lambda value: re.sub(r"\W+", "-", value)[:60] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_fp8_that_contradicts_itself(tmp_path, hf_config, changes, message):
+  tensors = {n: t for n, t in (fp8_tensors()[0] | changes).items() if t is not None}
+  write_any(tmp_path, hf_config, tensors)
+  with pytest.raises(ValueError, match=message):
     hf.load_pretrained(tmp_path)

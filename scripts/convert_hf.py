@@ -1,0 +1,104 @@
+"""Hugging Face checkpoints to a run's workdir and back, and two checkpoints side by side.
+
+python scripts/convert_hf.py import --folder=DeepSeek-V2-Lite --workdir=runs/v2_lite
+python scripts/convert_hf.py export --workdir=runs/tiny --folder=out/tiny --format=bfloat16
+python scripts/convert_hf.py verify --first=DeepSeek-V2-Lite --second=runs/v2_lite
+
+Reads DeepSeek V2, V2-Lite, V3, R1, V3.1, Moonlight and Kimi K2, FP8 among them. Interrupted,
+`import` and `export` go on where they were when called again. `verify` ends with 1 when the
+logits of random tokens differ by more than --tolerance.
+"""
+
+import sys
+
+import numpy as np
+import rich
+from absl import app, flags, logging
+
+from dsmoe import config as config_lib
+from dsmoe import hf_convert, hf_verify, host, progress
+from experiments import base
+
+_FOLDER = flags.DEFINE_string("folder", None, "Of Hugging Face's files: read, or made by export.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of a run, on disk: read, or made by import.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", None, ["float32", "bfloat16"], "import: of matrices on disk; default: as published."
+)
+_COMPUTE_DTYPE = flags.DEFINE_enum(
+  "compute_dtype", "bfloat16", ["float32", "bfloat16"], "import: of the model's matrix products."
+)
+_FORMAT = flags.DEFINE_enum("format", "bfloat16", hf_convert.FORMATS, "export: of the weights.")
+_UE8M0 = flags.DEFINE_bool("ue8m0", False, "export: FP8 scales are powers of two, in a byte.")
+_MAX_SHARD_BYTES = flags.DEFINE_integer(
+  "max_shard_bytes", 5 * 10**9, "export: the most a file of weights takes.", lower_bound=1
+)
+_STEP = flags.DEFINE_integer("step", None, "export: which checkpoint; default: the newest.")
+_FIRST = flags.DEFINE_string("first", None, "verify: a Hugging Face folder or a workdir.")
+_SECOND = flags.DEFINE_string("second", None, "verify: the other.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "verify: rows of tokens.", lower_bound=1)
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+  "sequence_length", 32, "verify: tokens a row.", lower_bound=2
+)
+_SEED = flags.DEFINE_integer("seed", 0, "verify: of the tokens.", lower_bound=0)
+_TOLERANCE = flags.DEFINE_float("tolerance", 2e-4, "verify: the most logits may differ.")
+
+
+def _required(*options: flags.FlagHolder) -> list[str]:
+  for option in options:
+    if option.value is None:
+      raise app.UsageError(f"--{option.name} must be given")
+  return [str(option.value) for option in options]
+
+
+def _import() -> None:
+  folder, workdir = _required(_FOLDER, _WORKDIR)
+  defaults = config_lib.from_config_dict(base.get_config())
+  account = hf_convert.import_folder(
+    folder, workdir, defaults, _COMPUTE_DTYPE.value, dtype=_DTYPE.value
+  )
+  rows = [(name.replace("_", " "), f"{len(value):,}") for name, value in account._asdict().items()]
+  rich.print(progress.final_table(rows, title="tensors"))
+  reasons = {
+    why if why.startswith("follows") else why.split()[0] for why in account.ignored.values()
+  }
+  for reason in sorted(reasons):
+    names = [name for name, why in account.ignored.items() if why.startswith(reason)]
+    print(f"ignored, {reason}: {len(names)}, such as {names[0]} ({account.ignored[names[0]]})")
+
+
+def _export() -> None:
+  workdir, folder = _required(_WORKDIR, _FOLDER)
+  options = (_FORMAT.value, _UE8M0.value, _MAX_SHARD_BYTES.value, _STEP.value)
+  step = hf_convert.export_workdir(workdir, folder, *options)
+  print(f"{folder}: step {step} of {workdir}, {_FORMAT.value}")
+
+
+def _verify() -> None:
+  first, second = (hf_verify.open_source(path) for path in _required(_FIRST, _SECOND))
+  shape = (_BATCH_SIZE.value, _SEQUENCE_LENGTH.value)
+  tokens = np.random.default_rng(_SEED.value).integers(0, first.config.vocab_size, shape)
+  rows = list(hf_verify.compare(first, second, tokens.astype(np.int32)))
+  rich.print(hf_verify.table(rows))
+  [logits] = [row for row in rows if row.name == "logits"]
+  print(f"logits differ by {logits.difference:.3g}; worst: {hf_verify.worst(rows).name}")
+  if hf_verify.exceeds(rows, _TOLERANCE.value):
+    sys.exit(f"convert_hf: logits must not differ by more than --tolerance={_TOLERANCE.value:g}")
+
+
+COMMANDS = {"import": _import, "export": _export, "verify": _verify}
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) != 2 or argv[1] not in COMMANDS:
+    raise app.UsageError(f"one of {', '.join(COMMANDS)} must be given, got {' '.join(argv[1:])!r}")
+  logging.set_verbosity(logging.WARNING)
+  try:
+    if argv[1] == "verify":
+      host.start()
+    COMMANDS[argv[1]]()
+  except ValueError as error:
+    sys.exit(f"convert_hf: {error}")
+
+
+if __name__ == "__main__":
+  app.run(main)
