@@ -72,6 +72,12 @@ def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float, chunk_to
   return _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens)[0]
 
 
+def causal_attention_with_normaliser(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens):
+  """`causal_attention`, and the log of each softmax's normaliser, float32 [B, H, S]; no gradient."""
+  out_BSHU, saved = _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens)
+  return out_BSHU, saved[-1]
+
+
 def _heads_first(a):
   """[B, S, H, x] to [B, H, S, x], all rows at once: inside the loop over rows it is slower."""
   return jax.lax.optimization_barrier(a.swapaxes(1, 2))
@@ -164,11 +170,8 @@ class MLA(nnx.Module):
       self.o_bias = zeros(D)
 
   def _rope_columns(self, w):
-    """Splits off the last R columns of a weight, as half-split rotation wants them."""
-    kept, turned = jnp.split(w, [w.shape[-1] - self.config.qk_rope_head_dim], axis=-1)
-    if self.config.rope_interleave:
-      turned = rope.deinterleave(turned)
-    return jnp.concatenate([kept, turned], axis=-1)
+    """Returns a weight with its last R columns as half-split rotation wants them."""
+    return rope.half_split_columns(w, self.config) if self.config.rope_interleave else w
 
   def queries(self, x_BSD, cos_BSr, sin_BSr):
     """Returns rotated queries [B, S, H, N + R]."""
@@ -214,9 +217,12 @@ class MLA(nnx.Module):
     out_BSHU = causal_attention(
       q_BSHA, k_BSHA, v_BSHU, segments_BS, rope.softmax_scale(config), config.attention_chunk_tokens
     )
-    out_BSD = project(
-      out_BSHU.reshape(*x_BSD.shape[:2], -1), self.o_proj[...].reshape(-1, x_BSD.shape[2])
-    )
-    if config.attention_bias:
+    return self.output(out_BSHU)
+
+  def output(self, out_BSHU):
+    """Joins the heads' outputs to [B, S, D]."""
+    B, S, H, U = out_BSHU.shape
+    out_BSD = project(out_BSHU.reshape(B, S, H * U), self.o_proj[...].reshape(H * U, -1))
+    if self.config.attention_bias:
       out_BSD = out_BSD + self.o_bias[...].astype(out_BSD.dtype)[None, None]
     return out_BSD

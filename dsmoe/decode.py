@@ -1,115 +1,216 @@
-"""Continuing text: a full forward pass for every new token, on the training mesh.
+"""Prefill and decode steps over the latent cache, and drafts by multi-token prediction.
 
-Shapes: B rows, T length of the buffer, V vocabulary.
+Shapes: B rows, S new tokens of a row, X tokens a step may draw, D hidden, V vocabulary, P pages
+of a row.
 """
 
-from collections.abc import Sequence
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from dsmoe import model as model_lib
-from dsmoe import sharding
-from dsmoe.config import Config
+from dsmoe import cache, host, sampling
+from dsmoe.inference import Architecture, Weights, draft, forward, head, last_logits
+from dsmoe.latent_attention import Place, expanded, in_latent_space
 
 
-def make_next_logits(config: Config, graphdef, params, router_bias, mesh):
-  """Returns the jitted function (params, bias, tokens_BT, last_B) -> float32 [B, V].
+class Drawn(NamedTuple):
+  """Tokens drawn at one place of each row."""
 
-  It gives the logits that follow token `last_B` of each row. `params` and `router_bias`
-  are needed for their shapes only.
-  """
-
-  def next_logits(params, router_bias, tokens_BT, last_B):
-    cast = model_lib.compute_cast(params, config.model)
-    model = nnx.merge(graphdef, cast, router_bias)
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    hidden_BTD = model(tokens_BT, positions_BT).hidden_BSD
-    hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    return jnp.matmul(hidden_BD, model.gathered_head(), preferred_element_type=jnp.float32)
-
-  rows = sharding.batch_spec()
-  specs = (sharding.parameter_specs(params), sharding.parameter_specs(router_bias), rows, rows)
-  return jax.jit(sharding.shard_map(next_logits, mesh, specs, rows))
+  token_B: jax.Array  # int32
+  logprobs: sampling.TokenLogprobs | None
 
 
-def generate(
-  config: Config,
-  params,
-  router_bias,
-  mesh,
-  prompts: Sequence[Sequence[int]],
-  num_tokens: int,
-  temperature: float = 1.0,
-  seed: int = 0,
-  stop_token: int | None = None,
-) -> list[list[int]]:
-  """Continues each prompt by up to `num_tokens` sampled tokens.
+def _draw(logits_BV, rows, seen_BV, position_B, want_logprobs: bool) -> Drawn:
+  log_probs_BV = sampling.log_distribution(logits_BV, rows, seen_BV)
+  token_B = sampling.draw(log_probs_BV, rows, position_B)
+  return Drawn(token_B, sampling.logprobs_of(logits_BV, token_B) if want_logprobs else None)
+
+
+def _prefill(
+  arch: Architecture,
+  want_logprobs: bool,
+  want_prompt_logprobs: bool,
+  weights: Weights,
+  kept: cache.LatentCache,
+  tokens_BS,
+  next_B,
+  place: Place,
+  rows: sampling.RowSampling,
+  seen_BV,
+):
+  """Takes in a part of each row's prompt.
 
   Args:
-    config: the run's.
-    params, router_bias: sharded over `mesh`.
-    prompts: token ids, at least one each.
-    num_tokens: new tokens a prompt.
-    temperature: 0 takes the likeliest token.
-    seed: of the sampling; row i of equal calls gets the same text.
-    stop_token: ends a row, and is not returned.
+    arch, weights: from `inference.prepare`.
+    want_logprobs, want_prompt_logprobs: whether to compute those.
+    kept: the cache; donated.
+    tokens_BS: int32; S a multiple of cache.PAGE_TOKENS, and so is every `place.first_B`.
+    next_B: int32, the prompt's token after these, or -1 where the prompt ends.
+    place: where they go.
+    rows: how the rows draw.
+    seen_BV: bool, tokens of the whole prompt; None when no row has a repetition penalty.
 
   Returns:
-    The new tokens of each prompt.
-
-  Raises:
-    ValueError: for no prompt or an empty one, a token outside the vocabulary, a negative
-      temperature, or more tokens than max_position_embeddings.
+    (cache, `Drawn`: the token after the last one of the prompt, int32 [B] draft of the token
+    after that or None, `TokenLogprobs` [B, S] of each position's following token or None).
+    What comes after a part with `next_B` >= 0 is to be ignored.
   """
-  if not prompts:
-    raise ValueError("prompts must have at least 1 prompt, got 0")
-  longest = max(len(p) for p in prompts)
-  limit = config.model.max_position_embeddings
-  if min(len(p) for p in prompts) == 0:
-    raise ValueError("each prompt must have at least 1 token, got 0")
-  if temperature < 0:
-    raise ValueError(f"temperature must be at least 0, got {temperature}")
-  if longest + num_tokens > limit:
-    raise ValueError(
-      f"prompt ({longest} tokens) plus num_tokens ({num_tokens}) must not exceed "
-      f"max_position_embeddings ({limit})"
-    )
-  V = config.model.vocab_size
-  for token in (min(min(p) for p in prompts), max(max(p) for p in prompts)):
-    if not 0 <= token < V:
-      raise ValueError(f"tokens must be at least 0 and below vocab_size ({V}), got {token}")
-  graphdef, *_ = model_lib.split(jax.eval_shape(lambda: model_lib.build(config.model)))
-  next_logits = make_next_logits(config, graphdef, params, router_bias, mesh)
-  B = len(prompts) + -len(prompts) % sharding.num_batch_shards(mesh)
-  tokens_BT = np.zeros((B, longest + num_tokens), np.int32)
-  lengths_B = np.ones((B,), np.int32)
-  for row, prompt in enumerate(prompts):
-    tokens_BT[row, : len(prompt)] = prompt
-    lengths_B[row] = len(prompt)
-  done_B = np.arange(B) >= len(prompts)
-  random = [np.random.default_rng((seed, row)) for row in range(B)]
-  first_B = lengths_B.copy()
-  for _ in range(num_tokens):
-    logits_BV = np.asarray(next_logits(params, router_bias, tokens_BT, lengths_B - 1))
-    for row in np.flatnonzero(~done_B).tolist():
-      token = _sample(logits_BV[row], temperature, random[row])
-      if token == stop_token:
-        done_B[row] = True
-      else:
-        tokens_BT[row, lengths_B[row]] = token
-        lengths_B[row] += 1
-    if done_B.all():
-      break
-  return [tokens_BT[i, first_B[i] : lengths_B[i]].tolist() for i in range(len(prompts))]
-
-
-def _sample(logits_V, temperature: float, random: np.random.Generator) -> int:
-  if temperature == 0:
-    return int(np.argmax(logits_V))
-  # Gumbel's trick: the argmax of perturbed logits is a draw from their softmax.
-  return int(
-    np.argmax(logits_V.astype(np.float64) / temperature + random.gumbel(size=logits_V.shape))
+  hidden_BSD, kept = forward(arch, weights, kept, tokens_BS, place, expanded)
+  logits_BV = last_logits(weights, hidden_BSD, place)
+  drawn = _draw(logits_BV, rows, seen_BV, place.first_B + place.count_B, want_logprobs)
+  shifted_BS = jnp.concatenate([tokens_BS[:, 1:], tokens_BS[:, :1]], axis=1)
+  is_last_BS = jnp.arange(tokens_BS.shape[1])[None, :] == place.count_B[:, None] - 1
+  next_BS = jnp.where(
+    is_last_BS, jnp.where(next_B >= 0, next_B, drawn.token_B)[:, None], shifted_BS
   )
+  drafted_B = prompt_logprobs = None
+  if arch.mtp_graphdef is not None:
+    drafted_B, kept = draft(arch, weights, kept, hidden_BSD, next_BS, place, expanded)
+  if want_prompt_logprobs:
+    # A row at a time: logits of a whole batch of prompts would be the largest array by far.
+    prompt_logprobs = jax.lax.map(
+      lambda row: sampling.logprobs_of(head(weights, row[0]), row[1]), (hidden_BSD, next_BS)
+    )
+  return kept, drawn, drafted_B, prompt_logprobs
+
+
+class Rows(NamedTuple):
+  """What decoding carries from step to step; rows with nothing remaining are left alone."""
+
+  token_B: Any  # int32, the newest, not in the cache yet
+  draft_B: Any  # int32, a guess at the one after it
+  length_B: Any  # int32, tokens in the cache
+  remaining_B: Any  # int32, tokens still to draw
+  seen_BV: Any  # bool, tokens there; None when no row has a repetition penalty
+
+
+class Step(NamedTuple):
+  """What one step drew: one token a row, or two where a draft was right."""
+
+  token_BX: jax.Array  # int32, X = 1, or 2 with drafts; -1: none
+  drafted_B: jax.Array  # bool, a draft was put to the test
+  logprobs: sampling.TokenLogprobs | None  # [B, X]
+
+
+def _seen(seen_BV, token_B):
+  if seen_BV is None:
+    return None
+  return seen_BV | (jnp.arange(seen_BV.shape[1])[None, :] == token_B[:, None])
+
+
+def _plain_step(arch, want_logprobs, weights, kept, rows: Rows, table_BP, settings, stop_BX):
+  """Decodes one token of each row."""
+  active_B = rows.remaining_B > 0
+  place = Place(table_BP, rows.length_B, active_B.astype(jnp.int32))
+  hidden_B1D, kept = forward(arch, weights, kept, rows.token_B[:, None], place, in_latent_space)
+  logits_BV = head(weights, hidden_B1D[:, 0])
+  drawn = _draw(logits_BV, settings, rows.seen_BV, rows.length_B + 1, want_logprobs)
+  stopped_B = jnp.any(drawn.token_B[:, None] == stop_BX, axis=1)
+  rows = Rows(
+    jnp.where(active_B, drawn.token_B, rows.token_B),
+    None,
+    rows.length_B + active_B,
+    jnp.where(stopped_B, 0, rows.remaining_B - active_B),
+    _seen(rows.seen_BV, drawn.token_B),
+  )
+  logprobs = jax.tree.map(lambda x: x[:, None], drawn.logprobs)
+  token_B1 = jnp.where(active_B, drawn.token_B, -1)[:, None]
+  return kept, rows, Step(token_B1, jnp.zeros_like(active_B), logprobs)
+
+
+def _drafted_step(arch, want_logprobs, weights, kept, rows: Rows, table_BP, settings, stop_BX):
+  """Checks each row's draft and decodes the token after it, or the one in its place.
+
+  The draft d is certain in its own view, so it is accepted with the model's probability of d;
+  otherwise the token is drawn from the model's distribution without d. Each token then has
+  exactly the distribution it has without drafts. Source: arXiv:2211.17192.
+  """
+  active_B, draft_B = rows.remaining_B > 0, rows.draft_B
+  place = Place(table_BP, rows.length_B, 2 * active_B.astype(jnp.int32))
+  tokens_B2 = jnp.stack([rows.token_B, draft_B], axis=1)
+  hidden_B2D, kept = forward(arch, weights, kept, tokens_B2, place, in_latent_space)
+  logits_B2V = head(weights, hidden_B2D)
+  position_B = rows.length_B + 1
+  log_probs_BV = sampling.log_distribution(logits_B2V[:, 0], settings, rows.seen_BV)
+  probs_BV = jax.nn.softmax(log_probs_BV, axis=-1)
+  p_draft_B = jnp.take_along_axis(probs_BV, draft_B[:, None], axis=1)[:, 0]
+  right_B = sampling.uniform(settings, position_B, purpose=1) < p_draft_B
+  is_draft_BV = jnp.arange(probs_BV.shape[1])[None, :] == draft_B[:, None]
+  instead_B = sampling.draw(jnp.where(is_draft_BV, -jnp.inf, log_probs_BV), settings, position_B)
+  first_B = jnp.where(right_B, draft_B, instead_B)
+  seen_BV = _seen(rows.seen_BV, first_B)
+  second = _draw(logits_B2V[:, 1], settings, seen_BV, position_B + 1, False)
+
+  def stops(token_B):
+    return jnp.any(token_B[:, None] == stop_BX, axis=1)
+
+  twice_B = active_B & right_B & (rows.remaining_B > 1) & ~stops(first_B)
+  newest_B = jnp.where(twice_B, second.token_B, first_B)
+  place = place._replace(count_B=jnp.where(active_B, 1 + twice_B, 0))
+  next_B2 = jnp.stack([first_B, second.token_B], axis=1)
+  drafted_B, kept = draft(arch, weights, kept, hidden_B2D, next_B2, place, in_latent_space)
+  drawn_B2 = jnp.stack(
+    [jnp.where(active_B, first_B, -1), jnp.where(twice_B, second.token_B, -1)], axis=1
+  )
+  new_rows = Rows(
+    jnp.where(active_B, newest_B, rows.token_B),
+    drafted_B,
+    rows.length_B + place.count_B,
+    jnp.where(stops(newest_B), 0, rows.remaining_B - place.count_B),
+    None
+    if seen_BV is None
+    else jnp.where(twice_B[:, None], _seen(seen_BV, second.token_B), seen_BV),
+  )
+  logprobs = sampling.logprobs_of(logits_B2V, next_B2) if want_logprobs else None
+  return kept, new_rows, Step(drawn_B2, active_B & (rows.remaining_B > 1), logprobs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def decode(
+  arch: Architecture,
+  num_steps: int,
+  want_logprobs: bool,
+  weights: Weights,
+  kept: cache.LatentCache,
+  rows: Rows,
+  table_BP,
+  settings: sampling.RowSampling,
+  stop_BX,
+):
+  """Decodes up to `num_steps` steps of every row, all on the device.
+
+  Args:
+    arch, weights: from `inference.prepare`.
+    num_steps, want_logprobs: static.
+    kept: the cache; donated.
+    rows: where the rows stand.
+    table_BP: int32, pages with room for all tokens that remain, and one more with drafts.
+    settings: how the rows draw.
+    stop_BX: int32, tokens that end a row; -1 for none.
+
+  Returns:
+    (cache, rows, `Step` with a leading dimension of num_steps).
+  """
+  one = _plain_step if arch.mtp_graphdef is None else _drafted_step
+
+  def step(carry, _):
+    kept, rows = carry
+    kept, rows, drawn = one(arch, want_logprobs, weights, kept, rows, table_BP, settings, stop_BX)
+    return (kept, rows), drawn
+
+  (kept, rows), steps = jax.lax.scan(step, (kept, rows), length=num_steps)
+  return kept, rows, steps
+
+
+@functools.cache
+def _compiled_prefill():
+  # When first called, so that importing this module starts no backend.
+  options = host.compiler_options()
+  return jax.jit(_prefill, static_argnums=(0, 1, 2), donate_argnums=4, compiler_options=options)
+
+
+@functools.wraps(_prefill)
+def prefill(*args):
+  return _compiled_prefill()(*args)

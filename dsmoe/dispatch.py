@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul import grouped_swiglu
 from pallas_kernels.permute import combine, expert_order
 
+EXPERTS_AT_ONCE = 4  # when few tokens meet few experts
+
 
 def local(x_MD, expert_MK, gate_MK, experts):
   """Takes rows in expert order, applies each expert to its own, sums each token's back."""
@@ -43,4 +45,47 @@ def dense(x_MD, expert_MK, gate_MK, experts):
   return jnp.einsum("emd,me->md", y_EMD, gate_ME.astype(x_MD.dtype))
 
 
+def few(x_MD, expert_MK, gate_MK, experts, real_M):
+  """Takes the chosen experts one after the other, each on all tokens: for decoding.
+
+  Reads the weights of experts that a real token chose, once, and of no others. Multiplying all
+  M tokens with each costs no time while M is small, since then the weights' way from memory is
+  what takes it. Not differentiable. `real_M` is bool; other tokens get zeros.
+  """
+  y_MD = jnp.zeros(x_MD.shape, jnp.float32)
+
+  def add_expert(y_MD, expert, gate_M):
+    w_gate_DF, w_up_DF, w_down_FD = (
+      jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in experts
+    )
+    inner_MF = jax.nn.silu(x_MD @ w_gate_DF) * (x_MD @ w_up_DF)
+    inner_MF = (inner_MF.astype(jnp.float32) * gate_M[:, None]).astype(x_MD.dtype)
+    return y_MD + jnp.matmul(inner_MF, w_down_FD, preferred_element_type=jnp.float32)
+
+  M, K = expert_MK.shape
+  if M == 1:
+    for k in range(K):
+      y_MD = add_expert(y_MD, expert_MK[0, k], gate_MK[:, k])
+    return y_MD.astype(x_MD.dtype)
+  E = experts[0].shape[0]
+  expert_MK = jnp.where(real_M[:, None], expert_MK, E)  # dropped
+  gate_ME = jnp.zeros((M, E), jnp.float32)
+  gate_ME = gate_ME.at[jnp.arange(M)[:, None], expert_MK].set(gate_MK, mode="drop")
+  chosen_E = jnp.zeros(E, bool).at[expert_MK].set(True, mode="drop")
+  order_E = jnp.argsort(~chosen_E, stable=True)  # the chosen ones first
+  num_chosen = jnp.sum(chosen_E)
+
+  def add_some(step, y_MD):
+    # Several at a time, for they are independent; past the end the last one again, for nothing.
+    for i in range(EXPERTS_AT_ONCE):
+      place = step * EXPERTS_AT_ONCE + i
+      expert = order_E[jnp.minimum(place, num_chosen - 1)]
+      y_MD = add_expert(y_MD, expert, jnp.where(place < num_chosen, gate_ME[:, expert], 0))
+    return y_MD
+
+  num_steps = (num_chosen + EXPERTS_AT_ONCE - 1) // EXPERTS_AT_ONCE
+  return jax.lax.fori_loop(0, num_steps, add_some, y_MD).astype(x_MD.dtype)
+
+
+# Those that training may use, by their names in the config.
 BACK_ENDS: dict[str, Callable] = {"local": local, "dense": dense}

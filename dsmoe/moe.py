@@ -17,6 +17,8 @@ from dsmoe import balance, dispatch, routing
 from dsmoe.config import ModelConfig
 from dsmoe.layers import SwiGLU, normal
 
+FEW_TOKENS = 64
+
 
 class RouterBias(nnx.Variable):
   """float32 [E], moved by `balance.py` and never by the gradient."""
@@ -60,6 +62,22 @@ class MoE(nnx.Module):
     logits_ME = routing.router_logits(x_MD, self.router[...])
     bias_E = self.router_bias[...] if self.config.uses_router_bias else None
     return routing.route(logits_ME, bias_E, self.config)
+
+  def infer(self, x_BSD, real_BS):
+    """Returns [B, S, D] without statistics, reading only chosen experts when tokens are few.
+
+    `real_BS` is bool: what comes out for other tokens has no meaning.
+    """
+    x_MD = x_BSD.reshape(-1, x_BSD.shape[-1])
+    routed = self.route(x_MD)
+    experts = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
+    args = (x_MD, routed.expert_MK, routed.gate_MK, experts)
+    if x_MD.shape[0] <= FEW_TOKENS:
+      y_MD = dispatch.few(*args, real_BS.reshape(-1))
+    else:
+      y_MD = dispatch.local(*args)
+    y_BSD = y_MD.reshape(x_BSD.shape)
+    return y_BSD + self.shared(x_BSD) if self.config.n_shared_experts else y_BSD
 
   def __call__(self, x_BSD, balancer: balance.Balancer = balance.NONE):
     """Returns [B, S, D] and the layer's `MoEStats`."""

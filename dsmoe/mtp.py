@@ -29,12 +29,16 @@ class MTPModule(nnx.Module):
     self.norm = ones(D)
 
   def __call__(self, hidden_BSD, embedded_BSD, *block_args):
-    """Advances one depth.
+    """Advances one depth: `around` its block, called with `block_args`."""
+    return self.around(lambda x_BSD: self.block(x_BSD, *block_args), hidden_BSD, embedded_BSD)
+
+  def around(self, block, hidden_BSD, embedded_BSD):
+    """Joins the inputs, runs the block and norms its output.
 
     Args:
+      block: [B, S, D] -> ([B, S, D], stats).
       hidden_BSD: the depth before, after its norm.
       embedded_BSD: embedding of the token this depth looks at next.
-      *block_args: passed on to the block.
 
     Returns:
       [B, S, D] after this depth's norm, and the block's stats.
@@ -47,7 +51,7 @@ class MTPModule(nnx.Module):
       ],
       axis=-1,
     )
-    x_BSD, stats = self.block(joined @ self.eh_proj[...], *block_args)
+    x_BSD, stats = block(joined @ self.eh_proj[...])
     return rms_norm(x_BSD, self.norm[...], eps), stats
 
 

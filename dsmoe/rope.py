@@ -88,3 +88,9 @@ def deinterleave(w):
   """Reorders the last dimension (0 1 2 3 ...) to (0 2 ... 1 3 ...): pairs become halves."""
   *lead, R = w.shape
   return w.reshape(*lead, R // 2, 2).swapaxes(-1, -2).reshape(*lead, R)
+
+
+def half_split_columns(w, config: ModelConfig):
+  """Returns a weight [..., R at the end] with its last R columns deinterleaved."""
+  kept, turned = jnp.split(w, [w.shape[-1] - config.qk_rope_head_dim], axis=-1)
+  return jnp.concatenate([kept, deinterleave(turned)], axis=-1)

@@ -16,10 +16,10 @@ from ml_collections import config_flags
 
 from dsmoe import (
   accounting,
+  batcher,
   checkpoint,
   corpus,
   data,
-  decode,
   evaluate,
   host,
   metrics,
@@ -31,6 +31,7 @@ from dsmoe import (
 )
 from dsmoe import config as config_lib
 from dsmoe.config import Config
+from dsmoe.sampling import Sampling
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; resumed if it exists.")
@@ -183,12 +184,11 @@ def write_sample(config: Config, workdir: epath.PathLike, prompt: str = "def ") 
   if not run.tokenizer_path.exists():
     return ""
   encoder = run.tokenizer()
-  prompts = [encoder.encode(prompt, add_special_tokens=False).ids]
-  tokens = decode.generate(
-    *(run.config, run.params, run.router_bias, run.mesh, prompts, config.log.sample_tokens),
-    temperature=0.7,
-  )
-  return prompt + encoder.decode(tokens[0])
+  tokens = encoder.encode(prompt, add_special_tokens=False).ids
+  engine = batcher.make(run, max_rows=1)
+  room = engine.max_tokens_per_row - len(tokens)
+  settings = Sampling(min(config.log.sample_tokens, room), temperature=0.7)
+  return prompt + encoder.decode(batcher.generate(engine, [tokens], settings)[0])
 
 
 def report(config: Config, workdir: epath.Path) -> None:

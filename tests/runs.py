@@ -26,7 +26,7 @@ TWO_LAYERS = {
 TIMINGS = ("step_secs", "tokens_per_sec", "gflops_per_sec", "mfu")
 
 
-def start(*args) -> subprocess.Popen:
+def start(*args, **options) -> subprocess.Popen:
   """Starts a Python process in the repository on one CPU device; output is captured as text."""
   env = os.environ | {
     "PYTHONPATH": str(ROOT),
@@ -42,6 +42,7 @@ def start(*args) -> subprocess.Popen:
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    **options,
   )
 
 

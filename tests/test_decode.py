@@ -1,103 +1,232 @@
+"""Prefill and decode over the cache against full forward passes, token for token."""
+
 import functools
 
+import hf_cases
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from helpers import mesh_of, random_model, random_parts, small_config
+from helpers import TOLERANCE, assert_close, random_model, random_parts, small_config
 
-from dsmoe import decode
+from dsmoe import cache, decode, dispatch, inference, moe, routing, sampling
 from dsmoe import model as model_lib
+from dsmoe.latent_attention import Place, expanded, in_latent_space
+from dsmoe.sampling import Sampling
 
 CONFIG = small_config(
   **{
-    "model.num_hidden_layers": 2,
+    "model.num_hidden_layers": 3,
     "model.first_k_dense_replace": 1,
-    "model.num_nextn_predict_layers": 0,
-    "model.max_position_embeddings": 20,
+    "model.num_nextn_predict_layers": 1,
+    "model.max_position_embeddings": 256,
   }
 )
-PROMPTS = [[5, 17, 3, 90], [8], [60, 61]]
-NEW = 5
-
-
-def _generate(prompts=PROMPTS, num_tokens=NEW, devices=1, **options):
-  _, params, bias = random_parts(CONFIG, 0)
-  options = {"temperature": 0.0} | options
-  return decode.generate(CONFIG, params, bias, mesh_of(devices), prompts, num_tokens, **options)
+V = CONFIG.model.vocab_size
 
 
 @functools.cache
-def _greedy_by_logits():
-  """Argmax of a full forward pass, one row and token at a time."""
-  model, rows = random_model(CONFIG, 0), []
-  for prompt in PROMPTS:
-    row = list(prompt)
-    for _ in range(NEW):
-      padded = np.zeros((1, 9), np.int32)
-      padded[0, : len(row)] = row
-      row.append(int(jnp.argmax(model_lib.logits(model, padded)[0, len(row) - 1])))
-    rows.append(row[len(prompt) :])
-  return rows
+def _prepared(speculate=False):
+  _, params, bias = random_parts(CONFIG, 0)
+  return inference.prepare(CONFIG.model, params, bias, speculate)
 
 
-def test_greedy_is_the_argmax_of_logits_for_prompts_of_any_length():
-  expected = _greedy_by_logits()
-  assert len({tuple(row) for row in expected}) == 3
-  # Three rows over two devices: one row is padding.
-  assert _generate(devices=2) == expected
+def _record_routing(monkeypatch):
+  """Collects each MoE layer's experts, as values."""
+  seen = []
+  route = routing.route
+
+  def recorded(*args):
+    routed = route(*args)
+    jax.debug.callback(lambda e: seen.append(np.asarray(e)), routed.expert_MK, ordered=True)
+    return routed
+
+  monkeypatch.setattr(moe.routing, "route", recorded)
+  return seen
 
 
-def test_stop_token_ends_its_row_only():
-  expected = _greedy_by_logits()
-  stop = expected[0][2]
-  cut = [row[: row.index(stop)] if stop in row else row for row in expected]
-  assert len(cut[0]) <= 2 and max(map(len, cut)) == NEW
-  assert _generate(stop_token=stop) == cut
+def _forward(arch, attend):
+  """A fresh compiled forward pass, with the logits of every position."""
+
+  @jax.jit
+  def run(weights, kept, tokens, place):
+    hidden, kept = inference.forward(arch, weights, kept, tokens, place, attend)
+    return inference.head(weights, hidden), kept
+
+  return run
 
 
-def test_sampling_follows_its_seed_and_row(monkeypatch):
-  """With equal logits everywhere, only the seed, the row and the step can tell draws apart."""
-  monkeypatch.setattr(
-    decode, "make_next_logits", lambda *_: lambda p, b, tokens, last: np.zeros((len(last), 96))
+def _place(first, count, pages=24):
+  """Two rows with interleaved pages, so that neither lies in one piece."""
+  table = np.arange(2 * pages, dtype=np.int32).reshape(pages, 2).T
+  return Place(jnp.asarray(table), jnp.asarray(first), jnp.asarray(count))
+
+
+def test_prefill_in_parts_and_decoding_equal_a_full_pass_at_every_position(monkeypatch):
+  """Over a block's end (128 tokens), rows of different lengths, one or two tokens at a time."""
+  assert cache.BLOCK_PAGES * cache.PAGE_TOKENS == 128
+  lengths, total = (112, 144), 160
+  tokens = np.random.default_rng(0).integers(0, V, (2, total)).astype(np.int32)
+  seen = _record_routing(monkeypatch)
+  full = np.asarray(model_lib.logits(random_model(CONFIG, 0), tokens))
+  jax.effects_barrier()
+  K = CONFIG.model.num_experts_per_tok
+  full_routes = [layer.reshape(2, total, K) for layer in seen]
+  assert len(full_routes) == 2
+  seen.clear()
+
+  arch, weights = _prepared()
+  kept = cache.empty(CONFIG.model, 48)
+  first, count = np.zeros(2, np.int32), np.zeros(2, np.int32)
+  take_in = _forward(arch, expanded)
+  compared = np.zeros((2, total), bool)
+
+  def compare(logits, first, count):
+    jax.effects_barrier()
+    S = logits.shape[1]
+    for row in range(2):
+      mine = slice(first[row], first[row] + count[row])
+      assert_close(logits[row, : count[row]], full[row, mine], "model_float32")
+      for layer in range(2):
+        routed = seen[layer].reshape(2, S, K)[row, : count[row]]
+        np.testing.assert_array_equal(routed, full_routes[layer][row, mine])
+      compared[row, mine] = True
+    seen.clear()
+
+  while (first < lengths).any():
+    count = np.minimum(48, np.asarray(lengths) - first).clip(0).astype(np.int32)
+    part = np.zeros((2, 48), np.int32)
+    for row in range(2):
+      part[row, : count[row]] = tokens[row, first[row] : first[row] + count[row]]
+    logits, kept = take_in(weights, kept, part, _place(first, count))
+    compare(np.asarray(logits), first, count)
+    first = first + count
+  for S, steps in ((1, 4), (2, 6)):
+    step = _forward(arch, in_latent_space)
+    for _ in range(steps):
+      part = np.stack([tokens[row, first[row] : first[row] + S] for row in range(2)])
+      count = np.full(2, S, np.int32)
+      logits, kept = step(weights, kept, part, _place(first, count))
+      compare(np.asarray(logits), first, count)
+      first = first + S
+  assert compared[0, :128].all() and compared[1, :160].all()
+
+
+@pytest.mark.parametrize("M", [1, 2, 7])
+def test_few_tokens_read_chosen_experts_only(M):
+  """Experts that no real token chose are not numbers: any use of them would show."""
+  rng = np.random.default_rng(M)
+  E, K, D, F = 9, 2, 6, 5
+  x = rng.standard_normal((M, D)).astype(np.float32)
+  expert = np.stack([rng.permutation(7)[:K] for _ in range(M)]).astype(np.int32)
+  gate = rng.random((M, K)).astype(np.float32)
+  real = np.arange(M) != 1
+  expert[~real] = [7, 8]
+  w_gate, w_up = rng.standard_normal((2, E, D, F)).astype(np.float32)
+  w_down = rng.standard_normal((E, F, D)).astype(np.float32)
+  expected = [
+    sum(gate[m, k] * oracles.swiglu(x[m], w_gate[e], w_up[e], w_down[e]) for k, e in enumerate(row))
+    for m, row in enumerate(expert)
+  ]
+  idle = sorted(set(range(E)) - set(expert[real].ravel().tolist()))
+  assert 7 in idle and 8 in idle
+  for w in (w_gate, w_up, w_down):
+    w[idle] = np.nan
+  found = jax.jit(dispatch.few)(x, expert, gate, (w_gate, w_up, w_down), real)
+  assert_close(found[real], np.stack(expected)[real])
+
+
+@pytest.mark.parametrize("folder", hf_cases.supported("decode."), ids=hf_cases.label)
+def test_published_greedy_decoding(folder):
+  case = hf_cases.load(folder)
+  config = case.model.config
+  prompt = np.asarray(case.io["decode.prompt_ids"], np.int32)
+  output = np.asarray(case.io["decode.output_ids"], np.int32)
+  logits_of = np.asarray(case.io["decode.step_logits"])
+  prompt, output = np.atleast_2d(prompt), np.atleast_2d(output)
+  B, n = prompt.shape
+  new = output[:, n:] if output.shape[1] > logits_of.shape[-2] else output
+  logits_of = logits_of.reshape(B, -1, config.vocab_size)
+  _, params, bias = model_lib.split(case.model)
+  arch, weights = inference.prepare(config, params, bias)
+  width = -(-(n + 16) // 128) * 8
+  kept = cache.empty(config, B * width)
+  table = jnp.arange(B * width, dtype=jnp.int32).reshape(B, width)
+  S = -(-n // cache.PAGE_TOKENS) * cache.PAGE_TOKENS
+  part = np.zeros((B, S), np.int32)
+  part[:, :n] = prompt
+  place = Place(table, jnp.zeros(B, jnp.int32), jnp.full(B, n))
+  logits, kept = _forward(arch, expanded)(weights, kept, part, place)
+  logits = np.asarray(logits)[:, n - 1]
+  step = _forward(arch, in_latent_space)
+  for i in range(new.shape[1]):
+    error = np.abs(logits - logits_of[:, i]).max()
+    assert error <= TOLERANCE["model_float32"], f"step {i}: absolute error {error:.2e}"
+    np.testing.assert_array_equal(logits.argmax(axis=-1), new[:, i])
+    place = Place(table, jnp.full(B, n + i), jnp.ones(B, jnp.int32))
+    logits, kept = step(weights, kept, new[:, i : i + 1], place)
+    logits = np.asarray(logits)[:, 0]
+
+
+def _chi_square(counts, probs):
+  """The statistic over the outcomes expected at least 5 times, and its degrees of freedom."""
+  n = counts.sum()
+  often = n * probs >= 5
+  expected = np.append(n * probs[often], n * probs[~often].sum())
+  observed = np.append(counts[often], counts[~often].sum())
+  return ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum(), often.sum()
+
+
+@pytest.mark.parametrize("draft_rank", [0, 3])
+def test_drafts_leave_the_distribution_as_it_is(draft_rank):
+  """One step of thousands of equal rows that differ in their seeds."""
+  n, settings = 4096, dict(temperature=0.8, top_k=12)
+  arch, weights = _prepared(speculate=True)
+  prompt = np.random.default_rng(5).integers(0, V, (1, 20)).astype(np.int32)
+  model = random_model(CONFIG, 0)
+
+  def distribution(tokens):
+    logits = np.asarray(model_lib.logits(model, np.asarray([tokens], np.int32)))[0, -1]
+    kept = np.argsort(-logits)[: settings["top_k"]]
+    probs = np.zeros(V)
+    probs[kept] = oracles.softmax(logits[kept] / settings["temperature"])
+    return probs
+
+  # The prompt but for its last token is in the cache; every row writes the same after it.
+  one = Place(jnp.arange(8, dtype=jnp.int32)[None], jnp.zeros(1, jnp.int32), jnp.full(1, 19))
+  padded = np.zeros((1, 32), np.int32)
+  padded[0, :20] = prompt
+  kept = cache.empty(CONFIG.model, 8, speculate=True)
+  hidden, kept = inference.forward(arch, weights, kept, padded, one, expanded)
+  _, kept = inference.draft(arch, weights, kept, hidden, np.roll(padded, -1, 1), one, expanded)
+  first_probs = distribution(prompt[0])
+  draft = int(np.argsort(-first_probs)[draft_rank])
+  same = lambda value: jnp.full(n, value, jnp.int32)  # noqa: E731
+  rows = decode.Rows(same(prompt[0, -1]), same(draft), same(19), same(5), None)
+  table = jnp.broadcast_to(one.table_BP, (n, 8))
+  stacked = sampling.stack([Sampling(seed=i, **settings) for i in range(n)])
+  _, after, steps = decode.decode(
+    arch, 1, False, weights, kept, rows, table, stacked, jnp.full((n, 2), -1)
   )
-  same = [[1, 2], [1, 2], [1, 2]]
-  first = _generate(same, 8, temperature=1.0, seed=3)
-  assert first == _generate(same, 8, temperature=1.0, seed=3)
-  assert first != _generate(same, 8, temperature=1.0, seed=4)
-  assert len({tuple(row) for row in first}) == 3
-  assert first[0] == _generate(same[:1], 8, temperature=1.0, seed=3)[0]
-  assert all(len(set(row)) > 3 for row in first)
+  tokens = np.asarray(steps.token_BX[0])
+  assert np.asarray(steps.drafted_B).all()
+  accepted = tokens[:, 0] == draft
+  np.testing.assert_array_equal(accepted, tokens[:, 1] >= 0)
+  # Above the limit once in ten thousand times; 1.0 + 5 sqrt(2 / k) bounds it for few degrees.
+  for counts, probs in (
+    (np.bincount(tokens[:, 0], minlength=V), first_probs),
+    (np.bincount(tokens[accepted, 1], minlength=V), distribution([*prompt[0], draft])),
+  ):
+    assert counts[probs == 0].sum() == 0
+    statistic, freedom = _chi_square(counts, probs)
+    assert freedom >= 4 and statistic < freedom + 5 * np.sqrt(2 * freedom)
+  np.testing.assert_array_equal(after.length_B, 19 + 1 + accepted)
+  np.testing.assert_array_equal(after.remaining_B, 5 - 1 - accepted)
+  np.testing.assert_array_equal(after.token_B, np.where(accepted, tokens[:, 1], tokens[:, 0]))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-def test_sampling_frequencies_follow_the_softmax(temperature):
-  logits = np.array([1.0, -0.5, 0.3, 2.0, -1.2], np.float32)
-  random, n = np.random.default_rng(0), 4000
-  counts = np.zeros(5)
-  for _ in range(n):
-    counts[decode._sample(logits, temperature, random)] += 1
-  expected = n * oracles.softmax(logits / temperature)
-  # Chi-square with 4 degrees of freedom: above 18.5 once in a thousand times.
-  assert ((counts - expected) ** 2 / expected).sum() < 18.5
-
-
-def test_temperature_zero_takes_the_first_of_the_likeliest():
-  random = np.random.default_rng(0)
-  assert decode._sample(np.array([1.0, 3.0, 3.0]), 0, random) == 1
-
-
-@pytest.mark.parametrize(
-  "prompts, options, message",
-  [
-    ([], {}, "prompts must have at least 1 prompt, got 0"),
-    ([[1], []], {}, "each prompt must have at least 1 token, got 0"),
-    ([[1]], {"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
-    ([[1] * 16, [2]], {}, r"prompt \(16 tokens\) plus num_tokens \(5\) must not exceed .* \(20\)"),
-    ([[1], [7, 96]], {}, r"below vocab_size \(96\), got 96"),
-    ([[1], [7, -1]], {}, r"got -1"),
-  ],
-)
-def test_bad_requests_are_refused(prompts, options, message):
-  with pytest.raises(ValueError, match=message):
-    _generate(prompts, **options)
+def test_drafts_need_a_module():
+  config = small_config(**{"model.num_nextn_predict_layers": 0}).model
+  with pytest.raises(ValueError, match="num_nextn_predict_layers must be at least 1, got 0"):
+    inference.architecture(config, True)

@@ -1,6 +1,7 @@
 """Every script runs, once; what it prints is what it promises."""
 
 import json
+import subprocess
 
 import pytest
 import runs
@@ -75,10 +76,56 @@ def test_generate(workdir):
   assert len(sampled) > len("alpha beta\n") and sampled != likeliest
 
 
+def test_generate_from_a_file(workdir, tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  prompts = ["alpha", "beta gamma", "alpha beta"]
+  path.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts))
+  args = ("scripts/generate.py", f"--workdir={workdir}", "--num_tokens=8", "--temperature=0")
+  rows = [json.loads(line) for line in runs.run(*args, f"--prompts={path}").splitlines()]
+  assert sorted(row["prompt"] for row in rows) == sorted(prompts)
+  text = {row["prompt"]: row["text"] for row in rows}
+  assert runs.run(*args, "--prompt=alpha beta").rstrip("\n") == "alpha beta" + text["alpha beta"]
+  missing = failure(*args, "--prompts=/nowhere.txt")
+  assert missing == "generate: the file of prompts must exist, got /nowhere.txt"
+
+
+def test_generate_talks(workdir):
+  """Without a template it says what is missing; with one, two turns and a fresh start."""
+  args = ("scripts/generate.py", f"--workdir={workdir}", "--num_tokens=8", "--chat")
+  assert "--chat needs a chat template" in failure(*args)
+  template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+  path = workdir / "data" / "tokenizer_config.json"
+  path.write_text(json.dumps({"chat_template": template}))
+  try:
+    process = runs.start(*args, stdin=subprocess.PIPE)
+    out, err = process.communicate("alpha\nbeta\n\ngamma\n", timeout=runs.LIMIT_SECS)
+  finally:
+    path.unlink()
+  assert process.returncode == 0, err
+  assert out.count("> ") >= 5 and "(a new conversation)" in out
+  assert "tokens written" in err
+
+
+def test_bench_decode():
+  small = ["--config.model.hidden_size=32", "--config.model.vocab_size=64"]
+  out = runs.run(
+    *("scripts/bench_decode.py", "--config=experiments/bench_small.py", *small, "--json"),
+    *("--batches=1,3", "--prompt_tokens=9", "--new_tokens=5", "--repeats=1"),
+  )
+  rows = json.loads(out.strip().splitlines()[-1])["runs"]
+  assert [row["batch"] for row in rows] == [1, 3]
+  for row in rows:
+    assert row["cache_bytes_per_token"] == 4 * 4 * (64 + 16)
+    for name in ("prefill", "decode", "decode_bound"):
+      assert row[f"{name}_tokens_per_sec"] > 0
+  one, three = (row["weight_bytes_per_step"] for row in rows)
+  assert one < three < 3 * one
+
+
 @pytest.mark.parametrize(
   "args, message",
   [
-    (("--prompt=",), "each prompt must have at least 1 token, got 0"),
+    (("--prompt=",), "a prompt must have at least 1 token, got 0"),
     (("--prompt=a", "--step=2"), "([3]), got 2"),
     (("--prompt=a", "--workdir=/nowhere"), "must hold config.json, got /nowhere"),
   ],

@@ -1,0 +1,148 @@
+"""A conversation as one text: the checkpoint's own chat template, in a sandbox.
+
+Templates are Jinja, in `chat_template.jinja` or in `tokenizer_config.json`, both beside
+`tokenizer.json`; they see what Hugging Face's `apply_chat_template` gives them.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+from etils import epath
+
+TEMPLATE_FILE = "chat_template.jinja"
+CONFIG_FILE = "tokenizer_config.json"
+
+
+class _Generation(jinja2.ext.Extension):
+  """Reads {% generation %}, which marks what an assistant wrote, as what is inside it."""
+
+  tags = {"generation"}  # noqa: RUF012
+
+  def parse(self, parser):
+    next(parser.stream)
+    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str):
+  raise jinja2.TemplateError(message)
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+  """Unlike Jinja's own filter, escapes nothing for HTML."""
+  return json.dumps(
+    value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+  )
+
+
+def _strftime_now(format: str) -> str:
+  return datetime.datetime.now().strftime(format)
+
+
+class ChatTemplate:
+  """A compiled template and the special tokens it may name."""
+
+  def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
+    """Compiles `source`.
+
+    Args:
+      source: Jinja.
+      special_tokens: by name, as `bos_token`.
+
+    Raises:
+      ValueError: if it is no template.
+    """
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+      trim_blocks=True,
+      lstrip_blocks=True,
+      extensions=[jinja2.ext.loopcontrols, _Generation],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    try:
+      self._template = environment.from_string(source)
+    except jinja2.TemplateError as error:
+      raise ValueError(f"the chat template must be valid Jinja, got: {error}") from error
+    self._special_tokens = dict(special_tokens or {})
+
+  def render(
+    self,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = True,
+    **variables: Any,
+  ) -> str:
+    """Returns the conversation as the text that the model was trained on.
+
+    The names of special tokens inside a message are not told from the template's own.
+
+    Args:
+      messages: each with "role" and "content", and what else the template reads.
+      add_generation_prompt: end where the assistant's answer begins.
+      **variables: more that the template may read, such as `enable_thinking`.
+
+    Raises:
+      ValueError: if the template refuses the messages, or fails on them.
+    """
+    given = {"tools": None, "documents": None} | self._special_tokens | variables
+    given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    try:
+      return self._template.render(given)
+    except Exception as error:  # the template is a program and may raise anything
+      raise ValueError(f"the chat template refused the messages: {error}") from error
+
+
+def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+  """Returns a tokenizer_config.json's special tokens by name; each a text, or has "content"."""
+  result = {}
+  for name, value in tokenizer_config.items():
+    if name.endswith("_token"):
+      text = value.get("content") if isinstance(value, Mapping) else value
+      if isinstance(text, str):
+        result[name] = text
+  return result
+
+
+def load_tokenizer_config(folder: epath.PathLike) -> dict[str, Any]:
+  """Reads tokenizer_config.json; {} where there is none.
+
+  Raises:
+    ValueError: if it is not a JSON object.
+  """
+  path = epath.Path(folder) / CONFIG_FILE
+  if not path.exists():
+    return {}
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} must be JSON, got: {error}") from error
+  if not isinstance(values, dict):
+    raise ValueError(f"{path} must be a JSON object, got a {type(values).__name__}")
+  return values
+
+
+def load_template(folder: epath.PathLike) -> ChatTemplate | None:
+  """Loads the template beside a tokenizer; `chat_template.jinja` goes first.
+
+  Returns:
+    The template, that named "default" where there are several; None where there is none.
+
+  Raises:
+    ValueError: for a file or a template that cannot be read.
+  """
+  config = load_tokenizer_config(folder)
+  path = epath.Path(folder) / TEMPLATE_FILE
+  source = config.get("chat_template")
+  if path.exists():
+    source = path.read_text(encoding="utf-8")
+  elif isinstance(source, list):
+    source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+  if source is None:
+    return None
+  if not isinstance(source, str):
+    raise ValueError(f"chat_template must be text, got a {type(source).__name__}")
+  return ChatTemplate(source, special_tokens(config))

@@ -1,0 +1,135 @@
+"""Tokens to text as they come: whole characters only, and nothing of a stop string."""
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+
+from tokenizers import Tokenizer
+
+_KNOWN_DECODERS = {
+  *("ByteLevel", "Sequence", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip")
+}
+
+_CONTEXT_TOKENS = 8  # enough to know a character's bytes and whether a word begins the text
+
+
+class Vocabulary:
+  """The bytes each token stands for; a token need not be whole characters."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    """Reads a byte-level tokenizer, or one of Sentencepiece's kind.
+
+    Raises:
+      ValueError: for a decoder of another kind.
+    """
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    parts = {part.get("type"): part for part in [decoder, *decoder.get("decoders", ())]}
+    if not parts.keys() & {"ByteLevel", "Metaspace", "Replace"} or parts.keys() - _KNOWN_DECODERS:
+      raise ValueError(
+        f"the tokenizer's decoder must be byte-level or Sentencepiece's, got {list(parts)}"
+      )
+    self._tokenizer = tokenizer
+    self._byte_of = _byte_characters() if "ByteLevel" in parts else {}
+    metaspace = parts.get("Metaspace", {"prepend_scheme": "never"})
+    self.strips_first_space = "Strip" in parts or metaspace.get("prepend_scheme") != "never"
+    added = tokenizer.get_added_tokens_decoder()
+    self._added = {token: entry.content.encode() for token, entry in added.items()}
+    self.special = frozenset(token for token, entry in added.items() if entry.special)
+
+  def token_bytes(self, token: int) -> bytes:
+    """Returns a token's bytes, those of its name if it is special; none for an unknown id."""
+    if token in self._added:
+      return self._added[token]
+    name = self._tokenizer.id_to_token(token)
+    if name is None:
+      return b""
+    if self._byte_of:
+      if all(c in self._byte_of for c in name):
+        return bytes(self._byte_of[c] for c in name)
+      return name.encode()
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+      return bytes.fromhex(name[3:5])  # byte fallback
+    return name.replace("▁", " ").encode()
+
+
+def _byte_characters() -> dict[str, int]:
+  """Returns the byte behind each character of byte-level BPE.
+
+  Printable bytes stand for themselves, the others follow from U+0100 on, in order.
+  Source: GPT-2's encoder.
+  """
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in printable]
+  characters = {chr(byte): byte for byte in printable}
+  return characters | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+class Detokenizer:
+  """The text of one sequence of tokens, grown a few tokens at a time.
+
+  What is returned, joined, is `tokenizer.decode` of all tokens, special tokens left out. Of
+  invalid UTF-8 a byte-fallback tokenizer makes more U+FFFD than there are here.
+  """
+
+  def __init__(self, vocabulary: Vocabulary, context: Sequence[int] = ()):
+    """Starts after the tokens of `context`, whose text is not returned.
+
+    A character that `context` leaves unfinished is returned once it is whole.
+    """
+    self._vocabulary = vocabulary
+    self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    self._strip = vocabulary.strips_first_space
+    self.push(context[-_CONTEXT_TOKENS:])
+
+  def push(self, tokens: Iterable[int]) -> str:
+    """Returns the characters that `tokens` complete, perhaps none."""
+    special, token_bytes = self._vocabulary.special, self._vocabulary.token_bytes
+    new = b"".join(token_bytes(token) for token in tokens if token not in special)
+    if self._strip and new:
+      self._strip, new = False, new.removeprefix(b" ")
+    return self._decoder.decode(new)
+
+  def flush(self) -> str:
+    """Returns what is left of an unfinished character: the end of the text."""
+    return self._decoder.decode(b"", final=True)
+
+
+class StopStrings:
+  """Ends a text before the first of some strings, however the text is cut into pieces.
+
+  First is the one that is complete first; of those that end together, the longest.
+  """
+
+  def __init__(self, stops: Sequence[str] = ()):
+    """Looks for `stops`.
+
+    Raises:
+      ValueError: for an empty one.
+    """
+    if not all(stops):
+      raise ValueError(f"stop strings must have at least 1 character each, got {list(stops)}")
+    self._stops = tuple(stops)
+    self._longest = max(map(len, stops), default=0)
+    self._held = ""
+    self.found = False
+
+  def push(self, text: str) -> str:
+    """Returns what is certainly before any stop string; nothing once one was found."""
+    if self.found:
+      return ""
+    text = self._held + text
+    places = [(text.find(stop), len(stop)) for stop in self._stops]
+    ends = [(place + size, place) for place, size in places if place >= 0]
+    if ends:
+      self.found, self._held = True, ""
+      return text[: min(ends)[1]]
+    held = min(self._longest - 1, len(text)) if self._stops else 0
+    while held and not any(stop.startswith(text[-held:]) for stop in self._stops):
+      held -= 1
+    self._held = text[len(text) - held :]
+    return text[: len(text) - held]
+
+  def flush(self) -> str:
+    """Returns what was held back: no stop string will come."""
+    result, self._held = self._held, ""
+    return result

@@ -1,0 +1,176 @@
+"""How the next token is drawn: penalties, temperature, filters, seeds, log-probabilities.
+
+Every row of a batch has its own settings. A draw depends on the row's seed and the token's
+position only, so a request's text does not depend on what else is in the batch.
+
+Shapes: B rows, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_LOGPROBS = 20  # alternatives reported beside a token
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How one request's tokens are drawn."""
+
+  max_tokens: int = 128  # new tokens; 0: only the prompt's log-probabilities
+  temperature: float = 1.0  # 0: the likeliest token, the lowest of equals
+  top_k: int = 0  # only the k likeliest; 0: all
+  top_p: float = 1.0  # only the likeliest that together reach this probability
+  min_p: float = 0.0  # only those at least this share as likely as the likeliest
+  repetition_penalty: float = 1.0  # divides the positive logits of tokens already there
+  seed: int = 0
+  logprobs: int | None = None  # alternatives reported beside each new token; None: no logprobs
+  prompt_logprobs: bool = False  # report the prompt's tokens too
+  stop_tokens: tuple[int, ...] = ()  # end the row, and are not returned
+
+  def __post_init__(self):
+    rules = (
+      (self.max_tokens >= 0, f"max_tokens must be at least 0, got {self.max_tokens}"),
+      (self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}"),
+      (self.top_k >= 0, f"top_k must be at least 0, got {self.top_k}"),
+      (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}"),
+      (0 <= self.min_p <= 1, f"min_p must be between 0 and 1, got {self.min_p}"),
+      (
+        self.repetition_penalty > 0,
+        f"repetition_penalty must be positive, got {self.repetition_penalty}",
+      ),
+      (0 <= self.seed < 2**63, f"seed must be at least 0 and below 2**63, got {self.seed}"),
+      (
+        self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+        f"logprobs must be None or between 0 and {MAX_LOGPROBS}, got {self.logprobs}",
+      ),
+    )
+    for fine, message in rules:
+      if not fine:
+        raise ValueError(message)
+
+
+class RowSampling(NamedTuple):
+  """The settings of a batch's rows."""
+
+  temperature_B: Any  # float32
+  top_k_B: Any  # int32
+  top_p_B: Any  # float32
+  min_p_B: Any  # float32
+  repetition_penalty_B: Any  # float32
+  seed_B2: Any  # uint32
+
+
+def stack(settings: Sequence[Sampling]) -> RowSampling:
+  """Puts the settings of rows together, as NumPy arrays."""
+  floats = ("temperature", "top_p", "min_p", "repetition_penalty")
+  column = {name: np.array([getattr(s, name) for s in settings], np.float32) for name in floats}
+  return RowSampling(
+    column["temperature"],
+    np.array([min(s.top_k, 2**31 - 1) for s in settings], np.int32),
+    column["top_p"],
+    column["min_p"],
+    column["repetition_penalty"],
+    np.array([(s.seed >> 32, s.seed & 0xFFFFFFFF) for s in settings], np.uint32),
+  )
+
+
+def argmax(x_BV):
+  """Returns the first of the largest, int32 [B]: jnp.argmax, eight times faster on CPU."""
+  V = x_BV.shape[-1]
+  is_top_BV = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
+  return jnp.min(jnp.where(is_top_BV, jnp.arange(V, dtype=jnp.int32)[None, :], V - 1), axis=-1)
+
+
+def penalised(logits_BV, seen_BV, rows: RowSampling):
+  """Makes tokens that were seen less likely. Source: arXiv:1909.05858, section 4.1."""
+  penalty_B1 = rows.repetition_penalty_B[:, None]
+  lower_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+  return jnp.where(seen_BV, lower_BV, logits_BV)
+
+
+def _filtered(logits_BV, rows: RowSampling):
+  """Sets what top-k, top-p and min-p leave out to -inf, in this order, as Hugging Face does.
+
+  Tokens as likely as the last one kept are kept too.
+  """
+  V = logits_BV.shape[1]
+  sorted_BV = -jnp.sort(-logits_BV, axis=-1)
+  k_B = jnp.where(rows.top_k_B == 0, V, jnp.minimum(rows.top_k_B, V))
+  place_1V = jnp.arange(V)[None, :]
+  sorted_BV = jnp.where(place_1V < k_B[:, None], sorted_BV, -jnp.inf)
+  probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
+  before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
+  keep_BV = (place_1V < k_B[:, None]) & (before_BV < rows.top_p_B[:, None])
+  keep_BV &= probs_BV >= rows.min_p_B[:, None] * probs_BV[:, :1]
+  keep_BV |= place_1V == 0
+  last_B1 = jnp.min(jnp.where(keep_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+  return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
+
+
+def log_distribution(logits_BV, rows: RowSampling, seen_BV=None):
+  """Returns unnormalised float32 log-probabilities of the next token, -inf where impossible.
+
+  Args:
+    logits_BV: float32, the model's.
+    rows: the rows' settings; temperature 0 leaves the likeliest token alone possible.
+    seen_BV: bool, tokens already there; None when no row has a repetition penalty.
+  """
+  if seen_BV is not None:
+    logits_BV = penalised(logits_BV, seen_BV, rows)
+  greedy_B1 = (rows.temperature_B == 0)[:, None]
+  scaled_BV = logits_BV / jnp.where(greedy_B1, 1, rows.temperature_B[:, None])
+  filters_B = (rows.top_k_B > 0) | (rows.top_p_B < 1) | (rows.min_p_B > 0)
+  filters = jnp.any(filters_B & (rows.temperature_B > 0))
+  scaled_BV = jax.lax.cond(filters, lambda: _filtered(scaled_BV, rows), lambda: scaled_BV)
+  is_best_BV = jnp.arange(logits_BV.shape[-1])[None, :] == argmax(logits_BV)[:, None]
+  return jnp.where(greedy_B1, jnp.where(is_best_BV, 0.0, -jnp.inf), scaled_BV)
+
+
+def _keys(rows: RowSampling, position_B, purpose: int):
+  def key(seed_2, position):
+    base = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(base, position), purpose)
+
+  return jax.vmap(key)(rows.seed_B2, position_B)
+
+
+def uniform(rows: RowSampling, position_B, purpose: int):
+  """Returns a float32 number in [0, 1) of each row's own."""
+  return jax.vmap(jax.random.uniform)(_keys(rows, position_B, purpose))
+
+
+def draw(log_probs_BV, rows: RowSampling, position_B, purpose: int = 0):
+  """Draws from unnormalised log-probabilities, int32 [B].
+
+  Args:
+    log_probs_BV: float32, -inf for what must not come.
+    rows: the rows' settings.
+    position_B: int32 position of the token drawn.
+    purpose: tells draws for one position apart.
+  """
+
+  def sampled():
+    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, log_probs_BV.shape[1:]))
+    return argmax(log_probs_BV + gumbel(_keys(rows, position_B, purpose)))
+
+  return jax.lax.cond(jnp.any(rows.temperature_B > 0), sampled, lambda: argmax(log_probs_BV))
+
+
+class TokenLogprobs(NamedTuple):
+  """Of the model itself, before temperature, penalties and filters."""
+
+  chosen: jax.Array  # float32 [...], the token's own
+  top: jax.Array  # float32 [..., MAX_LOGPROBS], descending
+  top_tokens: jax.Array  # int32 [..., MAX_LOGPROBS]
+
+
+def logprobs_of(logits, tokens) -> TokenLogprobs:
+  """Returns log-probabilities of tokens [...] under logits [..., V], and the likeliest ones."""
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  chosen = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+  return TokenLogprobs(chosen, *jax.lax.top_k(log_probs, min(MAX_LOGPROBS, logits.shape[-1])))
