@@ -8,15 +8,14 @@ below are the fastest of those tried on a CPU with two cores; what lost stands b
 """
 
 import argparse
-import ctypes
 import json
-import resource
 import statistics
 import sys
 import time
 
 import torch
 import transformers
+from common import keep_freed_memory, make_model, peak_rss_mib
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,35 +38,6 @@ def parse_args() -> argparse.Namespace:
   return args
 
 
-def keep_freed_memory() -> None:
-  """Has glibc keep what is freed: a fifth to a third less time a step, a tenth when compiled.
-
-  Activations are larger than malloc's threshold for mmap, so every step would otherwise fault
-  in all of its memory again. Costs about a fifth more peak memory, less when compiled.
-  """
-  try:
-    mallopt = ctypes.CDLL(None).mallopt
-  except (AttributeError, OSError):
-    print("warning: no mallopt here; steps may be slower", file=sys.stderr)
-    return
-  m_trim_threshold, m_mmap_threshold = -1, -3
-  mallopt(m_mmap_threshold, 2**30)
-  mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def make_model(config: transformers.DeepseekV3Config) -> torch.nn.Module:
-  """Returns a float32 model with the fused attention and the grouped matmul of the experts."""
-  kwargs = {"attn_implementation": "sdpa", "dtype": torch.float32}
-  try:
-    model = transformers.AutoModelForCausalLM.from_config(
-      config, experts_implementation="grouped_mm", **kwargs
-    )
-  except (ImportError, TypeError, ValueError) as error:
-    print(f"WARNING: experts_implementation='grouped_mm' refused: {error}", file=sys.stderr)
-    model = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
-  return model.train()
-
-
 def main() -> None:
   args = parse_args()
   keep_freed_memory()
@@ -75,7 +45,7 @@ def main() -> None:
   torch.manual_seed(0)
   values = json.loads(sys.stdin.read() if args.config == "-" else args.config)
   config = transformers.DeepseekV3Config(**values)
-  model = make_model(config)
+  model = make_model(config).train()
   parameters = list(model.parameters())
   # foreach=True measured no faster.
   optimizer = torch.optim.AdamW(
@@ -106,12 +76,11 @@ def main() -> None:
     del output  # the logits
 
   median_secs = statistics.median(step_secs[args.warmup_steps :])
-  scale = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
   result = {
     "tokens_per_sec": args.batch * args.sequence / median_secs,
     "median_step_secs": median_secs,
     "compile_secs": max(0.0, step_secs[0] - median_secs),  # what the first step took longer
-    "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale,
+    "peak_rss_mib": peak_rss_mib(),
     "loss": loss,
     "num_parameters": sum(p.numel() for p in parameters),
     "experts_implementation": getattr(model.config, "_experts_implementation", None),
