@@ -1,0 +1,240 @@
+"""An OpenAI-compatible HTTP server over the continuous batcher.
+
+Routes: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics. A request becomes
+rows of the batcher (server_requests.py), which one thread runs (server_engine.py); their events
+become text (server_choices.py) and OpenAI's JSON (server_answers.py), whole or as a stream
+(server_streams.py). A client that leaves takes its rows along. server_http.py listens.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from dsmoe import server_requests, server_streams
+from dsmoe.server_answers import Answer
+from dsmoe.server_choices import Piece
+from dsmoe.server_engine import Engine, Job
+from dsmoe.server_metrics import Metrics
+from dsmoe.server_model import ServedModel
+from dsmoe.server_requests import ApiError
+
+_GENERATION = ("/v1/completions", "/v1/chat/completions")
+_ROUTES = (*_GENERATION, "/v1/models", "/health", "/metrics")
+_CLIENT_GONE = 499  # in the metrics; nobody reads it
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What one request may cost."""
+
+  max_body_bytes: int = 4 * 2**20
+  body_secs: float = 30.0  # to send the body
+  request_secs: float = 600.0  # to be answered
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if value <= 0:
+        raise ValueError(f"{field.name} must be positive, got {value}")
+
+
+class Server:
+  """The application and its state."""
+
+  def __init__(
+    self, served: ServedModel, engine: Engine, limits: Limits | None = None, api_key: str = ""
+  ):
+    """Makes the ASGI application, `self.app`.
+
+    Args:
+      served: the model's name, tokenizer and limits.
+      engine: not yet started; starts and ends with the application.
+      limits: of a request.
+      api_key: what clients must send; "": nothing.
+    """
+    self.served, self.engine = served, engine
+    self.limits = limits or Limits()
+    self.metrics = Metrics(engine.batcher)
+    self.draining = False
+    self.num_active = 0  # requests for text that are not answered yet
+    self._api_key = api_key.encode()
+    self._created = int(time.time())
+    handlers: dict[Any, Any] = {
+      ApiError: lambda request, error: _refusal(error),
+      HTTPException: lambda request, error: _refusal(
+        ApiError(f"{error.detail}: {request.method} {request.url.path!a}", status=error.status_code)
+      ),
+      Exception: lambda request, error: _refusal(
+        ApiError("an error inside the server", status=500, type="server_error")
+      ),
+      ClientDisconnect: lambda request, error: Response(status_code=_CLIENT_GONE),
+    }
+    routes = [
+      Route("/v1/completions", self._completions, methods=["POST"]),
+      Route("/v1/chat/completions", self._chat, methods=["POST"]),
+      Route("/v1/models", self._models),
+      Route("/v1/models/{name:path}", self._model),
+      Route("/health", self._health),
+      Route("/metrics", self._metrics),
+    ]
+    inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+    self.app = self._gate(inner)
+
+  @contextlib.asynccontextmanager
+  async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+    self.engine.start()
+    yield
+    self.engine.stop()
+
+  def _gate(self, inner: Starlette):
+    """Wraps the application: counts requests, wants the key, refuses while draining."""
+
+    async def app(scope, receive, send):
+      if scope["type"] != "http":
+        return await inner(scope, receive, send)
+      path, status = scope["path"], 500
+
+      async def counted_send(message):
+        nonlocal status
+        if message["type"] == "http.response.start":
+          status = message["status"]
+        await send(message)
+
+      generates = path in _GENERATION
+      self.num_active += generates
+      try:
+        refusal = self._refuse(path, dict(scope["headers"]).get(b"authorization", b""))
+        await (refusal or inner)(scope, receive, counted_send)
+      finally:
+        self.num_active -= generates
+        self.metrics.requests.labels(path if path in _ROUTES else "other", status).inc()
+
+    return app
+
+  def _refuse(self, path: str, authorization: bytes) -> Response | None:
+    if path == "/health":
+      return None
+    expected = b"Bearer " + self._api_key
+    if self._api_key and not hmac.compare_digest(authorization, expected):
+      message = "the API key is missing or wrong: send Authorization: Bearer KEY"
+      return _refusal(ApiError(message, None, "invalid_api_key", 401))
+    if self.draining and path != "/metrics":
+      message = "the server is shutting down"
+      return _refusal(ApiError(message, None, "draining", 503, "server_error"))
+    return None
+
+  async def _health(self, request: Request) -> Response:
+    if self.engine.error is not None:
+      return JSONResponse({"status": "failed", "reason": str(self.engine.error)}, 503)
+    return JSONResponse(
+      {"status": "draining" if self.draining else "ok"}, 503 if self.draining else 200
+    )
+
+  async def _metrics(self, request: Request) -> Response:
+    return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+  def _card(self) -> dict[str, Any]:
+    card = {"id": self.served.name, "object": "model", "created": self._created}
+    return card | {"owned_by": "dsmoe", "max_model_len": self.served.max_tokens_per_row}
+
+  async def _models(self, request: Request) -> Response:
+    return JSONResponse({"object": "list", "data": [self._card()]})
+
+  async def _model(self, request: Request) -> Response:
+    if request.path_params["name"] != self.served.name:
+      message = f"The model {request.path_params['name']!a} does not exist"
+      raise ApiError(message, "model", "model_not_found", 404)
+    return JSONResponse(self._card())
+
+  async def _completions(self, request: Request) -> Response:
+    return await self._generate(request, is_chat=False)
+
+  async def _chat(self, request: Request) -> Response:
+    return await self._generate(request, is_chat=True)
+
+  async def _generate(self, request: Request, is_chat: bool) -> Response:
+    start = time.monotonic()
+    values = server_requests.parse_json(await self._body(request))
+    # In a thread: long texts take long to encode, and streams must go on.
+    parsed = await asyncio.to_thread(server_requests.parse, values, self.served, is_chat)
+    job = self.engine.submit(parsed.rows)
+    self.metrics.prompt_tokens.inc(parsed.num_prompt_tokens)
+    answer = Answer(self.served, parsed)
+    pieces = self._pieces(job, answer, start)
+    if parsed.stream:
+      limit = self.limits.request_secs + server_streams.SEND_SECS
+      return server_streams.EventStream(
+        server_streams.lines(answer, pieces), job, limit, self.metrics
+      )
+    try:
+      collected = await server_streams.unless_gone(
+        request, server_streams.collect(pieces, len(parsed.rows))
+      )
+    except ClientDisconnect:
+      self.metrics.vanished.inc()
+      raise
+    finally:
+      job.cancel()
+    return JSONResponse(answer.whole(collected))
+
+  async def _pieces(
+    self, job: Job, answer: Answer, start: float
+  ) -> AsyncIterator[tuple[int, Piece]]:
+    """Yields what each choice grows by, until all are finished."""
+    deadline = asyncio.get_running_loop().time() + self.limits.request_secs
+    unfinished, begun = set(range(len(answer.choices))), False
+    while unfinished:
+      try:
+        async with asyncio.timeout_at(deadline):
+          place, event = await job.next_event()
+      except TimeoutError:
+        job.cancel()
+        message = f"not answered within {self.limits.request_secs:g} s"
+        raise ApiError(message, None, "timeout", 504, "server_error") from None
+      if place not in unfinished:
+        continue  # was under way when a stop string ended this choice
+      piece = answer.choices[place].push(event)
+      self.metrics.new_tokens.inc(len(event.tokens))
+      if not begun:
+        begun = True
+        self.metrics.first_token_secs.observe(time.monotonic() - start)
+      if piece.finish:
+        unfinished.remove(place)
+        job.cancel(place)
+      yield place, piece
+    self.metrics.request_secs.observe(time.monotonic() - start)
+
+  async def _body(self, request: Request) -> bytes:
+    """Reads the body; all of it even if it is too long, so that its sender hears why."""
+    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+      raise ApiError("Content-Type must be application/json", status=415)
+    limit, parts, size = self.limits.max_body_bytes, [], 0
+    try:
+      async with asyncio.timeout(self.limits.body_secs):
+        async for part in request.stream():
+          size += len(part)
+          if size <= limit:
+            parts.append(part)
+    except TimeoutError:
+      message = f"the body must arrive within {self.limits.body_secs:g} s"
+      raise ApiError(message, status=408) from None
+    if size > limit:
+      raise ApiError(f"the body must be at most {limit} bytes", status=413)
+    return b"".join(parts)
+
+
+def _refusal(error: ApiError) -> Response:
+  headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+  if error.status == 401:
+    headers["WWW-Authenticate"] = "Bearer"
+  return JSONResponse(error.body, error.status, headers)

@@ -1,0 +1,120 @@
+"""Events of the batcher as text and log-probabilities in OpenAI's forms."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from dsmoe.batcher import Event, Logprob
+from dsmoe.detokenize import Detokenizer, StopStrings
+from dsmoe.server_model import ServedModel
+from dsmoe.server_requests import Request
+
+_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+class Entry(NamedTuple):
+  """One token's log-probability; None for the first token there is."""
+
+  token: bytes
+  offset: int  # of its first character in the text returned
+  logprob: float | None
+  top: tuple[tuple[bytes, float], ...]
+
+
+class Piece(NamedTuple):
+  """What a choice grew by."""
+
+  text: str
+  entries: tuple[Entry, ...]
+  finish: str | None
+
+
+class Choice:
+  """One row's text, held back where it may be the beginning of a stop string."""
+
+  def __init__(self, served: ServedModel, request: Request, place: int):
+    self._prompt = request.rows[place].prompt
+    self._echo, self._ends = request.echo, served.stop_tokens
+    self._text = Detokenizer(served.vocabulary, () if request.echo else self._prompt)
+    self._stops = StopStrings(request.stops)
+    self._bytes_of = served.vocabulary.token_bytes
+    # Goes through the entries' tokens as `_text` does, to know where each begins.
+    self._reader = Detokenizer(served.vocabulary, () if request.echo else self._prompt)
+    self._num_read = self._num_sent = 0  # characters: of the entries, of the text
+    self._entries: list[Entry] = []
+    self._begun = False
+    self.num_tokens = 0
+
+  def push(self, event: Event) -> Piece:
+    """Returns what is certain after `event`; a finish ends the choice, whatever comes."""
+    text, tokens, finish = "", event.tokens, event.finish
+    if not self._begun:
+      self._begun = True
+      if self._echo:
+        text = self._text.push(self._prompt)
+      for token, value in zip(self._prompt, event.prompt_logprobs):
+        self._add(token, value)
+    for value in event.logprobs:
+      self._add(value.token, value)
+    self.num_tokens += len(tokens)
+    if tokens and tokens[-1] in self._ends:
+      tokens, finish = tokens[:-1], "stop"
+    text += self._stops.push(self._text.push(tokens))
+    if finish:
+      text += self._stops.push(self._text.flush()) + self._stops.flush()
+    if self._stops.found:
+      finish = "stop"
+    self._num_sent += len(text)
+    ready = 0
+    while ready < len(self._entries) and (
+      self._entries[ready].offset < self._num_sent or (finish and not self._stops.found)
+    ):
+      ready += 1
+    entries, self._entries = tuple(self._entries[:ready]), self._entries[ready:]
+    return Piece(text, entries, finish)
+
+  def _add(self, token: int, value: Logprob | None) -> None:
+    top = tuple((self._bytes_of(i), _clamp(p)) for i, p in value.top) if value else ()
+    logprob = None if value is None else _clamp(value.logprob)
+    self._entries.append(Entry(self._bytes_of(token), self._num_read, logprob, top))
+    self._num_read += len(self._reader.push([token]))
+
+
+def _clamp(logprob: float) -> float:
+  return max(_LOWEST_LOGPROB, logprob)
+
+
+def _show(token: bytes) -> str:
+  """Returns a token's text; one that is no whole characters is spelt out."""
+  try:
+    return token.decode()
+  except UnicodeDecodeError:
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def completion_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
+  """Returns the `logprobs` of a completion; the token itself is always among the `top_logprobs`."""
+  top = []
+  for entry in entries:
+    likeliest = {_show(token): p for token, p in reversed(entry.top)}  # of equal texts: the best
+    if entry.logprob is not None:
+      likeliest = {_show(entry.token): entry.logprob} | likeliest
+    top.append(likeliest or None)
+  return {
+    "tokens": [_show(entry.token) for entry in entries],
+    "token_logprobs": [entry.logprob for entry in entries],
+    "top_logprobs": top,
+    "text_offset": [entry.offset for entry in entries],
+  }
+
+
+def chat_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
+  """Returns the `logprobs` of a message."""
+
+  def one(token: bytes, logprob: float | None) -> dict[str, Any]:
+    return {"token": token.decode(errors="replace"), "logprob": logprob, "bytes": list(token)}
+
+  content = [
+    one(e.token, e.logprob) | {"top_logprobs": [one(token, p) for token, p in e.top]}
+    for e in entries
+  ]
+  return {"content": content, "refusal": None}

@@ -1,0 +1,83 @@
+"""Serves a checkpoint over HTTP as OpenAI's API does.
+
+  python scripts/serve.py --workdir=runs/tiny --port=8000
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "tiny", "prompt": "def ", "max_tokens": 32}'
+
+The API key, if there is to be one, is the content of --api_key_file or of $DSMOE_API_KEY.
+SIGTERM finishes the running requests and refuses new ones; a second one ends at once.
+"""
+
+import ipaddress
+import os
+import sys
+
+from absl import app, flags, logging
+from etils import epath
+
+from dsmoe import batcher, evaluate, host, server, server_http, server_model
+from dsmoe.server_engine import Engine
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
+_MODEL_NAME = flags.DEFINE_string("model_name", "", "Default: the last part of --workdir.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Where to listen; 0.0.0.0: everywhere.")
+_PORT = flags.DEFINE_integer("port", 8000, "0: a free one.", lower_bound=0, upper_bound=65535)
+_API_KEY_FILE = flags.DEFINE_string("api_key_file", "", "Default: $DSMOE_API_KEY, or no key.")
+_MAX_ROWS = flags.DEFINE_integer("max_rows", 8, "Rows written at once.", lower_bound=1)
+_MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "Rows that may wait.", lower_bound=0)
+_CACHE_BYTES = flags.DEFINE_integer("cache_bytes", 2**30, "The most it takes.", lower_bound=1)
+_SPECULATE = flags.DEFINE_bool("speculate", False, "Draft with the MTP module.")
+_MAX_BODY_BYTES = flags.DEFINE_integer("max_body_bytes", 4 * 2**20, "Of a request.", lower_bound=1)
+_REQUEST_SECS = flags.DEFINE_float("request_secs", 600, "To answer a request.", lower_bound=0.001)
+_DRAIN_SECS = flags.DEFINE_float("drain_secs", 30, "To finish after SIGTERM.", lower_bound=0)
+
+
+def api_key() -> str:
+  """Returns the key; "" for none.
+
+  Raises:
+    ValueError: for a file that is missing or empty.
+  """
+  if not _API_KEY_FILE.value:
+    return os.environ.get("DSMOE_API_KEY", "")
+  path = epath.Path(_API_KEY_FILE.value)
+  key = path.read_text().strip() if path.exists() else ""
+  if not key:
+    raise ValueError(f"api_key_file must hold a key, {path} does not")
+  return key
+
+
+def is_loopback(host_name: str) -> bool:
+  """Whether only this machine reaches that address."""
+  try:
+    return ipaddress.ip_address(host_name).is_loopback
+  except ValueError:
+    return host_name == "localhost"
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  logging.set_verbosity(logging.WARNING)
+  host.start()
+  try:
+    key = api_key()
+    run = evaluate.load_run(_WORKDIR.value, _STEP.value)
+    options = dict(cache_bytes=_CACHE_BYTES.value, speculate=_SPECULATE.value)
+    rows = batcher.make(run, max_rows=_MAX_ROWS.value, **options)
+    name = _MODEL_NAME.value or epath.Path(_WORKDIR.value).resolve().name
+    served = server_model.load(
+      run.tokenizer_path.parent, run.tokenizer(), name, rows.max_tokens_per_row
+    )
+  except ValueError as error:
+    sys.exit(f"serve: {error}")
+  if not key and not is_loopback(_HOST.value):
+    logging.warning("anyone who reaches %s may use this server: it wants no key", _HOST.value)
+  limits = server.Limits(_MAX_BODY_BYTES.value, request_secs=_REQUEST_SECS.value)
+  application = server.Server(served, Engine(rows, _MAX_ROWS.value, _MAX_QUEUE.value), limits, key)
+  server_http.HttpServer(application, _HOST.value, _PORT.value, _DRAIN_SECS.value).run()
+
+
+if __name__ == "__main__":
+  app.run(main)
