@@ -93,7 +93,7 @@ def decode_cases(peer: list[str]) -> list[Case]:
   for label, metric, batch, prompt, new in (
     ("decode, batch 1, prompt 64, 128 new", "decode_tokens_per_sec", 1, 64, 128),
     ("decode, batch 8, prompt 64, 128 new", "decode_tokens_per_sec", 8, 64, 128),
-    ("prefill of 8 x 512", "prefill_tokens_per_sec", 8, 512, 2),
+    ("prefill of 8 x 512", "prefill_tokens_per_sec", 8, 512, 16),
   ):
     sizes = [f"--prompt_tokens={prompt}", f"--new_tokens={new}"]
     theirs = [*peer, "scripts/peers/transformers_decode.py", f"--batch={batch}", *sizes]
