@@ -156,6 +156,17 @@ def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
   return step
 
 
+def check_whole(workdir: epath.PathLike, step: int) -> None:
+  """Raises ValueError when the checkpoint holds weights only, as imported ones do."""
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    saved = checkpointer.metadata(step_folder(workdir, step) / "state").item_metadata
+  if "opt_state" not in saved:
+    raise ValueError(
+      f"checkpoint {step} must hold the optimizer's state for a run to go on from it, that in "
+      f"{workdir} holds weights only: name it as --init_from and another folder as --workdir"
+    )
+
+
 def restore_weights(
   workdir: epath.PathLike, params: Any, router_bias: Any, step: int | None = None
 ) -> tuple[Any, Any, int]:

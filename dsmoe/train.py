@@ -38,6 +38,9 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; resum
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Resume although the config differs from the saved one."
 )
+_INIT_FROM = flags.DEFINE_string(
+  "init_from", "", "A workdir whose newest weights a new run starts with; imported ones too."
+)
 
 
 class NonFiniteError(RuntimeError):
@@ -71,8 +74,20 @@ def step_line(step: int, host_metrics: dict, router_bias, tokens_per_step: int) 
   return line
 
 
-def train(config: Config, workdir: epath.PathLike, allow_config_change: bool = False) -> int:
+def train(
+  config: Config,
+  workdir: epath.PathLike,
+  allow_config_change: bool = False,
+  init_from: epath.PathLike | None = None,
+) -> int:
   """Trains to `config.num_steps`, going on from the newest checkpoint in `workdir`.
+
+  Args:
+    config: the run's.
+    workdir: where its files go.
+    allow_config_change: go on although the saved config differs.
+    init_from: a workdir whose weights and router bias a new run starts with, for a model of the
+      same shapes; None: fresh ones. A run that goes on does not look at it.
 
   Returns:
     The step reached; less than num_steps after SIGTERM, with the state saved.
@@ -90,7 +105,13 @@ def train(config: Config, workdir: epath.PathLike, allow_config_change: bool = F
   previous_handler = signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
 
   checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint)
-  first = checkpoints.latest_step() or 0
+  first = checkpoints.latest_step()
+  if first is not None:
+    checkpoint.check_whole(workdir, first)
+  weights = None
+  if init_from and first is None:
+    weights = checkpoint.restore_weights(init_from, abstract.params, abstract.router_bias)
+  first = first or 0
   checkpoint.record_config(workdir, config, first, allow_config_change)
   prepared = records.prepare(
     config.data, config.model.vocab_size, config.data.cache_dir or workdir / "data"
@@ -100,6 +121,9 @@ def train(config: Config, workdir: epath.PathLike, allow_config_change: bool = F
     print(f"resumed from step {first}")
   else:
     state, next_batch = train_step.init_state(config, mesh), 0
+    if weights is not None:
+      state = state._replace(params=weights[0], router_bias=weights[1])
+      print(f"weights of step {weights[2]} of {init_from}")
   processes = (jax.process_index(), jax.process_count())
   batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, next_batch)
 
@@ -217,7 +241,7 @@ def main(argv: list[str]) -> None:
   host.start()
   config = config_lib.from_config_dict(_CONFIG.value)
   workdir = epath.Path(_WORKDIR.value)
-  step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value)
+  step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None)
   if step == config.num_steps and jax.process_index() == 0:
     report(config, workdir)
 

@@ -6,6 +6,8 @@ import random
 import signal
 import time
 
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import runs
 from helpers import small_config
@@ -130,3 +132,32 @@ def test_a_glob_that_matches_nothing_leaves_no_workdir(tmp_path):
   with pytest.raises(ValueError, match=r"data.validation_globs must match a file; .*/\*.txt"):
     train.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_new_run_starts_with_anothers_weights(tmp_path, capsys):
+  """And says what is wrong with ones that do not fit, or hold no optimizer state."""
+  fields = {**runs.TWO_LAYERS, "num_steps": 2, "checkpoint.save_every_steps": 1}
+  fields |= {"optim.warmup_steps": 1}
+  assert train.train(small_config(**fields), tmp_path / "a") == 2
+  # At warm-up's first step the learning rate is 0: nothing but the bias moves.
+  config = small_config(**fields, seed=7, **{"balance.methods": ()})
+  assert train.train(config, tmp_path / "b", init_from=tmp_path / "a") == 2
+  assert "weights of step 2 of" in capsys.readouterr().out
+  a, b = (runs.checkpoint_arrays(tmp_path / name, step) for name, step in (("a", 2), ("b", 1)))
+  weights = [path for path in a if "params" in str(path) or "router_bias" in str(path)]
+  assert len(weights) > 10
+  runs.assert_bitwise_equal({p: a[p] for p in weights}, {p: b[p] for p in weights})
+  wider = small_config(**fields, **{"model.hidden_size": 48})
+  with pytest.raises(ValueError, match="shape"):
+    train.train(wider, tmp_path / "c", init_from=tmp_path / "a")
+  assert not (tmp_path / "c" / "config.json").exists()
+
+  save = ocp.args.Composite(
+    state=ocp.args.StandardSave({"params": {"w": np.ones(3)}}), data=ocp.args.JsonSave({})
+  )
+  with ocp.CheckpointManager(
+    (tmp_path / "imported" / "checkpoints").resolve(), item_names=("state", "data")
+  ) as manager:
+    manager.save(0, args=save)
+  with pytest.raises(ValueError, match="checkpoint 0 must hold the optimizer's state"):
+    train.train(config, tmp_path / "imported", allow_config_change=True)
