@@ -15,7 +15,7 @@ import rich.console
 from absl import app, flags, logging
 from etils import epath
 
-from dsmoe import batcher, evaluate, generation, host, progress, server_model
+from dsmoe import batcher, evaluate, generation, host, progress, text_model
 from dsmoe.sampling import Sampling
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
@@ -79,7 +79,7 @@ class Writer:
     options = dict(cache_bytes=_CACHE_BYTES.value, speculate=_SPECULATE.value)
     self.engine = batcher.make(run, max_rows=_MAX_ROWS.value, **options)
     folder, limit = run.tokenizer_path.parent, self.engine.max_tokens_per_row
-    self.model = server_model.load(folder, run.tokenizer(), _WORKDIR.value, limit)
+    self.model = text_model.load(folder, run.tokenizer(), _WORKDIR.value, limit)
     self.settings = Sampling(
       *(_NUM_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value),
       *(_PENALTY.value, _SEED.value),

@@ -15,8 +15,9 @@ import sys
 from absl import app, flags, logging
 from etils import epath
 
-from dsmoe import batcher, evaluate, host, server, server_http, server_model
-from dsmoe.server_engine import Engine
+from dsmoe import batcher, evaluate, host, text_model
+from dsmoe.serving import http, server
+from dsmoe.serving.engine import Engine
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> None:
     options = dict(cache_bytes=_CACHE_BYTES.value, speculate=_SPECULATE.value)
     rows = batcher.make(run, max_rows=_MAX_ROWS.value, **options)
     name = _MODEL_NAME.value or epath.Path(_WORKDIR.value).resolve().name
-    served = server_model.load(
+    served = text_model.load(
       run.tokenizer_path.parent, run.tokenizer(), name, rows.max_tokens_per_row
     )
   except ValueError as error:
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> None:
     logging.warning("anyone who reaches %s may use this server: it wants no key", _HOST.value)
   limits = server.Limits(_MAX_BODY_BYTES.value, request_secs=_REQUEST_SECS.value)
   application = server.Server(served, Engine(rows, _MAX_ROWS.value, _MAX_QUEUE.value), limits, key)
-  server_http.HttpServer(application, _HOST.value, _PORT.value, _DRAIN_SECS.value).run()
+  http.HttpServer(application, _HOST.value, _PORT.value, _DRAIN_SECS.value).run()
 
 
 if __name__ == "__main__":

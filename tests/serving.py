@@ -12,10 +12,10 @@ from openai import OpenAI
 
 from dsmoe import tokenizer as tokenizer_lib
 from dsmoe.chat import ChatTemplate
-from dsmoe.server import Limits, Server
-from dsmoe.server_engine import Engine
-from dsmoe.server_http import HttpServer
-from dsmoe.server_model import ServedModel
+from dsmoe.serving.engine import Engine
+from dsmoe.serving.http import HttpServer
+from dsmoe.serving.server import Limits, Server
+from dsmoe.text_model import ServedModel
 
 TEXTS = [f"def f{i}(x):\n    return x * {i}\n" for i in range(50)] + ["naïve 日本語 🙂"]
 TOKENIZER = tokenizer_lib.train_tokenizer(TEXTS, 400)

@@ -7,7 +7,7 @@ import jinja2
 import pytest
 from serving import TOKENIZER
 
-from dsmoe import chat, server_model
+from dsmoe import chat, text_model
 
 # In the manner of DeepSeek's.
 DEEPSEEK = """\
@@ -126,7 +126,7 @@ def test_files_that_are_no_json_objects(tmp_path, text):
   (tmp_path / chat.CONFIG_FILE).unlink()
   write(tmp_path, "generation_config.json", text)
   with pytest.raises(ValueError, match=r"generation_config.json must be"):
-    server_model.load(tmp_path, TOKENIZER, "tiny", 64)
+    text_model.load(tmp_path, TOKENIZER, "tiny", 64)
 
 
 def test_a_template_that_is_no_text(tmp_path):
@@ -136,13 +136,13 @@ def test_a_template_that_is_no_text(tmp_path):
 
 
 def test_what_ends_and_begins_a_text(tmp_path):
-  assert server_model.load(tmp_path, TOKENIZER, "tiny", 64).stop_tokens == (0,)
+  assert text_model.load(tmp_path, TOKENIZER, "tiny", 64).stop_tokens == (0,)
   config = {"eos_token": "<|fim_suffix|>", "bos_token": {"content": "<|fim_prefix|>"}}
   write(tmp_path, chat.CONFIG_FILE, config)
   write(tmp_path, "generation_config.json", {"eos_token_id": [3, 2]})
-  served = server_model.load(tmp_path, TOKENIZER, "tiny", 64)
+  served = text_model.load(tmp_path, TOKENIZER, "tiny", 64)
   assert (served.stop_tokens, served.prefix, served.template) == ((0, 2, 3), (), None)
   write(tmp_path, chat.CONFIG_FILE, config | {"add_bos_token": True})
   write(tmp_path, "generation_config.json", {"eos_token_id": 4})
-  served = server_model.load(tmp_path, TOKENIZER, "tiny", 64)
+  served = text_model.load(tmp_path, TOKENIZER, "tiny", 64)
   assert (served.stop_tokens, served.prefix) == ((0, 2, 4), (1,))

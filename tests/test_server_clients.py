@@ -1,4 +1,4 @@
-"""Tests of dsmoe/server*.py: clients that are wrong, too many, too slow or gone; the end."""
+"""Tests of dsmoe/serving: clients that are wrong, too many, too slow or gone; the end."""
 
 import json
 import re
@@ -13,7 +13,7 @@ import runs
 from fake_batcher import FakeBatcher
 from serving import GOOD, Running, read, refusal, running, send, served_model, wait_until
 
-from dsmoe.server import Limits
+from dsmoe.serving.server import Limits
 
 LONG = GOOD | {"max_tokens": 500}
 

@@ -1,4 +1,4 @@
-"""Tests of dsmoe/server_requests.py through HTTP: requests that are wrong, and in what way."""
+"""Tests of dsmoe/requests.py through HTTP: requests that are wrong, and in what way."""
 
 import json
 

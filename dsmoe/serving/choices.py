@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from dsmoe.batcher import Event, Logprob
 from dsmoe.detokenize import Detokenizer, StopStrings
-from dsmoe.server_model import ServedModel
-from dsmoe.server_requests import Request
+from dsmoe.serving.requests import Request
+from dsmoe.text_model import ServedModel
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 

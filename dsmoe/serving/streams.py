@@ -9,11 +9,11 @@ from absl import logging
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 
-from dsmoe.server_answers import Answer
-from dsmoe.server_choices import Piece
-from dsmoe.server_engine import Job
-from dsmoe.server_metrics import Metrics
-from dsmoe.server_requests import ApiError
+from dsmoe.serving.answers import Answer
+from dsmoe.serving.choices import Piece
+from dsmoe.serving.engine import Job
+from dsmoe.serving.metrics import Metrics
+from dsmoe.serving.requests import ApiError
 
 SEND_SECS = 10.0  # a client that reads nothing for so long after its time is up is cut off
 

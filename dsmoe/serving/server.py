@@ -1,9 +1,9 @@
 """An OpenAI-compatible HTTP server over the continuous batcher.
 
 Routes: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics. A request becomes
-rows of the batcher (server_requests.py), which one thread runs (server_engine.py); their events
-become text (server_choices.py) and OpenAI's JSON (server_answers.py), whole or as a stream
-(server_streams.py). A client that leaves takes its rows along. server_http.py listens.
+rows of the batcher (requests.py), which one thread runs (engine.py); their events
+become text (choices.py) and OpenAI's JSON (answers.py), whole or as a stream
+(streams.py). A client that leaves takes its rows along. http.py listens.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from dsmoe import server_requests, server_streams
-from dsmoe.server_answers import Answer
-from dsmoe.server_choices import Piece
-from dsmoe.server_engine import Engine, Job
-from dsmoe.server_metrics import Metrics
-from dsmoe.server_model import ServedModel
-from dsmoe.server_requests import ApiError
+from dsmoe.serving import requests, streams
+from dsmoe.serving.answers import Answer
+from dsmoe.serving.choices import Piece
+from dsmoe.serving.engine import Engine, Job
+from dsmoe.serving.metrics import Metrics
+from dsmoe.serving.requests import ApiError
+from dsmoe.text_model import ServedModel
 
 _GENERATION = ("/v1/completions", "/v1/chat/completions")
 _ROUTES = (*_GENERATION, "/v1/models", "/health", "/metrics")
@@ -164,22 +164,18 @@ class Server:
 
   async def _generate(self, request: Request, is_chat: bool) -> Response:
     start = time.monotonic()
-    values = server_requests.parse_json(await self._body(request))
+    values = requests.parse_json(await self._body(request))
     # In a thread: long texts take long to encode, and streams must go on.
-    parsed = await asyncio.to_thread(server_requests.parse, values, self.served, is_chat)
+    parsed = await asyncio.to_thread(requests.parse, values, self.served, is_chat)
     job = self.engine.submit(parsed.rows)
     self.metrics.prompt_tokens.inc(parsed.num_prompt_tokens)
     answer = Answer(self.served, parsed)
     pieces = self._pieces(job, answer, start)
     if parsed.stream:
-      limit = self.limits.request_secs + server_streams.SEND_SECS
-      return server_streams.EventStream(
-        server_streams.lines(answer, pieces), job, limit, self.metrics
-      )
+      limit = self.limits.request_secs + streams.SEND_SECS
+      return streams.EventStream(streams.lines(answer, pieces), job, limit, self.metrics)
     try:
-      collected = await server_streams.unless_gone(
-        request, server_streams.collect(pieces, len(parsed.rows))
-      )
+      collected = await streams.unless_gone(request, streams.collect(pieces, len(parsed.rows)))
     except ClientDisconnect:
       self.metrics.vanished.inc()
       raise

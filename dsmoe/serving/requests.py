@@ -6,7 +6,7 @@ import secrets
 from typing import Any, NamedTuple
 
 from dsmoe.sampling import MAX_LOGPROBS, Sampling
-from dsmoe.server_model import ServedModel
+from dsmoe.text_model import ServedModel
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import logging
 
 from dsmoe.batcher import Batcher, Event
-from dsmoe.server_requests import ApiError, Row
+from dsmoe.serving.requests import ApiError, Row
 
 _IDLE_SECS = 0.1
 

@@ -6,8 +6,8 @@ import time
 import uvicorn
 from absl import logging
 
-from dsmoe.server import Server
-from dsmoe.server_requests import ApiError
+from dsmoe.serving.requests import ApiError
+from dsmoe.serving.server import Server
 
 _IDLE_CONNECTIONS = 256  # beside those with a request
 
