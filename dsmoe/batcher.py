@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,55 +19,20 @@ from dsmoe import cache, decode, evaluate, inference, sampling
 from dsmoe.cache import PAGE_TOKENS
 from dsmoe.config import ModelConfig
 from dsmoe.latent_attention import Place
+from dsmoe.requests import Event, Logprob, Row, logprob_at
 from dsmoe.sampling import Sampling
 
 MAX_STOP_TOKENS = 8
 
-
-class Logprob(NamedTuple):
-  """Of one token, under the model itself."""
-
-  token: int
-  logprob: float
-  top: tuple[tuple[int, float], ...]  # the likeliest (token, logprob), descending
+__all__ = ["Batcher", "Event", "Logprob", "generate", "make"]
 
 
-class Event(NamedTuple):
-  """News of one request."""
-
-  request: int
-  tokens: tuple[int, ...]  # new ones
-  logprobs: tuple[Logprob, ...]  # of each, or none when not asked for
-  prompt_logprobs: tuple[Logprob | None, ...]  # once, the first None; or none
-  finish: str | None  # "stop", "length"; then nothing comes after it
-
-
-@dataclasses.dataclass(eq=False)
-class _Row:
-  """A request and how far it is."""
-
-  request: int
-  prompt: list[int]
-  sampling: Sampling
-  pages: list[int] = dataclasses.field(default_factory=list)
-  length: int = 0  # tokens in the cache
-  tokens: list[int] = dataclasses.field(default_factory=list)  # drawn, stop token included
-  draft: int = 0
-  prompt_logprobs: list[Logprob | None] = dataclasses.field(default_factory=lambda: [None])
-
-  @property
-  def is_ready(self) -> bool:
-    """Whether the whole prompt is in the cache."""
-    return self.length >= len(self.prompt)
-
-  @property
-  def remaining(self) -> int:
-    return self.sampling.max_tokens - len(self.tokens)
-
-
-def _bucket(n: int) -> int:
-  """The next power of two: compiled functions exist for these sizes only."""
-  return 1 << (n - 1).bit_length()
+def _bucket(n: int, base: int, most: int) -> int:
+  """The next power of `base`, or `most`: compiled functions exist for these sizes only."""
+  size = 1
+  while size < n:
+    size *= base
+  return min(size, most)
 
 
 class Batcher:
@@ -96,12 +61,15 @@ class Batcher:
       speculate: draft with the first MTP module.
       steps_per_round: decode steps between two looks at the queue.
       prompt_part_tokens: of a prompt taken in at once; a multiple of cache.PAGE_TOKENS.
-      prefill_tokens: of all prompts taken in at once, padding included.
+      prefill_tokens: of all prompts taken in at once.
 
     Raises:
       ValueError: for a number below 1, or a cache too small for one page.
     """
-    for name, value in dict(max_rows=max_rows, steps_per_round=steps_per_round).items():
+    numbers = dict(
+      max_rows=max_rows, steps_per_round=steps_per_round, prefill_tokens=prefill_tokens
+    )
+    for name, value in numbers.items():
       if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     if prompt_part_tokens < PAGE_TOKENS or prompt_part_tokens & (prompt_part_tokens - 1):
@@ -126,8 +94,8 @@ class Batcher:
     self._pages = cache.PageTable(num_pages)
     self._lock = threading.Condition()
     self._numbers = itertools.count()
-    self._waiting: collections.deque[_Row] = collections.deque()
-    self._running: list[_Row] = []
+    self._waiting: collections.deque[Row] = collections.deque()
+    self._running: list[Row] = []
     self._cancelled: set[int] = set()
     self._counts: collections.Counter[str] = collections.Counter()
 
@@ -168,18 +136,23 @@ class Batcher:
         f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) must not exceed "
         f"the {self.max_tokens_per_row} tokens of a row"
       )
+    for token in sampling.stop_tokens:
+      if not 0 <= token < V:
+        raise ValueError(f"stop_tokens must be at least 0 and below vocab_size ({V}), got {token}")
     if len(sampling.stop_tokens) > MAX_STOP_TOKENS:
       raise ValueError(
         f"stop_tokens must be at most {MAX_STOP_TOKENS}, got {len(sampling.stop_tokens)}"
       )
+    # Log-probabilities of the whole prompt need all of it computed: nothing is shared.
+    keys = [] if sampling.prompt_logprobs else cache.page_keys(prompt)
     with self._lock:
-      row = _Row(next(self._numbers), prompt, sampling)
+      row = Row(next(self._numbers), prompt, sampling, keys)
       self._waiting.append(row)
       self._lock.notify_all()
     return row.request
 
   def cancel(self, request: int) -> None:
-    """Ends a request without further events; one that is over or unknown is left alone."""
+    """Ends a request: no events after the round that runs. One over or unknown is left alone."""
     with self._lock:
       if any(row.request == request for row in (*self._waiting, *self._running)):
         self._cancelled.add(request)
@@ -193,9 +166,10 @@ class Batcher:
   def step(self) -> list[Event]:
     """Does one round of work; returns what is new, nothing when idle."""
     self._admit()
+    ready = [row for row in self._running if row.is_ready]
     events = self._prefill([row for row in self._running if not row.is_ready])
-    events += self._decode([row for row in self._running if row.is_ready and row.remaining > 0])
-    return events
+    # Those that have just become ready wait: their first tokens are out the sooner.
+    return events + self._decode(ready)
 
   def _admit(self) -> None:
     with self._lock:
@@ -207,23 +181,22 @@ class Batcher:
       self._cancelled.clear()
       while self._waiting and len(self._running) < self._max_rows:
         row = self._waiting[0]
-        # With drafts a row may write one token past its end.
-        num_tokens = len(row.prompt) + row.sampling.max_tokens + self._speculate
-        # Log-probabilities of the whole prompt need all of it computed.
-        known = [] if row.sampling.prompt_logprobs else row.prompt
-        taken = self._pages.take(known, num_tokens)
+        taken = self._pages.take(row.keys, len(row.prompt) + row.sampling.max_tokens)
         if taken is None:
           break
         row.pages, row.length = taken
         self._counts["prefix_hit_tokens"] += row.length
         self._running.append(self._waiting.popleft())
 
-  def _leave(self, row: _Row) -> None:
+  def _leave(self, row: Row) -> None:
     self._running.remove(row)
     self._pages.give_back(row.pages)
 
-  def _place(self, rows: Sequence[_Row], counts: Sequence[int]) -> Place:
-    B = _bucket(len(rows))
+  def _num_rows(self, rows: Sequence[Row]) -> int:
+    return _bucket(len(rows), 4, self._max_rows)
+
+  def _place(self, rows: Sequence[Row], counts: Sequence[int]) -> Place:
+    B = self._num_rows(rows)
     table_BP, first_B, count_B = (
       np.zeros((B, self._table_width), np.int32),
       *np.zeros((2, B), np.int32),
@@ -233,22 +206,23 @@ class Batcher:
       first_B[i], count_B[i] = row.length, count
     return Place(table_BP, first_B, count_B)
 
-  def _settings(self, rows: Sequence[_Row]) -> tuple[sampling.RowSampling, np.ndarray | None]:
+  def _settings(self, rows: Sequence[Row]) -> tuple[sampling.RowSampling, np.ndarray | None]:
     """Returns the rows' settings, and the tokens they have if any row has a penalty for those."""
-    padding = [Sampling(temperature=0.0)] * (_bucket(len(rows)) - len(rows))
+    B = self._num_rows(rows)
+    padding = [Sampling(temperature=0.0)] * (B - len(rows))
     settings = sampling.stack([row.sampling for row in rows] + padding)
     if all(row.sampling.repetition_penalty == 1 for row in rows):
       return settings, None
-    seen_BV = np.zeros((_bucket(len(rows)), self.config.vocab_size), bool)
+    seen_BV = np.zeros((B, self.config.vocab_size), bool)
     for i, row in enumerate(rows):
       seen_BV[i, row.prompt + row.tokens] = True
     return settings, seen_BV
 
-  def _prefill(self, rows: list[_Row]) -> list[Event]:
+  def _prefill(self, rows: list[Row]) -> list[Event]:
     if not rows:
       return []
     first = min(len(rows[0].prompt) - rows[0].length, self._part_tokens)
-    S = max(_bucket(first), PAGE_TOKENS)
+    S = max(_bucket(first, 2, self._part_tokens), PAGE_TOKENS)
     rows = rows[: max(1, self._prefill_tokens // S)]
     counts = [min(len(row.prompt) - row.length, S) for row in rows]
     place = self._place(rows, counts)
@@ -272,19 +246,19 @@ class Batcher:
       if row.sampling.prompt_logprobs:
         known = row.prompt[row.length + 1 : row.length + 1 + count]
         row.prompt_logprobs += [
-          _logprob(prompt_logprobs, (i, s), token, row) for s, token in enumerate(known)
+          logprob_at(prompt_logprobs, (i, s), token, row) for s, token in enumerate(known)
         ]
       row.length += count
       if not row.is_ready:
         continue
       with self._lock:
-        self._pages.publish(row.prompt, row.pages)
+        self._pages.publish(row.keys, row.pages)
       row.draft = int(drafted_B[i]) if drafted_B is not None else 0
       new = [int(drawn.token_B[i])] if row.sampling.max_tokens else []
       events.append(self._event(row, new, [(drawn.logprobs, (i,))] * len(new), is_first=True))
     return events
 
-  def _decode(self, rows: list[_Row]) -> list[Event]:
+  def _decode(self, rows: list[Row]) -> list[Event]:
     if not rows:
       return []
     place = self._place(rows, [1] * len(rows))
@@ -317,7 +291,7 @@ class Batcher:
       events.append(self._event(row, new, [(steps.logprobs, p) for p in places]))
     return events
 
-  def _event(self, row: _Row, new: list[int], logprobs: list, is_first: bool = False) -> Event:
+  def _event(self, row: Row, new: list[int], logprobs: list, is_first: bool = False) -> Event:
     """Adds new tokens to a row; ends it when one is a stop token or it is full."""
     row.tokens += new
     stopped = bool(new) and new[-1] in row.sampling.stop_tokens
@@ -331,18 +305,12 @@ class Batcher:
     return Event(
       row.request,
       tuple(shown),
-      tuple(_logprob(v, at, token, row) for (v, at), token in zip(logprobs, shown))
+      tuple(logprob_at(v, at, token, row) for (v, at), token in zip(logprobs, shown))
       if wanted
       else (),
       tuple(row.prompt_logprobs) if is_first and row.sampling.prompt_logprobs else (),
       finish,
     )
-
-
-def _logprob(values: sampling.TokenLogprobs, at: tuple[int, ...], token: int, row: _Row) -> Logprob:
-  shown = row.sampling.logprobs or 0
-  top = zip(values.top_tokens[at][:shown].tolist(), values.top[at][:shown].tolist())
-  return Logprob(token, float(values.chosen[at]), tuple(top))
 
 
 def make(run: evaluate.Run, **options: Any) -> Batcher:
@@ -363,14 +331,20 @@ def generate(
   """
   if not prompts:
     raise ValueError("prompts must have at least 1 prompt, got 0")
-  tokens: dict[int, list[int]] = {}
-  for i, prompt in enumerate(prompts):
-    own = dataclasses.replace(settings, seed=settings.seed + i)
-    tokens[batcher.submit(prompt, own)] = []
-  running = set(tokens)
-  while running:
-    for event in batcher.step():
-      tokens[event.request] += event.tokens
-      if event.finish:
-        running.discard(event.request)
-  return list(tokens.values())
+  answers: dict[int, list[int]] = {}
+  unfinished: set[int] = set()
+  try:
+    for i, prompt in enumerate(prompts):
+      request = batcher.submit(prompt, dataclasses.replace(settings, seed=settings.seed + i))
+      answers[request] = []
+      unfinished.add(request)
+    while unfinished:
+      for event in batcher.step():
+        if event.request in answers:
+          answers[event.request] += event.tokens
+          if event.finish:
+            unfinished.discard(event.request)
+  finally:
+    for request in unfinished:
+      batcher.cancel(request)
+  return list(answers.values())

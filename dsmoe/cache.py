@@ -10,7 +10,8 @@ a row.
 
 import collections
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -66,9 +67,11 @@ def write(pages_NTW, new_BSW, table_BP, first_B, count_B):
       them in the row's last page, where the next tokens replace them.
 
   Returns:
-    The pages with them.
+    The pages with them. What is not finite becomes 0: rows read pages of others, masked, and
+    no mask keeps out 0 x NaN.
   """
   N, T, W = pages_NTW.shape
+  new_BSW = jnp.where(jnp.isfinite(new_BSW), new_BSW, 0)
   B, S, _ = new_BSW.shape
   rows = jnp.arange(B)[:, None]
   if S % T:
@@ -88,13 +91,17 @@ def read(pages_NTW, table_BP, block):
   return pages_NTW[page_Bp].reshape(page_Bp.shape[0], -1, pages_NTW.shape[-1])
 
 
-def _page_keys(prompt: Sequence[int], num_pages: int) -> Iterator[bytes]:
-  """Yields the names of a prompt's first pages: a hash of all tokens up to each one's end."""
-  key = b""
-  for i in range(num_pages):
-    tokens = np.asarray(prompt[i * PAGE_TOKENS : (i + 1) * PAGE_TOKENS], np.int64)
-    key = hashlib.sha256(key + tokens.tobytes()).digest()
-    yield key
+def page_keys(prompt: Sequence[int]) -> list[bytes]:
+  """Names a prompt's full pages that have a token after them.
+
+  A name is a hash of all tokens up to the page's end and the next: the drafting module's latent
+  of a token depends on the one that follows it.
+  """
+  tokens, keys, key = np.asarray(prompt, np.int64), [], b""
+  for start in range(0, len(prompt) - PAGE_TOKENS, PAGE_TOKENS):
+    key = hashlib.sha256(key + tokens[start : start + PAGE_TOKENS + 1].tobytes()).digest()
+    keys.append(key)
+  return keys
 
 
 class PageTable:
@@ -117,28 +124,23 @@ class PageTable:
     """Pages some row holds."""
     return self.num_pages - len(self._free) - len(self._idle)
 
-  def known_pages(self, prompt: Sequence[int]) -> list[int]:
-    """Returns the pages of the longest known beginning that leaves at least one token over."""
-    found = []
-    for key in _page_keys(prompt, (len(prompt) - 1) // PAGE_TOKENS):
-      page = self._known.get(key)
-      if page is None:
-        break
-      found.append(page)
-    return found
+  def known_pages(self, keys: Sequence[bytes]) -> list[int]:
+    """Returns the pages of the longest known beginning."""
+    known = itertools.takewhile(lambda key: key in self._known, keys)
+    return [self._known[key] for key in known]
 
-  def take(self, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], int] | None:
+  def take(self, keys: Sequence[bytes], num_tokens: int) -> tuple[list[int], int] | None:
     """Reserves pages for a row.
 
     Args:
-      prompt: the row's first tokens.
+      keys: `page_keys` of its prompt.
       num_tokens: that the row may come to hold.
 
     Returns:
       (its pages in order, tokens of the prompt that are in them already), or None when there
       is no space now.
     """
-    shared = self.known_pages(prompt)
+    shared = self.known_pages(keys)
     needed = -(-num_tokens // PAGE_TOKENS) - len(shared)
     idle_shared = sum(not self._users[page] for page in shared)
     if needed > len(self._free) + len(self._idle) - idle_shared:
@@ -156,9 +158,9 @@ class PageTable:
       self._users[fresh[-1]] = 1
     return shared + fresh, len(shared) * PAGE_TOKENS
 
-  def publish(self, prompt: Sequence[int], pages: Sequence[int]) -> None:
-    """Makes the full pages of a prompt, now filled, known to later rows."""
-    for page, key in zip(pages, _page_keys(prompt, len(prompt) // PAGE_TOKENS)):
+  def publish(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
+    """Makes a prompt's pages, now filled, known to later rows."""
+    for page, key in zip(pages, keys):
       if key not in self._known and page not in self._key_of:
         self._known[key] = page
         self._key_of[page] = key

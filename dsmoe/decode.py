@@ -179,7 +179,7 @@ def decode(
   settings: sampling.RowSampling,
   stop_BX,
 ):
-  """Decodes up to `num_steps` steps of every row, all on the device.
+  """Decodes up to `num_steps` steps of every row on the device; fewer when all rows are done.
 
   Args:
     arch, weights: from `inference.prepare`.
@@ -191,16 +191,26 @@ def decode(
     stop_BX: int32, tokens that end a row; -1 for none.
 
   Returns:
-    (cache, rows, `Step` with a leading dimension of num_steps).
+    (cache, rows, `Step` with a leading dimension of num_steps; tokens of steps not taken are -1).
   """
   one = _plain_step if arch.mtp_graphdef is None else _drafted_step
 
-  def step(carry, _):
-    kept, rows = carry
-    kept, rows, drawn = one(arch, want_logprobs, weights, kept, rows, table_BP, settings, stop_BX)
-    return (kept, rows), drawn
+  def step(kept, rows):
+    return one(arch, want_logprobs, weights, kept, rows, table_BP, settings, stop_BX)
 
-  (kept, rows), steps = jax.lax.scan(step, (kept, rows), length=num_steps)
+  def body(carry):
+    i, kept, rows, steps = carry
+    kept, rows, drawn = step(kept, rows)
+    return i + 1, kept, rows, jax.tree.map(lambda all_, x: all_.at[i].set(x), steps, drawn)
+
+  def goes_on(carry):
+    i, _, rows, _ = carry
+    return (i < num_steps) & jnp.any(rows.remaining_B > 0)
+
+  shapes = jax.eval_shape(step, kept, rows)[2]
+  steps = jax.tree.map(lambda x: jnp.zeros((num_steps, *x.shape), x.dtype), shapes)
+  steps = steps._replace(token_BX=steps.token_BX - 1)
+  _, kept, rows, steps = jax.lax.while_loop(goes_on, body, (0, kept, rows, steps))
   return kept, rows, steps
 
 

@@ -1,9 +1,12 @@
 """Text from a running batch: pieces as they come, and what it took."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from etils import epath
 
 from dsmoe.batcher import Batcher
 from dsmoe.detokenize import Detokenizer, StopStrings, Vocabulary
@@ -45,7 +48,7 @@ def stream(
     prompts: token ids.
     settings: of every prompt.
     stop: texts that end an answer and are not returned.
-    figures: filled in as it goes.
+    figures: added to as it goes; its `first_secs` is that of the first call.
 
   Raises:
     ValueError: for no prompt, an empty stop string, or a prompt that the engine refuses.
@@ -53,7 +56,7 @@ def stream(
   if not prompts:
     raise ValueError("prompts must have at least 1 prompt, got 0")
   figures = figures or Figures()
-  start = time.perf_counter()
+  start, secs_before = time.perf_counter(), figures.secs
   open_texts: dict[int, tuple[int, Detokenizer, StopStrings]] = {}
   try:
     for i, prompt in enumerate(prompts):
@@ -63,7 +66,7 @@ def stream(
       for event in engine.step():
         if event.request not in open_texts:
           continue
-        figures.secs = time.perf_counter() - start
+        figures.secs = secs_before + time.perf_counter() - start
         figures.first_secs = figures.first_secs or figures.secs
         figures.new_tokens += len(event.tokens)
         place, detokenizer, stops = open_texts[event.request]
@@ -80,3 +83,26 @@ def stream(
   finally:
     for request in open_texts:
       engine.cancel(request)
+
+
+def read_prompts(path: epath.Path) -> list[str]:
+  """Reads a file of prompts.
+
+  Raises:
+    ValueError: for a missing or empty file, or a line of another form.
+  """
+  if not path.is_file():
+    raise ValueError(f"the file of prompts must exist, got {path}")
+  try:
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if path.suffix == ".jsonl":
+      lines = [json.loads(line)["prompt"] for line in lines]
+    if not all(isinstance(line, str) for line in lines):
+      raise TypeError("a prompt that is no text")
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{path} must be UTF-8, in .jsonl lines of {{'prompt': text}}: {error!r}"
+    ) from error
+  if not lines:
+    raise ValueError(f"the file of prompts must have at least 1 line, {path} has none")
+  return lines

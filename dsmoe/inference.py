@@ -83,16 +83,23 @@ def prepare(config: ModelConfig, params, router_bias, speculate: bool = False):
   arch = architecture(config, speculate)
   params, router_bias = _prepared(config, params, router_bias)
 
-  def layer(name: str, i: int):
-    parts = jax.tree.map(lambda x: x[i], (params[name], router_bias.get(name, {})))
-    block = parts[0]["block"] if name == "mtp" else parts[0]
-    return (*parts, latent_attention.absorbed(config, block["attention"]["kv_b_proj"]))
+  def layers_of(name: str, num: int):
+    if not num:
+      return []
+    # Taken out, so that a stack is given back when its layers are cut.
+    stack = params.pop(name), router_bias.pop(name, {})
+    layers = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(num)]
+    blocks = [p["block"] if name == "mtp" else p for p, _ in layers]
+    absorbed = [
+      latent_attention.absorbed(config, block["attention"]["kv_b_proj"]) for block in blocks
+    ]
+    return [(*layer, extra) for layer, extra in zip(layers, absorbed)]
 
-  layers = [layer("dense_layers", i) for i in range(config.first_k_dense_replace)]
-  layers += [layer("moe_layers", i) for i in range(config.num_moe_layers)]
+  layers = layers_of("dense_layers", config.first_k_dense_replace)
+  layers += layers_of("moe_layers", config.num_moe_layers)
   embed_VD = params["embed"]
   head_DV = embed_VD.T if config.tie_word_embeddings else params["head"]
-  mtp = layer("mtp", 0) if speculate else None
+  mtp = layers_of("mtp", 1)[0] if speculate else None
   return arch, Weights(embed_VD, tuple(layers), params["norm"], head_DV, mtp)
 
 

@@ -17,7 +17,7 @@ from dsmoe import balance, dispatch, routing
 from dsmoe.config import ModelConfig
 from dsmoe.layers import SwiGLU, normal
 
-FEW_TOKENS = 64
+FEW_TOKENS = 128
 
 
 class RouterBias(nnx.Variable):

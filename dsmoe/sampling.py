@@ -40,8 +40,8 @@ class Sampling:
       (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}"),
       (0 <= self.min_p <= 1, f"min_p must be between 0 and 1, got {self.min_p}"),
       (
-        self.repetition_penalty > 0,
-        f"repetition_penalty must be positive, got {self.repetition_penalty}",
+        1e-3 <= self.repetition_penalty <= 1e3,
+        f"repetition_penalty must be between 0.001 and 1000, got {self.repetition_penalty}",
       ),
       (0 <= self.seed < 2**63, f"seed must be at least 0 and below 2**63, got {self.seed}"),
       (
@@ -68,6 +68,10 @@ class RowSampling(NamedTuple):
 def stack(settings: Sequence[Sampling]) -> RowSampling:
   """Puts the settings of rows together, as NumPy arrays."""
   floats = ("temperature", "top_p", "min_p", "repetition_penalty")
+  # Logits over a smaller temperature would not be finite.
+  settings = [
+    dataclasses.replace(s, temperature=0.0) if s.temperature < 1e-5 else s for s in settings
+  ]
   column = {name: np.array([getattr(s, name) for s in settings], np.float32) for name in floats}
   return RowSampling(
     column["temperature"],
@@ -105,7 +109,8 @@ def _filtered(logits_BV, rows: RowSampling):
   sorted_BV = jnp.where(place_1V < k_B[:, None], sorted_BV, -jnp.inf)
   probs_BV = jax.nn.softmax(sorted_BV, axis=-1)
   before_BV = jnp.cumsum(probs_BV, axis=-1) - probs_BV
-  keep_BV = (place_1V < k_B[:, None]) & (before_BV < rows.top_p_B[:, None])
+  top_p_B1 = rows.top_p_B[:, None]
+  keep_BV = (place_1V < k_B[:, None]) & ((before_BV < top_p_B1) | (top_p_B1 == 1))
   keep_BV &= probs_BV >= rows.min_p_B[:, None] * probs_BV[:, :1]
   keep_BV |= place_1V == 0
   last_B1 = jnp.min(jnp.where(keep_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)

@@ -9,6 +9,7 @@ line begins anew, Ctrl-D leaves.
 """
 
 import json
+import signal
 import sys
 
 import rich.console
@@ -36,25 +37,6 @@ _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newes
 _MAX_ROWS = flags.DEFINE_integer("max_rows", 8, "Prompts written at once.", lower_bound=1)
 _CACHE_BYTES = flags.DEFINE_integer("cache_bytes", 2**30, "The most it takes.", lower_bound=1)
 _SPECULATE = flags.DEFINE_bool("speculate", False, "Draft with the MTP module.")
-
-
-def read_prompts(path: epath.Path) -> list[str]:
-  """Reads a file of prompts.
-
-  Raises:
-    ValueError: for a missing or empty file, or a line of another form.
-  """
-  if not path.exists():
-    raise ValueError(f"the file of prompts must exist, got {path}")
-  lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-  if path.suffix == ".jsonl":
-    try:
-      lines = [json.loads(line)["prompt"] for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{path} must hold lines of {{'prompt': text}}: {error!r}") from error
-  if not lines:
-    raise ValueError(f"the file of prompts must have at least 1 line, {path} has none")
-  return lines
 
 
 def show(figures: generation.Figures, engine: batcher.Batcher) -> None:
@@ -103,23 +85,37 @@ class Writer:
     while True:
       try:
         said = input("\n> ")
-      except EOFError:
+      except (EOFError, KeyboardInterrupt):
         return
       if not said.strip():
         messages = []
         print("(a new conversation)")
         continue
       messages.append({"role": "user", "content": said})
-      answer = ""
-      pieces = self.stream([self.model.template.render(messages)], is_chat=True)
       try:
-        for piece in pieces:
-          answer += piece.text
-          print(piece.text, end="", flush=True)
-      except KeyboardInterrupt:
-        pieces.close()
-      print()
+        answer = self.answer(self.model.template.render(messages))
+      except ValueError as error:  # too long, or the template refuses it
+        print(f"{error}; an empty line begins anew", file=sys.stderr)
+        messages.pop()
+        continue
       messages.append({"role": "assistant", "content": answer})
+
+  def answer(self, conversation: str) -> str:
+    """Prints and returns what comes next; Ctrl-C ends it between two steps of the engine."""
+    interrupts: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    text, pieces = "", self.stream([conversation], is_chat=True)
+    try:
+      for piece in pieces:
+        text += piece.text
+        print(piece.text, end="", flush=True)
+        if interrupts:
+          break
+    finally:
+      pieces.close()
+      signal.signal(signal.SIGINT, previous)
+    print()
+    return text
 
 
 def main(argv: list[str]) -> None:
@@ -130,7 +126,9 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   host.start()
   try:
-    prompts = read_prompts(epath.Path(_PROMPTS.value)) if _PROMPTS.value else []
+    prompts = (
+      generation.read_prompts(epath.Path(_PROMPTS.value)) if _PROMPTS.value is not None else []
+    )
     writer = Writer()
     if _CHAT.value:
       writer.chat()

@@ -10,7 +10,7 @@ import oracles
 import pytest
 from helpers import assert_close, random_model, random_parts, small_config
 
-from dsmoe import batcher, cache, sampling
+from dsmoe import batcher, cache
 from dsmoe import model as model_lib
 from dsmoe.sampling import Sampling
 
@@ -108,8 +108,9 @@ def test_accepted_drafts_save_steps():
   assert stats["drafts"] == stats["drafts_accepted"] == 4  # 1 + 4 x 2 tokens
 
 
-def test_a_known_beginning_is_not_computed_again():
-  engine = _engine()
+@pytest.mark.parametrize("speculate", [False, True])
+def test_a_known_beginning_is_not_computed_again(speculate):
+  engine = _engine(speculate)
   [base] = _prompts(1, (50,))
   first = batcher.generate(engine, [base], GREEDY)[0]
   assert engine.stats()["prefix_hit_tokens"] == 0
@@ -118,8 +119,22 @@ def test_a_known_beginning_is_not_computed_again():
   assert answers[0] == first
   for prompt, new in zip((base, longer, base[:40]), answers):
     assert _is_greedy(prompt, new)
-  assert engine.stats()["prefix_hit_tokens"] == 48 + 48 + 32
-  assert engine.stats()["prompt_tokens"] == 50 + 2 + 3 + 8
+  # The third page of `longer` is followed by another token than that of `base`.
+  assert engine.stats()["prefix_hit_tokens"] == 48 + 32 + 32
+  assert engine.stats()["prompt_tokens"] == 50 + 2 + 19 + 8
+
+
+def test_one_requests_nan_stays_its_own():
+  params, bias = _parts()
+  params = dict(params, embed=params["embed"].copy())
+  params["embed"][5] = np.nan
+  page_bytes = cache.page_bytes(CONFIG.model)
+  engine = batcher.Batcher(CONFIG.model, params, bias, max_rows=4, cache_bytes=PAGES * page_bytes)
+  fine = [1, 2, 3]
+  expected = batcher.generate(engine, [fine], GREEDY)[0]
+  beside = batcher.generate(engine, [[5] * 40, fine], GREEDY)[1]
+  after = batcher.generate(engine, [fine], GREEDY)[0]
+  assert beside == after == expected and len(set(expected)) > 1
 
 
 @pytest.mark.parametrize("speculate", [False, True])
@@ -224,14 +239,16 @@ def test_many_threads_submit_and_every_answer_is_their_own():
   for thread in threads:
     thread.start()
   assert engine.wait(10)
-  while len(answers) < len(prompts):
+  finished = set()
+  while len(finished) < len(prompts):
     for event in engine.step():
+      assert event.request not in finished
       answers.setdefault(event.request, []).extend(event.tokens)
       if event.finish:
-        assert len(answers[event.request]) == 5
-    if all(len(a) == 5 for a in answers.values()) and not engine.num_waiting + engine.num_running:
-      for thread in threads:
-        thread.join()
+        finished.add(event.request)
+  for thread in threads:
+    thread.join()
+  assert all(len(answer) == 5 for answer in answers.values())
   assert sorted(answers) == list(range(len(prompts)))
   assert all(_is_greedy(prompts[i], answers[r]) for i, r in requests.items())
   assert not engine.wait(0.01)
@@ -245,6 +262,7 @@ def test_many_threads_submit_and_every_answer_is_their_own():
     ([7, -1], {}, "got -1"),
     ([1] * 240, {"max_tokens": 11}, r"prompt \(240 tokens\) plus max_tokens \(11\) .* 250 tokens"),
     ([1], {"stop_tokens": tuple(range(9))}, "stop_tokens must be at most 8, got 9"),
+    ([1], {"stop_tokens": (2**31,)}, rf"stop_tokens must be .* \({V}\), got 2147483648"),
   ],
 )
 def test_bad_requests_are_refused(prompt, settings, message):
@@ -266,12 +284,44 @@ def test_bad_engines_are_refused():
       _engine(**options)
 
 
-def test_tokens_that_fit_exactly_are_all_written():
-  engine = _engine()
-  assert engine.max_tokens_per_row == 250
-  [prompt] = _prompts(8, (230,))
+@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("pages", [PAGES, 4])
+def test_tokens_that_fit_exactly_are_all_written(speculate, pages):
+  """Up to the model's limit, and up to the last place of the last page."""
+  engine = _engine(speculate, cache_bytes=pages * cache.page_bytes(CONFIG.model, speculate))
+  room = engine.max_tokens_per_row
+  assert room == min(250, pages * cache.PAGE_TOKENS)
+  [prompt] = _prompts(8, (room - 20,))
   [new] = batcher.generate(engine, [prompt], dataclasses.replace(GREEDY, max_tokens=20))
-  assert _is_greedy(prompt, new)
+  assert len(new) == 20 and _is_greedy(prompt, new)
+
+
+def test_a_first_token_does_not_wait_for_a_round_of_decoding():
+  engine = _engine()
+  engine.submit(_prompts(10, (20,))[0], GREEDY)
+  [event] = engine.step()
+  assert len(event.tokens) == 1 and event.finish is None
+  [event] = engine.step()
+  assert len(event.tokens) == 8
+
+
+def test_a_refused_prompt_leaves_nothing_behind():
+  engine = _engine()
+  with pytest.raises(ValueError, match=f"got {V}"):
+    batcher.generate(engine, [[1], [V]], GREEDY)
+  assert len(batcher.generate(engine, [[3]], GREEDY)[0]) == 11
+  assert engine.num_waiting == engine.num_running == 0
+
+
+def test_a_row_cancelled_amid_its_prompt_leaves():
+  engine = _engine()
+  long = engine.submit(_prompts(11, (100,))[0], GREEDY)
+  other = engine.submit([4, 5], GREEDY)
+  engine.step()
+  assert engine.stats()["prompt_tokens"] == 32 + 2
+  engine.cancel(long)
+  events = _drain(engine)
+  assert set(events) == {other} and engine.stats()["cache_pages_used"] == 0
 
 
 def test_bfloat16_and_interleaved_and_tied_models_generate():
@@ -279,7 +329,6 @@ def test_bfloat16_and_interleaved_and_tied_models_generate():
     {"model.compute_dtype": "bfloat16"},
     {"model.tie_word_embeddings": True, "model.q_lora_rank": None, "model.attention_bias": True},
   ):
-    config = dataclasses.replace(small_config(**fields), seed=0)
     config = small_config(
       **{"model.num_hidden_layers": 2, "model.first_k_dense_replace": 1}, **fields
     )
@@ -291,7 +340,3 @@ def test_bfloat16_and_interleaved_and_tied_models_generate():
     kind = "bfloat16" if config.model.compute_dtype == "bfloat16" else "model_float32"
     taken = jnp.take_along_axis(logits[2:6], jnp.asarray(new)[:, None], axis=1)[:, 0]
     assert_close(taken, logits[2:6].max(axis=-1), kind)
-
-
-def test_max_logprobs_is_what_sampling_allows():
-  assert Sampling(logprobs=sampling.MAX_LOGPROBS).logprobs == 20

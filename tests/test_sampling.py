@@ -66,6 +66,22 @@ def test_temperature_zero_takes_the_first_of_the_likeliest_beside_rows_that_samp
   np.testing.assert_array_equal(sampling.argmax(jnp.asarray(logits)), logits.argmax(axis=1))
 
 
+def test_a_tiny_temperature_is_greedy():
+  logits = _logits(6, 1) * 10
+  rows = sampling.stack([Sampling(temperature=1e-38)])
+  drawn = sampling.draw(
+    sampling.log_distribution(jnp.asarray(logits), rows), rows, jnp.zeros(1, int)
+  )
+  assert drawn.tolist() == [logits[0].argmax()]
+
+
+def test_a_row_without_filters_keeps_its_tail_beside_one_with():
+  logits = np.random.default_rng(7).normal(0, 3, (2, 50_000)).astype(np.float32)
+  rows = sampling.stack([Sampling(), Sampling(top_k=3)])
+  found = np.asarray(sampling.log_distribution(jnp.asarray(logits), rows))
+  assert np.isfinite(found).sum(axis=1).tolist() == [50_000, 3]
+
+
 def test_repetition_penalty_divides_or_multiplies_by_sign():
   logits, rng = _logits(2, 3), np.random.default_rng(2)
   seen = rng.random((3, V)) < 0.5
@@ -127,7 +143,14 @@ def test_logprobs_are_the_models_own_and_sorted():
   [
     *(("max_tokens", -1), ("temperature", -0.5), ("temperature", float("nan"))),
     *(("top_k", -1), ("top_p", 0.0), ("top_p", 1.5)),
-    *(("min_p", -0.1), ("min_p", 1.1), ("repetition_penalty", 0.0), ("seed", -1), ("seed", 2**63)),
+    *(
+      ("min_p", -0.1),
+      ("min_p", 1.1),
+      ("repetition_penalty", 0.0),
+      ("repetition_penalty", float("inf")),
+      ("seed", -1),
+      ("seed", 2**63),
+    ),
     *(("logprobs", 21), ("logprobs", -1)),
   ],
 )
