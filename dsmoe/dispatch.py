@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul import grouped_swiglu
 from pallas_kernels.permute import combine, expert_order
 
-EXPERTS_AT_ONCE = 4  # when few tokens meet few experts
+# When few tokens meet few experts: loops that do not wait for each other, which XLA:CPU runs on
+# different cores, and independent experts in a step of each.
+LOOPS = 2
+EXPERTS_A_STEP = 2
 
 
 def local(x_MD, expert_MK, gate_MK, experts):
@@ -74,17 +77,19 @@ def few(x_MD, expert_MK, gate_MK, experts, real_M):
   chosen_E = jnp.zeros(E, bool).at[expert_MK].set(True, mode="drop")
   order_E = jnp.argsort(~chosen_E, stable=True)  # the chosen ones first
   num_chosen = jnp.sum(chosen_E)
+  at_once = LOOPS * EXPERTS_A_STEP
 
-  def add_some(step, y_MD):
-    # Several at a time, for they are independent; past the end the last one again, for nothing.
-    for i in range(EXPERTS_AT_ONCE):
-      place = step * EXPERTS_AT_ONCE + i
-      expert = order_E[jnp.minimum(place, num_chosen - 1)]
-      y_MD = add_expert(y_MD, expert, jnp.where(place < num_chosen, gate_ME[:, expert], 0))
-    return y_MD
+  def loop(number: int):
+    def add_some(step, y_MD):
+      for i in range(EXPERTS_A_STEP):
+        place = step * at_once + i * LOOPS + number
+        expert = order_E[jnp.minimum(place, num_chosen - 1)]  # past the end: the last, for nothing
+        y_MD = add_expert(y_MD, expert, jnp.where(place < num_chosen, gate_ME[:, expert], 0))
+      return y_MD
 
-  num_steps = (num_chosen + EXPERTS_AT_ONCE - 1) // EXPERTS_AT_ONCE
-  return jax.lax.fori_loop(0, num_steps, add_some, y_MD).astype(x_MD.dtype)
+    return jax.lax.fori_loop(0, (num_chosen + at_once - 1) // at_once, add_some, y_MD)
+
+  return sum(loop(number) for number in range(LOOPS)).astype(x_MD.dtype)
 
 
 # Those that training may use, by their names in the config.
