@@ -1,5 +1,7 @@
 """Draws against NumPy: what may come, how often, and what it depends on."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -49,6 +51,32 @@ def test_filters_keep_what_sorting_keeps():
     assert 0 < np.isfinite(expected).sum() <= V
     kept = np.isfinite(expected)
     np.testing.assert_allclose(found[row][kept], expected[kept], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parity
+def test_hugging_face_filters_the_same():
+  torch = pytest.importorskip("torch")
+  process = pytest.importorskip("transformers.generation.logits_process")
+  logits = _logits(8, len(SETTINGS))
+  seen = np.random.default_rng(8).integers(0, V, (len(SETTINGS), 6))
+  settings = [dataclasses.replace(s, repetition_penalty=1.4) for s in SETTINGS]
+  seen_BV = np.zeros((len(SETTINGS), V), bool)
+  np.put_along_axis(seen_BV, seen, True, axis=1)
+  found = sampling.log_distribution(
+    jnp.asarray(logits), sampling.stack(settings), jnp.asarray(seen_BV)
+  )
+  for row, s in enumerate(settings):
+    chain = [process.RepetitionPenaltyLogitsProcessor(s.repetition_penalty)]
+    chain.append(process.TemperatureLogitsWarper(s.temperature))
+    chain += [process.TopKLogitsWarper(s.top_k)] if s.top_k else []
+    chain += [process.TopPLogitsWarper(s.top_p)] if s.top_p < 1 else []
+    chain += [process.MinPLogitsWarper(s.min_p)] if s.min_p else []
+    expected = process.LogitsProcessorList(chain)(
+      torch.tensor(seen[row : row + 1]), torch.tensor(logits[row : row + 1])
+    )[0].numpy()
+    np.testing.assert_array_equal(np.isfinite(found[row]), np.isfinite(expected), err_msg=str(s))
+    kept = np.isfinite(expected)
+    np.testing.assert_allclose(np.asarray(found[row])[kept], expected[kept], rtol=1e-5, atol=1e-6)
 
 
 def test_temperature_zero_takes_the_first_of_the_likeliest_beside_rows_that_sample():
