@@ -4,6 +4,8 @@ A checkpoint holds the whole train state (parameters, optimizer, router bias, st
 data position. The resolved config lies beside them as config.json.
 """
 
+import contextlib
+import functools
 import json
 from typing import Any
 
@@ -129,12 +131,15 @@ def load_config(workdir: epath.PathLike) -> Config:
   """Reads a run's config.json.
 
   Raises:
-    ValueError: when there is none.
+    ValueError: when there is none, or it is not one.
   """
   path = epath.Path(workdir) / CONFIG_FILE
   if not path.exists():
     raise ValueError(f"a run's workdir must hold {CONFIG_FILE}, got {epath.Path(workdir)}")
-  return config_lib.from_dict(json.loads(path.read_text()))
+  try:
+    return config_lib.from_dict(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{path}: {error}") from error
 
 
 def step_folder(workdir: epath.PathLike, step: int) -> epath.Path:
@@ -156,11 +161,28 @@ def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
   return step
 
 
+def _saved(workdir: epath.PathLike, step: int) -> dict[str, Any]:
+  """Returns the tree of a checkpoint's state; its leaves have a `shape`."""
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    return handler.metadata(step_folder(workdir, step) / "state").tree
+
+
+def _check_shapes(workdir: epath.PathLike, step: int, wanted: Any) -> None:
+  """Raises ValueError naming the first array that the checkpoint lacks or has otherwise."""
+  name_of = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+  saved = {name_of(path): x.shape for path, x in jax.tree.leaves_with_path(_saved(workdir, step))}
+  for path, leaf in jax.tree.leaves_with_path(wanted):
+    found = saved.get(name_of(path))
+    if found is None or tuple(found) != leaf.shape:
+      raise ValueError(
+        f"checkpoint {step} in {workdir} must hold the arrays of the model: {name_of(path)} has "
+        f"the shape {list(leaf.shape)} there, got {found and list(found)}"
+      )
+
+
 def check_whole(workdir: epath.PathLike, step: int) -> None:
   """Raises ValueError when the checkpoint holds weights only, as imported ones do."""
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    saved = checkpointer.metadata(step_folder(workdir, step) / "state").item_metadata
-  if "opt_state" not in saved:
+  if "opt_state" not in _saved(workdir, step):
     raise ValueError(
       f"checkpoint {step} must hold the optimizer's state for a run to go on from it, that in "
       f"{workdir} holds weights only: name it as --init_from and another folder as --workdir"
@@ -181,11 +203,12 @@ def restore_weights(
     (params, router_bias, step).
 
   Raises:
-    ValueError: when there is no such checkpoint.
+    ValueError: when there is no such checkpoint, or its arrays are not those of the model.
   """
   step = find_step(workdir, step)
+  wanted = {"params": params, "router_bias": router_bias}
+  _check_shapes(workdir, step, wanted)
   with _manager(workdir, ocp.CheckpointManagerOptions(create=False)) as manager:
-    wanted = {"params": params, "router_bias": router_bias}
     restored = manager.restore(
       step,
       args=ocp.args.Composite(

@@ -4,8 +4,10 @@ What is written here orbax restores, as any checkpoint: one zarr array a leaf, c
 """
 
 import base64
+import hashlib
 import json
 import math
+import pathlib
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -97,6 +99,16 @@ class Arrays:
       return self._newest[1]
 
 
+def identity(workdir: epath.PathLike, step: int) -> str:
+  """Returns what tells a step's state from any other: a hash of its files' sizes and times."""
+  folder = pathlib.Path(checkpoint.step_folder(workdir, step) / "state")
+  digest = hashlib.sha256()
+  for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    stat = path.stat()
+    digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+  return digest.hexdigest()
+
+
 def open_step(workdir: epath.PathLike, step: int, shapes: Mapping[Path, tuple[int, ...]]) -> Arrays:
   """Opens arrays of a step, to be read by slices; nothing is read yet.
 
@@ -106,19 +118,28 @@ def open_step(workdir: epath.PathLike, step: int, shapes: Mapping[Path, tuple[in
     shapes: of the leaves wanted, by path.
 
   Raises:
-    ValueError: when an array is missing, or of another shape, naming it.
+    ValueError: when an array is missing, or of another shape, naming it; later, when a chunk
+      is missing.
   """
   folder = checkpoint.step_folder(workdir, step) / "state"
-  metadata = json.loads((folder / "_METADATA").read_text())
-  specs, chunk_bytes = {}, {}
+  try:
+    metadata = json.loads((folder / "_METADATA").read_text())
+    ocdbt, zarr3 = metadata["use_ocdbt"], metadata["use_zarr3"]
+    # Else orbax left out the chunks of zeros.
+    all_stored = metadata.get("store_array_data_equal_to_fill_value", False)
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ValueError(f"{folder / '_METADATA'} must be orbax's metadata: {error!r}") from error
+  specs: dict[Path, dict[str, Any]] = {}
+  chunk_bytes: dict[Path, int] = {}
   for path, shape in shapes.items():
     name = ".".join(path)
     kvstore: dict[str, Any] = {"driver": "file", "path": f"{folder}/"}
-    if metadata["use_ocdbt"]:
+    if ocdbt:
       kvstore = {"driver": "ocdbt", "base": kvstore, "path": f"{name}/"}
     else:
       kvstore["path"] += f"{name}/"
-    specs[path] = {"driver": "zarr3" if metadata["use_zarr3"] else "zarr", "kvstore": kvstore}
+    specs[path] = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": kvstore}
+    specs[path]["fill_missing_data_reads"] = not all_stored
     try:
       array = ts.open(specs[path], open=True).result()
     except ValueError as error:

@@ -17,10 +17,10 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from dsmoe import hf_files
+from dsmoe import hf_files, staging
 from dsmoe import model as model_lib
 from dsmoe.config import ModelConfig
-from dsmoe.hf_config import config_from_hf, config_to_hf, fail, fp8_block
+from dsmoe.hf_config import config_at, config_from_hf, config_to_hf, fail, fp8_block
 from dsmoe.hf_files import INDEX, WEIGHTS, Weights
 
 __all__ = ["INDEX", "WEIGHTS", "config_from_hf", "config_to_hf", "layout", "load_pretrained"]
@@ -200,7 +200,7 @@ def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
   if not path.exists():
     fail(f"{folder} must hold config.json, it has none")
   hf = hf_files.read_json(path)
-  config = config_from_hf(hf, **fields)
+  config = config_at(path, hf, **fields)
   weights = Weights(folder, fp8_block(hf))
   numbers = [re.match(r"model\.layers\.(\d+)\.", name) for name in weights.stored]
   last = max((int(number[1]) for number in numbers if number), default=-1)
@@ -210,7 +210,7 @@ def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
     and "num_nextn_predict_layers" not in fields
   ):
     logging.warning("%s counts MTP layers, but no file has any: loaded without", path)
-    config = config_from_hf(hf, num_nextn_predict_layers=0, **fields)
+    config = config_at(path, hf, num_nextn_predict_layers=0, **fields)
   slots = layout(*shapes_of(config)[1:], config)
   return Opened(config, weights, slots, _account(folder, config, weights, slots))
 
@@ -251,14 +251,14 @@ def check_copies(opened: Opened, block_rows: int = 1 << 12) -> None:
     ValueError: naming both tensors and their files, when they differ.
   """
   weights = opened.weights
-  for name, original in copies_of(opened.config).items():
-    if name not in weights.stored:
-      continue
+  copies = {n: o for n, o in copies_of(opened.config).items() if n in weights.stored}
+  staging.announce("comparing copies", sum(weights.stored[n].num_bytes for n in copies))
+  for name, original in copies.items():
     rows = weights.stored[name].shape[0]
     for start in range(0, rows, block_rows):
       stop = min(start + block_rows, rows)
       a, b = (opened.read(n, start, stop) for n in (name, original))
-      if not np.array_equal(a, b):
+      if not np.array_equal(a, b, equal_nan=True):
         fail(
           f"{weights.where(name)} must equal {original} in {weights.stored[original].file.name}, "
           "which takes its place; they differ"

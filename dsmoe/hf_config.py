@@ -1,5 +1,6 @@
 """config.json of DeepSeek-V2 and -V3 models to our config and back; `dsmoe/hf.py` reads the rest."""
 
+import pathlib
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -54,7 +55,10 @@ def fail(message: str) -> typing.NoReturn:
 
 def _rope(hf: Mapping[str, Any], longest: int) -> dict[str, Any]:
   """Reads rope_scaling, or transformers 5's rope_parameters, into our two fields."""
-  given = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+  given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+  if not isinstance(given, Mapping):
+    fail(f"config.json: rope_scaling must be an object or null, got {given!r}")
+  given = dict(given)
   theta = given.pop("rope_theta", hf.get("rope_theta", 10000.0))
   kind = given.pop("type", "default")
   kind = given.pop("rope_type", kind)
@@ -64,7 +68,13 @@ def _rope(hf: Mapping[str, Any], longest: int) -> dict[str, Any]:
   unknown = set(given) - set(ROPE_FIELDS if kind == "yarn" else ())
   if unknown:
     fail(f"config.json: rope_scaling of type {kind} must not set {min(unknown)}, got {given}")
+  longest = _typed({"max_position_embeddings": int}, "max_position_embeddings", longest)
   original = given.get("original_max_position_embeddings", longest)
+  if _typed(ROPE_FIELDS, "original_max_position_embeddings", original) < 1:
+    fail(
+      "config.json: original_max_position_embeddings (without it, max_position_embeddings) must "
+      f"be at least 1, got {original}"
+    )
   values = {
     "factor": longest / original if kind == "yarn" else 1.0,
     "original_max_position_embeddings": original,
@@ -94,7 +104,9 @@ def fp8_block(hf: Mapping[str, Any]) -> tuple[int, int] | None:
   given = hf.get("quantization_config")
   if not given:
     return None
-  block = given.get("weight_block_size")
+  if not isinstance(given, Mapping):
+    fail(f"config.json: quantization_config must be an object or null, got {given!r}")
+  block: Any = given.get("weight_block_size")
   is_block = isinstance(block, (list, tuple)) and len(block) == 2
   is_block = is_block and all(type(n) is int and n > 0 for n in block)
   if given.get("quant_method") != "fp8" or given.get("fmt", "e4m3") != "e4m3" or not is_block:
@@ -133,7 +145,7 @@ def config_from_hf(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
       f"config.json: sparse attention with an indexer (DeepSeek-V3.2) is not supported, got "
       f"model_type {model_type!r} and the settings {sparse}"
     )
-  if model_type not in MODEL_TYPES:
+  if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
     fail(f"config.json: model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
   fp8_block(hf)
   for name, only in ONLY.items():
@@ -167,6 +179,14 @@ def config_from_hf(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
   if values["first_k_dense_replace"] > values["num_hidden_layers"]:  # all dense, as there
     values["first_k_dense_replace"] = values["num_hidden_layers"]
   return ModelConfig(**values)
+
+
+def config_at(path: pathlib.Path, hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
+  """Returns `config_from_hf` of a file's contents; its path is in front of what is raised."""
+  try:
+    return config_from_hf(hf, **fields)
+  except ValueError as error:
+    raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from error
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -8,28 +8,21 @@ import json
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from dsmoe import checkpoint, checkpoint_arrays, hf, hf_files, staging
+from dsmoe import checkpoint, checkpoint_arrays, hf, hf_files, hf_text, staging
 from dsmoe import config as config_lib
 from dsmoe import model as model_lib
-from dsmoe import tokenizer as tokenizer_lib
 from dsmoe.config import Config, ModelConfig
 from dsmoe.hf_config import FIELDS, config_to_hf, fail, fp8_settings
 from dsmoe.hf_fp8 import FP8_BLOCK, quantise
 
 STEP = 0  # of an imported checkpoint
 FORMATS = ("float32", "bfloat16", "fp8")
-# What speaks of text, carried over; the last may be all there is (Moonlight, Kimi K2).
-TEXT_FILES = (
-  *("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"),
-  *("special_tokens_map.json", "added_tokens.json", "tiktoken.model", "tokenization_*.py"),
-)
 # Matrices that DeepSeek leaves in bfloat16 when the others are FP8.
 NOT_FP8 = ("head", "router", "eh_proj")
 
@@ -72,13 +65,6 @@ def _on_disk(path: str | pathlib.Path) -> pathlib.Path:
   return pathlib.Path(path).resolve()
 
 
-def _copy_text_files(source: pathlib.Path, target: pathlib.Path) -> None:
-  target.mkdir(exist_ok=True)
-  for pattern in TEXT_FILES:
-    for path in source.glob(pattern):
-      shutil.copyfile(path, target / path.name)
-
-
 def import_folder(
   folder: str | pathlib.Path,
   workdir: str | pathlib.Path,
@@ -97,7 +83,7 @@ def import_folder(
     base: everything that the published config.json does not say.
     compute_dtype: of the model's matrix products.
     dtype: of matrices on disk, float32 or bfloat16; None: bfloat16 if every published matrix
-      is bfloat16 or FP8.
+      is; FP8 ones, scaled, need float32.
 
   Returns:
     What became of every tensor.
@@ -114,7 +100,7 @@ def import_folder(
   config = config_for(base, opened.config)
   if dtype is None:
     matrices = {stored[name].dtype for name, slot in slots.items() if len(slot.shape) > 1}
-    dtype = "bfloat16" if matrices <= {"BF16", "F8_E4M3"} else "float32"
+    dtype = "bfloat16" if matrices <= {"BF16"} else "float32"
   shapes, limit = leaf_shapes(config.model), _piece_numbers(slots)
 
   files = {s.file: s.file.stat() for s in [*stored.values(), *opened.weights.scales.values()]}
@@ -123,6 +109,7 @@ def import_folder(
     "files": {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in files.items()},
   }
   width = {"float32": 4, "bfloat16": 2}[dtype]
+  hf_text.generation_tokens(folder)
   hf.check_copies(opened)
   total = width * sum(math.prod(shape) for shape in shapes.values())
   with staging.Staging(workdir, job, total) as stage:
@@ -158,7 +145,7 @@ def import_folder(
     staging.run(stage, sizes, make, lambda: None, "import")  # a written chunk is on disk
     checkpoint_arrays.write_metadata(step_folder, shapes)
     checkpoint.record_config(epath.Path(stage.folder), config, STEP, allow_change=True)
-    _copy_text_files(folder, stage.folder / "data")
+    hf_text.copy(folder, stage.folder / "data")
     stage.finish()
   return opened.account
 
@@ -168,27 +155,6 @@ def _format_of(slot: hf.Slot, format: str) -> str:
     return "F32"
   in_block = slot.inputs and slot.path[-1] not in NOT_FP8
   return "F8_E4M3" if format == "fp8" and in_block else "BF16"
-
-
-def _text_settings(folder: pathlib.Path, config: Config, target: pathlib.Path) -> dict[str, Any]:
-  """Copies the tokenizer's files to `target`; returns what config.json says of its tokens."""
-  _copy_text_files(folder, target)
-  names = ("bos_token_id", "eos_token_id", "pad_token_id")
-  if (target / "generation_config.json").exists():
-    given = hf_files.read_json(target / "generation_config.json")
-    return {name: given[name] for name in names if name in given}
-  if not (target / "tokenizer.json").exists():
-    return {}
-  tokenizer = tokenizer_lib.load_tokenizer(target / "tokenizer.json", config.model.vocab_size)
-  end = tokenizer_lib.eos_id(tokenizer)
-  if not (target / "tokenizer_config.json").exists():  # a tokenizer trained here
-    settings = {
-      "tokenizer_class": "PreTrainedTokenizerFast",
-      "eos_token": tokenizer.id_to_token(end),
-      "model_max_length": config.model.max_position_embeddings,
-    }
-    (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-  return {"bos_token_id": None, "eos_token_id": end}
 
 
 def export_workdir(
@@ -218,7 +184,8 @@ def export_workdir(
 
   Raises:
     ValueError: for no such checkpoint, one whose arrays are not those of its config.json, an
-      unknown format, a model that no published config.json describes; and see `Staging`.
+      unknown format, a broken tokenizer, NaN or infinity to become FP8, a model that no
+      published config.json describes; and see `Staging`.
   """
   if format not in FORMATS:
     fail(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -246,7 +213,11 @@ def export_workdir(
   job: dict[str, Any] = {
     **{"export": str(workdir), "step": step, "config": config_lib.to_dict(config.model)},
     **{"format": format, "ue8m0": ue8m0, "max_shard_bytes": max_shard_bytes},
+    "state": checkpoint_arrays.identity(workdir, step),
   }
+  text = pathlib.Path(config.data.cache_dir or workdir / "data")
+  tokens, text_files = hf_text.settings(text, config.model)
+  hf_config |= tokens
   total = sum(
     hf_files.DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in tensors.values()
   )
@@ -262,7 +233,7 @@ def export_workdir(
           part = part.astype(hf_files.DTYPES["BF16"])
         piece = slot.to_hf(part)
         if place.dtype == "F8_E4M3":
-          piece, scale = quantise(piece.astype(np.float32), ue8m0)
+          piece, scale = quantise(piece.astype(np.float32, copy=False), ue8m0, name)
           target = places[name + hf_files.SCALE]
           scale = scale.astype(hf_files.DTYPES[target.dtype])
           hf_files.write_rows(target, rows.start // FP8_BLOCK[0], scale)
@@ -275,11 +246,13 @@ def export_workdir(
         with path.open("r+b") as file:
           os.fsync(file.fileno())
 
-    # Array by array: a chunk of a run's own checkpoint holds every layer.
+    # Array by array: a chunk of a run's own checkpoint holds every layer, two may be too much.
     order = sorted(slots, key=lambda name: (slots[name].path, slots[name].at))
-    staging.run(stage, {name: places[name].num_bytes for name in order}, make, sync, "export")
-    data = pathlib.Path(config.data.cache_dir or workdir / "data")
-    hf_config |= _text_settings(data, config, stage.folder)
+    sizes = {name: places[name].num_bytes for name in order}
+    staging.run(stage, sizes, make, sync, "export", lambda name: slots[name].path)
+    hf_text.copy(text, stage.folder)
+    for name, content in text_files.items():
+      (stage.folder / name).write_text(content)
     hf_config["torch_dtype"] = "float32" if format == "float32" else "bfloat16"
     if format == "fp8":
       hf_config["quantization_config"] = fp8_settings(ue8m0)

@@ -89,10 +89,11 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
       entries.pop("__metadata__", None)
       entries = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
       found: list[tuple[str, str, tuple[int, ...], int, int]] = [
-        (name, str(e["dtype"]), tuple(map(int, e["shape"])), *map(int, e["data_offsets"]))
+        (name, str(e["dtype"]), tuple(map(int, e["shape"])), int(first), int(last))
         for name, e in entries
+        for first, last in [e["data_offsets"]]
       ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
       raise ValueError(f"{whole}: its header is broken ({error!r})") from error
   result, end = {}, 0
   for name, dtype, shape, first, last in found:
@@ -123,10 +124,12 @@ def read_folder(folder: pathlib.Path) -> dict[str, Stored]:
   if not (folder / INDEX).exists():
     fail(f"{folder} must hold {WEIGHTS} or {INDEX}, it has neither")
   weight_map = read_json(folder / INDEX).get("weight_map")
-  if not isinstance(weight_map, dict):
+  if not isinstance(weight_map, dict) or not weight_map:
     fail(f"{folder / INDEX} must have a weight_map from tensors to files, got {weight_map!r}")
   shards: dict[str, set[str]] = {}
   for name, shard in weight_map.items():
+    if not isinstance(shard, str):
+      fail(f"{folder / INDEX}: weight_map must name a file for {name}, got {shard!r}")
     shards.setdefault(shard, set()).add(name)
   result: dict[str, Stored] = {}
   for shard, listed in shards.items():

@@ -33,7 +33,9 @@ def dequantise(
   return result
 
 
-def quantise(weight: np.ndarray, ue8m0: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def quantise(
+  weight: np.ndarray, ue8m0: bool = False, name: str = "weight"
+) -> tuple[np.ndarray, np.ndarray]:
   """Turns rows of a weight, starting at a multiple of 128, into FP8 codes and scales.
 
   A block's scale takes its largest magnitude to 448, the largest code; UE8M0 scales are the
@@ -42,9 +44,13 @@ def quantise(weight: np.ndarray, ue8m0: bool = False) -> tuple[np.ndarray, np.nd
   Args:
     weight: float32 [rows, I].
     ue8m0: whether scales are powers of two.
+    name: for messages.
 
   Returns:
     codes, float8_e4m3fn [rows, I]; scales, float32 [ceil(rows / 128), ceil(I / 128)].
+
+  Raises:
+    ValueError: for NaN or infinity, which would spoil its block.
   """
   (height, width), (rows, columns) = FP8_BLOCK, weight.shape
   scale = np.ones((-(-rows // height), -(-columns // width)), np.float32)
@@ -52,6 +58,8 @@ def quantise(weight: np.ndarray, ue8m0: bool = False) -> tuple[np.ndarray, np.nd
   for i in range(len(scale)):
     strip = weight[i * height : (i + 1) * height]
     largest = np.maximum.reduceat(np.abs(strip).max(axis=0), np.arange(0, columns, width))
+    if not np.isfinite(largest).all():
+      raise ValueError(f"{name} must be finite to become FP8, it holds NaN or infinity")
     # Below the smallest normal number a quotient by the scale would lose its meaning.
     wanted = np.maximum(largest / np.float32(FP8_MAX), np.finfo(np.float32).tiny)
     if ue8m0:

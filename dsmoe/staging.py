@@ -1,11 +1,12 @@
 """Folders that appear whole or not at all, and whose making goes on after a kill.
 
-`<name>.partial` grows beside its destination and takes its name at the end. The journal,
-`<name>.partial.journal`, holds what is being made and which items are on disk.
+`<name>.partial` grows beside its destination and takes its name at the end. The journal in it
+holds what is being made and which items are on disk.
 """
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import pathlib
@@ -19,15 +20,23 @@ from typing import Any
 import rich.console
 import rich.progress
 
+JOURNAL = "journal"
 WORKERS = 3  # reading, converting and writing overlap; each holds a piece of a tensor
 SYNC_SECS = 1.0  # between two notes in the journal
 LINE_SECS = 10.0  # between two lines of progress, off a terminal
+LONG_BYTES = 10**9  # what takes long enough to be announced
 
 
 def check_absent(destination: pathlib.Path) -> None:
   """Raises ValueError when the destination exists."""
   if destination.exists():
     raise ValueError(f"the destination must not exist, {destination} does")
+
+
+def announce(what: str, num_bytes: int) -> None:
+  """Prints what begins without a bar, where its bytes make one wait."""
+  if num_bytes >= LONG_BYTES:
+    print(f"{what}, {num_bytes / 1e9:.1f} GB", flush=True)
 
 
 class Staging:
@@ -42,50 +51,65 @@ class Staging:
       num_bytes: what it will take on disk.
 
     Raises:
-      ValueError: when the destination exists, another job is under way, or the disk is full.
+      ValueError: when the destination exists, another job is under way, `<name>.partial` is
+        not one's own, or the disk is full.
     """
     self._destination = destination
     self.folder = destination.with_name(destination.name + ".partial")
-    self._journal = destination.with_name(destination.name + ".partial.journal")
-    self.done: set[str] = set()
+    self._journal = self.folder / JOURNAL
     self._waiting: list[str] = []
     self._synced = time.monotonic()
     check_absent(destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    self._file = self._journal.open("a+", encoding="utf-8")
+    header = json.dumps(job, sort_keys=True).encode() + b"\n"
+    if not self.folder.exists():
+      self._begin(header, num_bytes)
+    if not self._journal.exists():
+      raise ValueError(
+        f"{self.folder} must hold the {JOURNAL} of what is being made, it has none: delete it to "
+        "begin anew"
+      )
+    self._file = self._journal.open("r+b")
     try:
-      self._open(job, num_bytes)
+      self.done = self._resume(header)
     except BaseException:
       self._file.close()
       raise
 
-  def _open(self, job: dict[str, Any], num_bytes: int) -> None:
+  def _begin(self, header: bytes, num_bytes: int) -> None:
+    parent = self._destination.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < num_bytes:
+      raise ValueError(f"{parent} must have {num_bytes / 1e9:.1f} GB free, it has {free / 1e9:.1f}")
+    self.folder.mkdir()
+    temporary = self._journal.with_name(JOURNAL + ".tmp")
+    temporary.write_bytes(header)
+    temporary.replace(self._journal)
+
+  def _resume(self, header: bytes) -> set[str]:
+    """Locks the journal; returns the items that it says are on disk."""
     try:
       fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
       raise ValueError(f"{self.folder} is being written by another process") from error
-    self._file.seek(0)
+    check_absent(self._destination)
+    # Another process may have finished, or a user deleted it, before this one had the lock.
+    try:
+      same = os.path.samestat(os.fstat(self._file.fileno()), self._journal.stat())
+    except FileNotFoundError:
+      same = False
+    if not same:
+      raise ValueError(f"{self.folder} must stay while it is opened, it was replaced or removed")
     text = self._file.read()
-    lines = text.split("\n")[:-1]  # a line cut short by a kill is not one
-    header = json.dumps(job, sort_keys=True)
-    if lines and lines[0] != header:
+    whole = text[: text.rfind(b"\n") + 1]  # a line cut short by a kill is not one
+    if not whole.startswith(header):
       raise ValueError(
         f"{self.folder} was begun from another source or with other settings; go on as it was "
-        f"begun, or delete it and {self._journal.name}"
+        "begun, or delete it"
       )
-    if not lines:
-      free = shutil.disk_usage(self._destination.parent).free
-      if free < num_bytes:
-        self._journal.unlink()
-        raise ValueError(
-          f"{self._destination.parent} must have {num_bytes / 1e9:.1f} GB free, it has "
-          f"{free / 1e9:.1f}"
-        )
-    self.folder.mkdir(exist_ok=True)
-    self.done = set(lines[1:])
-    self._file.truncate(0)
-    self._file.write("\n".join([header, *lines[1:], ""]))
-    self._file.flush()
+    self._file.truncate(len(whole))
+    self._file.seek(len(whole))
+    return set(whole.decode().splitlines()[1:])
 
   def __enter__(self) -> "Staging":
     return self
@@ -98,19 +122,21 @@ class Staging:
     self._waiting.append(item)
     if time.monotonic() - self._synced >= SYNC_SECS:
       sync()
-      self._file.write("".join(f"{item}\n" for item in self._waiting))
+      self._file.write("".join(f"{item}\n" for item in self._waiting).encode())
       self._file.flush()
       os.fsync(self._file.fileno())
       self._waiting, self._synced = [], time.monotonic()
 
   def finish(self) -> None:
     """Gives the folder its name, all of it being on disk: from here on it exists."""
-    for path in [*self.folder.rglob("*"), self.folder]:
+    paths = [*self.folder.rglob("*"), self.folder]
+    announce(f"putting {self._destination} on disk", sum(path.stat().st_size for path in paths))
+    for path in paths:
       number = os.open(path, os.O_RDONLY)
       os.fsync(number)
       os.close(number)
-    self.folder.rename(self._destination)
     self._journal.unlink()
+    self.folder.rename(self._destination)
 
 
 def run(
@@ -119,6 +145,7 @@ def run(
   make: Callable[[str], None],
   sync: Callable[[], None],
   label: str,
+  group: Callable[[str], Any] = lambda item: None,
 ) -> None:
   """Makes every item that the journal does not name, a few at a time, and shows how far it is.
 
@@ -127,21 +154,26 @@ def run(
     make: called with an item, in a thread.
     sync: see `Staging.mark`.
     label: in front of the bar.
+    group: neighbours with an equal one are made together, others one after another.
   """
   items = [item for item in sizes if item not in staging.done]
   already = sum(sizes.values()) - sum(sizes[item] for item in items)
   with bytes_bar(label, sum(sizes.values()), already) as advance:
-    for item in _in_threads(make, items):
+    for item in _in_threads(make, items, group):
       staging.mark(item, sync)
       advance(sizes[item])
   sync()
 
 
-def _in_threads(make: Callable[[str], None], items: Sequence[str]) -> Iterator[str]:
+def _in_threads(
+  make: Callable[[str], None], items: Sequence[str], group: Callable[[str], Any]
+) -> Iterator[str]:
   pool = ThreadPoolExecutor(WORKERS)
   try:
-    for item, _ in zip(items, pool.map(make, items)):
-      yield item
+    for _, members in itertools.groupby(items, group):
+      together = list(members)
+      for item, _ in zip(together, pool.map(make, together)):
+        yield item
   finally:
     pool.shutdown(cancel_futures=True)
 

@@ -22,7 +22,10 @@ from experiments import base
 _FOLDER = flags.DEFINE_string("folder", None, "Of Hugging Face's files: read, or made by export.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a run, on disk: read, or made by import.")
 _DTYPE = flags.DEFINE_enum(
-  "dtype", None, ["float32", "bfloat16"], "import: of matrices on disk; default: as published."
+  "dtype",
+  None,
+  ["float32", "bfloat16"],
+  "import: of matrices on disk; default: bfloat16 if all are published so, else float32.",
 )
 _COMPUTE_DTYPE = flags.DEFINE_enum(
   "compute_dtype", "bfloat16", ["float32", "bfloat16"], "import: of the model's matrix products."
@@ -85,19 +88,39 @@ def _verify() -> None:
     sys.exit(f"convert_hf: logits must not differ by more than --tolerance={_TOLERANCE.value:g}")
 
 
-COMMANDS = {"import": _import, "export": _export, "verify": _verify}
+# What each does, and the flags that it reads.
+COMMANDS = {
+  "import": (_import, (_FOLDER, _WORKDIR, _DTYPE, _COMPUTE_DTYPE)),
+  "export": (_export, (_FOLDER, _WORKDIR, _FORMAT, _UE8M0, _MAX_SHARD_BYTES, _STEP)),
+  "verify": (_verify, (_FIRST, _SECOND, _BATCH_SIZE, _SEQUENCE_LENGTH, _SEED, _TOLERANCE)),
+}
+
+
+def _check_flags(command: str) -> None:
+  own = [option.name for option in COMMANDS[command][1]]
+  for name in [option.name for _, options in COMMANDS.values() for option in options]:
+    if name not in own and flags.FLAGS[name].present:
+      raise app.UsageError(
+        f"--{name} must not be given with {command}, which reads --{', --'.join(own)}"
+      )
 
 
 def main(argv: list[str]) -> None:
   if len(argv) != 2 or argv[1] not in COMMANDS:
     raise app.UsageError(f"one of {', '.join(COMMANDS)} must be given, got {' '.join(argv[1:])!r}")
+  command = argv[1]
+  _check_flags(command)
   logging.set_verbosity(logging.WARNING)
   try:
-    if argv[1] == "verify":
+    if command == "verify":
       host.start()
-    COMMANDS[argv[1]]()
-  except ValueError as error:
+    COMMANDS[command][0]()
+  except (ValueError, OSError) as error:
     sys.exit(f"convert_hf: {error}")
+  except KeyboardInterrupt:
+    again = "" if command == "verify" else "; the same command goes on where it was"
+    print(f"interrupted{again}", file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -106,6 +106,28 @@ def test_changed_model_does_not_restore(tmp_path):
       checkpoints.restore(train_step.abstract_state(other, mesh), 0)
 
 
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"model.hidden_size": 48}, r"kv_a_proj has the shape \[1, 48, 24\] there, got \[1, 40, 24\]"),
+    ({"model.q_lora_rank": None}, r"q_proj has the shape .* there, got None"),
+  ],
+)
+def test_weights_of_another_model_are_refused_by_name(tmp_path, change, message):
+  save(tmp_path, train_step.init_state(config_of_two_layers(), mesh_of(1)), 0)
+  other = train_step.abstract_state(config_of_two_layers(**change), mesh_of(1))
+  with pytest.raises(ValueError, match=message):
+    checkpoint.restore_weights(tmp_path, other.params, other.router_bias)
+
+
+def test_broken_config_is_named(tmp_path):
+  path = tmp_path / "config.json"
+  for text in ("{,", "3", "{}"):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"^{path}: "):
+      checkpoint.load_config(tmp_path)
+
+
 def test_config_is_recorded_and_changes_refused(tmp_path):
   config = config_of_two_layers()
   checkpoint.record_config(tmp_path, config, 0, False)

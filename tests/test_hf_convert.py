@@ -1,11 +1,14 @@
 """Published checkpoints to a workdir and back: identity, precision, kills, memory, verify."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
+import time
 
 import jax
 import ml_dtypes
@@ -145,7 +148,7 @@ def test_fp8_export_is_quantise_dequantise(tmp_path, ue8m0, numbers, monkeypatch
 
 @pytest.mark.parametrize("folder", FP8_CASES, ids=hf_cases.label)
 def test_fp8_case_both_ways(folder, tmp_path):
-  hf_convert.import_folder(folder, tmp_path / "run", DEFAULTS, dtype="float32")
+  hf_convert.import_folder(folder, tmp_path / "run", DEFAULTS)  # float32: nothing is lost
   run, case = evaluate.load_run(tmp_path / "run"), hf_cases.load(folder)
   _, params, router_bias = model_lib.split(case.model)
   assert jax.tree.all(jax.tree.map(np.array_equal, run.params, params))
@@ -372,6 +375,154 @@ def test_staging(tmp_path):
   assert (target / "file").read_text() == "x"
 
 
+def make_all(stage, made=None):
+  made = [] if made is None else made
+  staging.run(stage, {"a": 1, "b": 1}, made.append, lambda: None, "make")
+  return made
+
+
+def test_deleted_folder_takes_its_journal_along(tmp_path, monkeypatch):
+  monkeypatch.setattr(staging, "SYNC_SECS", 0)
+  with staging.Staging(tmp_path / "made", {}, 10) as stage:
+    assert make_all(stage) == ["a", "b"]
+  with staging.Staging(tmp_path / "made", {}, 10) as stage:
+    assert make_all(stage) == []
+  shutil.rmtree(tmp_path / "made.partial")
+  with staging.Staging(tmp_path / "made", {}, 10) as stage:
+    assert make_all(stage) == ["a", "b"]
+    stage.finish()
+  shutil.rmtree(tmp_path / "made")
+  with staging.Staging(tmp_path / "made", {}, 10) as stage:
+    assert make_all(stage) == ["a", "b"]
+
+
+def test_journal_cut_short_and_folder_of_others(tmp_path, monkeypatch):
+  monkeypatch.setattr(staging, "SYNC_SECS", 0)
+  with staging.Staging(tmp_path / "made", {}, 10) as stage:
+    make_all(stage)
+  journal = tmp_path / "made.partial" / staging.JOURNAL
+  journal.write_bytes(journal.read_bytes()[:-2] + "ü".encode()[:1])  # a kill while it is written
+  with staging.Staging(tmp_path / "made", {}, 10) as stage:
+    assert make_all(stage) == ["b"]
+  assert journal.read_text().splitlines()[1:] == ["a", "b"]
+  (tmp_path / "other.partial").mkdir()
+  (tmp_path / "other.partial/mine").write_text("x")
+  with pytest.raises(ValueError, match=r"other\.partial must hold the journal .* delete it"):
+    staging.Staging(tmp_path / "other", {}, 10)
+  assert [path.name for path in (tmp_path / "other.partial").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_lock_on_what_is_gone(tmp_path, finishes, monkeypatch):
+  """Another process finishes, or someone deletes the folder, between open and lock."""
+  first = staging.Staging(tmp_path / "made", {}, 10)
+  flock = staging.fcntl.flock
+
+  def late(*args):
+    first.finish() if finishes else shutil.rmtree(first.folder)
+    first.__exit__()
+    flock(*args)
+
+  monkeypatch.setattr(staging.fcntl, "flock", late)
+  message = "the destination must not exist" if finishes else r"made\.partial must stay"
+  with pytest.raises(ValueError, match=message):
+    staging.Staging(tmp_path / "made", {}, 10)
+
+
+def test_groups_are_made_one_after_another(tmp_path):
+  """Else the chunks of several leaves are in memory at once."""
+  running, together = set(), set()
+
+  def make(item):
+    running.add(item)
+    time.sleep(0.01)
+    together.update(itertools.permutations([*running], 2))
+    running.remove(item)
+
+  with staging.Staging(tmp_path / "made", {}, 10) as stage:
+    sizes = dict.fromkeys(["a1", "a2", "b1", "c1", "c2"], 1)
+    staging.run(stage, sizes, make, lambda: None, "make", lambda item: item[0])
+  assert together and {a[0] == b[0] for a, b in together} == {True}
+
+
+def test_export_goes_on_only_with_the_same_state(tmp_path, monkeypatch):
+  write(tmp_path, SMALL, TENSORS)
+  workdir, out = tmp_path / "run", tmp_path / "out"
+  hf_convert.import_folder(tmp_path, workdir, DEFAULTS)
+  with monkeypatch.context() as patch:
+    patch.setattr(hf.Slot, "to_hf", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      hf_convert.export_workdir(workdir, out, "float32")
+  shutil.rmtree(workdir)
+  tensors = TENSORS | {EMBED: TENSORS[EMBED] + 1}
+  write(tmp_path, SMALL, tensors)
+  hf_convert.import_folder(tmp_path, workdir, DEFAULTS)
+  with pytest.raises(ValueError, match=r"out\.partial was begun from another source"):
+    hf_convert.export_workdir(workdir, out, "float32")
+  shutil.rmtree(tmp_path / "out.partial")
+  hf_convert.export_workdir(workdir, out, "float32")
+  np.testing.assert_array_equal(load_file(out / hf.WEIGHTS)[EMBED], tensors[EMBED])
+
+
+def test_missing_chunk_is_not_zeros(tmp_path):
+  write(tmp_path, SMALL, TENSORS)
+  hf_convert.import_folder(tmp_path, tmp_path / "run", DEFAULTS)
+  state = tmp_path / "run/checkpoints/0/state"
+  [chunk] = [path for path in (state / "params.embed").iterdir() if path.name[0] != "."]
+  chunk.unlink()
+  with pytest.raises(ValueError, match=r"params\.embed"):
+    hf_convert.export_workdir(tmp_path / "run", tmp_path / "out")
+  with pytest.raises(ValueError, match=r"params\.embed"):
+    list(_compare(tmp_path, tmp_path / "run"))
+  (state / "_METADATA").unlink()
+  with pytest.raises(ValueError, match=r"state/_METADATA must be orbax's metadata"):
+    hf_verify.open_source(tmp_path / "run")
+
+
+def test_fp8_export_of_nan_names_the_tensor(tmp_path):
+  name = "model.layers.1.self_attn.o_proj.weight"
+  broken = TENSORS[name].copy()
+  broken[1, 2] = np.nan
+  write(tmp_path, SMALL, TENSORS | {name: broken})
+  hf_convert.import_folder(tmp_path, tmp_path / "run", DEFAULTS)
+  with pytest.raises(ValueError, match=rf"{name} must be finite to become FP8"):
+    hf_convert.export_workdir(tmp_path / "run", tmp_path / "out", "fp8")
+
+
+@pytest.mark.parametrize(
+  ("file", "content", "message"),
+  [
+    ("tokenizer.json", "{", r"readable tokenizer\.json, got .*tokenizer\.json"),
+    ("generation_config.json", "[]", r"generation_config\.json must hold a JSON object"),
+  ],
+)
+def test_bad_text_files_are_found_before_the_work(tmp_path, file, content, message):
+  config = small_config(**runs.TWO_LAYERS)
+  save_run(tmp_path / "run", config)
+  (tmp_path / "run/data").mkdir()
+  (tmp_path / "run/data" / file).write_text(content)
+  with pytest.raises(ValueError, match=message):
+    hf_convert.export_workdir(tmp_path / "run", tmp_path / "out")
+  assert not list(tmp_path.glob("out*"))
+  if file == "generation_config.json":
+    write(tmp_path, SMALL, TENSORS)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+      hf_convert.import_folder(tmp_path, tmp_path / "imported", DEFAULTS)
+    assert not list(tmp_path.glob("imported*"))
+
+
+def test_unknown_end_of_text_is_left_out(tmp_path):
+  config = small_config(**{"model.vocab_size": 300})
+  save_run(tmp_path / "run", config)
+  (tmp_path / "run/data").mkdir()
+  text = tokenizer_lib.train_tokenizer(["some text"], 300).to_str()
+  (tmp_path / "run/data/tokenizer.json").write_text(text.replace("<|endoftext|>", "<|fin|>"))
+  hf_convert.export_workdir(tmp_path / "run", tmp_path / "out")
+  assert "eos_token_id" not in json.loads((tmp_path / "out/config.json").read_text())
+  assert "eos_token" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+
+
 # Converts as the script does, but slowly, and notes every tensor at once.
 SLOW = """
 import sys, time
@@ -396,7 +547,7 @@ def test_killed_conversion_goes_on(tmp_path, what, monkeypatch):
   write_shards(tmp_path / "hf", SMALL, bfloat16_tensors())
   hf_convert.import_folder(tmp_path / "hf", tmp_path / "run", DEFAULTS)
   source, target = tmp_path / ("hf" if what == "import" else "run"), tmp_path / "target"
-  journal = tmp_path / "target.partial.journal"
+  journal = tmp_path / "target.partial" / staging.JOURNAL
 
   def lines():
     return journal.read_text().count("\n") if journal.exists() else 0
@@ -545,7 +696,12 @@ def test_script_converts_both_ways(tmp_path):
   out = runs.run(script, "export", *args, "--max_shard_bytes=5000")
   assert "step 0 of" in out
   assert stored_bytes(tmp_path / "out") == stored_bytes(tmp_path / "hf")
-  for wrong in (("nope",), ("import",)):
+  for wrong, message in (
+    (("nope",), "one of import, export, verify must be given"),
+    (("import",), r"--folder must be given"),
+    (("export", "--dtype=float32"), "--dtype must not be given with export, which reads --folder"),
+    (("verify", f"--first={tmp_path}", "--second=/"), rf"convert_hf: {tmp_path} must hold config"),
+  ):
     code, out, err = runs.finish(runs.start(script, *wrong))
     assert code == 1 and "Traceback" not in err
-    assert re.search(r"one of import, export, verify must be given|--\w+ must be given", out + err)
+    assert re.search(message, out + err)

@@ -222,6 +222,8 @@ def test_folder_without_config_or_weights(tmp_path):
   [
     (b"{not json", "its header is broken"),
     (b'{"a": {"dtype": "F32", "shape": [2]}}', "its header is broken"),
+    (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0]}}', "its header is broken"),
+    (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 8]}}', "its header is broken"),
     (b'{"a": {"dtype": "Q3", "shape": [2], "data_offsets": [0, 8]}}', "tensor a in .* must be one of F32, BF16, F16, F8_E4M3, got Q3"),
     (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "tensor a, F32 .3., needs 12 bytes from 0 on, its header says 0 to 8"),
     (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "tensor a, F32 .1., needs 4 bytes from 0 on"),
@@ -243,6 +245,46 @@ def test_broken_json_is_named(tmp_path, file):
   (tmp_path / file).write_text("{,")
   with pytest.raises(ValueError, match=rf"{file} must be a JSON file: "):
     hf.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("weight_map", "message"),
+  [
+    ({}, r"must have a weight_map .* got \{\}"),
+    ({"a": 3}, "weight_map must name a file for a, got 3"),
+  ],
+)
+def test_broken_index(tmp_path, weight_map, message):
+  write_shards(tmp_path, SMALL, TENSORS)
+  (tmp_path / hf.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+  with pytest.raises(ValueError, match=rf"{hf.INDEX}:? {message}"):
+    hf.load_pretrained(tmp_path)
+
+
+def test_broken_rule_of_a_config_names_it(tmp_path):
+  write(tmp_path, SMALL | {"n_group": 3}, TENSORS)
+  with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.json: n_routed_experts"):
+    hf.load_pretrained(tmp_path)
+  write(tmp_path, SMALL | {"hidden_act": "gelu"}, TENSORS)
+  with pytest.raises(ValueError, match=rf"^{tmp_path}/config\.json: hidden_act"):
+    hf.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_copies_with_nan_are_copies(tmp_path, dtype):
+  tensors = {name: tensor.astype(dtype) for name, tensor in TENSORS.items()}
+  tensors[HEAD][1, 2] = np.nan
+  copy = {"model.layers.3.shared_head.head.weight": tensors[HEAD].copy()}
+  write(tmp_path, SMALL, tensors | copy)
+  assert_holds(hf.load_pretrained(tmp_path), tensors)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_quantise_refuses_what_is_not_finite(value):
+  weight = np.ones((130, 130), np.float32)
+  weight[129, 129] = value
+  with pytest.raises(ValueError, match="w must be finite to become FP8"):
+    hf_fp8.quantise(weight, name="w")
 
 
 @pytest.mark.parametrize("max_shard_bytes", [1, 600, 10**9])
