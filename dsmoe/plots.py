@@ -149,11 +149,21 @@ def _draw_throughput(run: _Run) -> figure.Figure | None:
   return _draw_lines(run, panels)
 
 
+def _lines(run: _Run, name: str, legend: str) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+  """Returns (name, legend, steps, values) of a metric's line, or of each layer's."""
+  if (xy := run.series(name)) is None:
+    return []
+  step_T, value = xy
+  if value.ndim == 1:
+    return [(name, legend, step_T, value)]
+  return [(name, f"{legend} {i}", step_T, value[:, i]) for i in range(value.shape[1])]
+
+
 def _draw_lines(run: _Run, panels: list[_Panel]) -> figure.Figure | None:
   """Draws the panels that have data below each other."""
   found = []
   for title, label, scale, names in panels:
-    lines = [(n, legend, *xy) for n, legend in names if (xy := run.series(n)) is not None]
+    lines = [line for n, legend in names for line in _lines(run, n, legend)]
     if lines:
       found.append((title, label, scale, lines))
   if not found:

@@ -115,3 +115,19 @@ def test_running_mean_matches_a_loop_and_keeps_the_ends():
   values = np.random.default_rng(4).normal(size=11)
   expected = [values[max(i - 3, 0) : i + 4].mean() for i in range(11)]
   np.testing.assert_allclose(plots._running_mean(values, 3), expected, rtol=1e-12)
+
+
+def test_each_layers_gradient_norm_is_a_line_of_its_own(tmp_path):
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    for step in (1, 2, 3):
+      norms = {"grad_norm/embed": 1.0, "grad_norm/moe_layers": [2.0 * step, 3.0 * step]}
+      writer.write(step, {"learning_rate": 0.1, "grad_norm": 4.0} | norms)
+  picture = plots._draw_learning_rate(plots._Run(metrics.read_metrics(tmp_path)))
+  lines = {line.get_label(): line.get_ydata().tolist() for line in picture.axes[2].lines}
+  assert lines == {
+    "embed": [1.0, 1.0, 1.0],
+    "moe_layers 0": [2.0, 4.0, 6.0],
+    "moe_layers 1": [3.0, 6.0, 9.0],
+  }
+  colors = {line.get_color() for line in picture.axes[2].lines}
+  assert len(colors) == 3
