@@ -60,11 +60,12 @@ class Batcher:
       cache_bytes: the most the cache may take.
       speculate: draft with the first MTP module.
       steps_per_round: decode steps between two looks at the queue.
-      prompt_part_tokens: of a prompt taken in at once; a multiple of cache.PAGE_TOKENS.
+      prompt_part_tokens: of a prompt taken in at once; a power of two, a page or more.
       prefill_tokens: of all prompts taken in at once.
 
     Raises:
-      ValueError: for a number below 1, or a cache too small for one page.
+      ValueError: for a number below 1, parts of another size, a cache too small for one page, or
+        drafts without an MTP module.
     """
     numbers = dict(
       max_rows=max_rows, steps_per_round=steps_per_round, prefill_tokens=prefill_tokens
@@ -122,8 +123,8 @@ class Batcher:
     """Puts a request in the queue; returns its number.
 
     Raises:
-      ValueError: for an empty prompt, a token outside the vocabulary, or more tokens than a row
-        can hold.
+      ValueError: for an empty prompt, a token outside the vocabulary (stop tokens too), more
+        tokens than a row can hold, or more than MAX_STOP_TOKENS stop tokens.
     """
     prompt, V = list(prompt), self.config.vocab_size
     if not prompt:

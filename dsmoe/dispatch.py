@@ -53,7 +53,7 @@ def few(x_MD, expert_MK, gate_MK, experts, real_M):
 
   Reads the weights of experts that a real token chose, once, and of no others. Multiplying all
   M tokens with each costs no time while M is small, since then the weights' way from memory is
-  what takes it. Not differentiable. `real_M` is bool; other tokens get zeros.
+  what takes it. Not differentiable. `real_M` is bool; of several tokens, others get zeros.
   """
   y_MD = jnp.zeros(x_MD.shape, jnp.float32)
 
