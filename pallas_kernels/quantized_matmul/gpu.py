@@ -1,0 +1,213 @@
+"""The FP8 matmuls for H100 (Mosaic GPU): E4M3 codes into the tensor cores, promoted every 128.
+
+XLA quantises; the codes lie with the contraction last, as the tensor cores want both operands of
+one byte. A step multiplies one scale tile, 128 deep, into float32 registers, which are scaled and
+added to the sum: the tensor cores' own sums of E4M3 products are narrower than float32.
+
+Shapes: P rows, K contraction, N columns, E experts, T = ceil(K / 128) tiles; D hidden, F inner.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_matmul.gpu import EIGHT, LINE, STRIP, rows_to_store, store_rows, tiles
+from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.quantized_matmul import xla
+from pallas_kernels.quantized_matmul.e4m3 import TILE, Quantized, columns_of
+
+WGS = 2
+WG_ROWS = 64
+ROWS = WGS * WG_ROWS
+COLUMNS = 128
+STAGES = 4
+
+f32, i32 = jnp.float32, jnp.int32
+WGMMA = plgpu.Layout.WGMMA
+
+quantize_rows = xla.quantize_rows
+quantize_columns = xla.quantize_columns
+quantize_blocks = xla.quantize_blocks
+
+
+def _whole(a, **multiples: int):
+  """Fills axes up with zeros to multiples; a copy where one is not."""
+  more = [(0, -size % multiples.get(f"axis{i}", 1)) for i, size in enumerate(a.shape)]
+  return jnp.pad(a, more) if any(after for _, after in more) else a
+
+
+def _codes(first) -> plgpu.BlockSpec:
+  """[128, 128] codes of a step, as the tensor cores read them; contraction last."""
+  transforms = (plgpu.TilingTransform((8, TILE)), plgpu.SwizzleTransform(TILE))
+  return plgpu.BlockSpec((ROWS, TILE), lambda k: (0, first + k), transforms=transforms)
+
+
+def _scales(first, at, width: int) -> plgpu.BlockSpec:
+  """A step's scales of `width` rows or columns from `at` on."""
+  return plgpu.BlockSpec((None, pl.Element(width)), lambda k: (first + k, at))
+
+
+def _sums(lhs, rhs, first, steps, lhs_at, rhs_at, finish):
+  """Adds the scaled products of `steps` tiles from `first` on; two warpgroups, 64 rows each.
+
+  Args:
+    lhs, rhs: (codes, scales) in memory, [128, K] and [T, rows] each.
+    lhs_at, rhs_at: where their rows begin among the scales.
+    finish: what to do with a warpgroup's sum [64, 128].
+  """
+  wg = jax.lax.axis_index("wg")
+  shape = (WG_ROWS, COLUMNS)
+
+  def step(_, lhs_smem, low_smem, high_smem, rhs_smem, rhs_scale_smem, total):
+    def multiply(acc):
+      plgpu.wgmma(acc, lhs_smem.at[pl.ds(wg * WG_ROWS, WG_ROWS)], rhs_smem.T)
+      return acc[...]
+
+    partial = pl.run_scoped(multiply, plgpu.ACC(shape, f32))
+    low, high = (plgpu.layout_cast(s[...], WGMMA.reduce(1)) for s in (low_smem, high_smem))
+    rows = jax.lax.broadcast_in_dim(jnp.where(wg == 0, low, high), shape, (0,))
+    columns = plgpu.layout_cast(rhs_scale_smem[...], WGMMA.reduce(0))
+    columns = jax.lax.broadcast_in_dim(columns, shape, (1,))
+    return total + partial * plgpu.layout_cast(rows, WGMMA) * plgpu.layout_cast(columns, WGMMA)
+
+  def compute(run):
+    finish(run(plgpu.layout_cast(jnp.zeros(shape, f32), WGMMA)))
+
+  plgpu.emit_pipeline_warp_specialized(
+    step,
+    grid=(steps,),
+    memory_registers=40,
+    in_specs=[
+      _codes(first),
+      _scales(first, lhs_at, WG_ROWS),
+      _scales(first, lhs_at + WG_ROWS, WG_ROWS),
+      _codes(first),
+      _scales(first, rhs_at, COLUMNS),
+    ],
+    max_concurrent_steps=STAGES,
+    wg_axis="wg",
+    num_compute_wgs=WGS,
+    compute_context=compute,
+  )(lhs[0], lhs[1], lhs[1], rhs[0], rhs[1])
+
+
+def _in_pieces(total, smem, store):
+  """Brings a sum into memory that copies read, and stores it, a line of bytes at a time."""
+  width = LINE // smem.dtype.itemsize
+  for c in range(0, COLUMNS, width):
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    smem[...] = total[:, c : c + width].astype(smem.dtype)
+    plgpu.commit_smem()
+    store(smem, c)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def _run(kernel, name: str, operands, out_type, grid):
+  room = [rows_to_store(out_type.dtype)]
+  return call(kernel, name, operands, out_type, grid, room, warpgroups=WGS + 1)
+
+
+def _rows_times(x: Quantized, codes_ENK, scale_ETN, sizes_E, starts_E, dtype):
+  """Returns [P, N], each row times its expert's matrix; rows of no expert hold anything."""
+  num_rows, N = x.codes.shape[0], codes_ENK.shape[1]
+  codes_PK = _whole(x.codes, axis0=EIGHT, axis1=TILE)
+  scale_TP = _whole(x.scale, axis1=EIGHT)
+  codes_ENK = _whole(codes_ENK, axis1=COLUMNS, axis2=TILE)
+  scale_ETN = _whole(scale_ETN, axis2=COLUMNS)
+  P, steps = codes_PK.shape[0], scale_TP.shape[0]
+  columns = codes_ENK.shape[1] // COLUMNS
+  plan = tiles(sizes_E, starts_E, P)
+  T = plan.expert_T.shape[0]
+
+  def kernel(expert_hbm, first_hbm, begin_hbm, end_hbm, x_hbm, xs_hbm, w_hbm, ws_hbm, *refs):
+    out_hbm, out_smem = refs
+    tile, column = plgpu.planar_snake(jax.lax.axis_index("place"), (T, columns), 0, STRIP)
+    wg = jax.lax.axis_index("wg")
+    first, end = first_hbm[tile], end_hbm[tile]
+    own_first = first + wg * WG_ROWS
+
+    def finish(total):
+      begin = jnp.clip(begin_hbm[tile] - own_first, 0, WG_ROWS)
+      count = jnp.clip(end - own_first, 0, WG_ROWS) - begin
+
+      def store(smem, c):
+        there = pl.ds(column * COLUMNS + c, smem.shape[1])
+        store_rows(smem, out_hbm, own_first, there, begin, count)
+
+      _in_pieces(total, out_smem.at[wg], store)
+
+    @pl.when(end > 0)
+    def _():
+      expert = expert_hbm[tile]
+      lhs = x_hbm.at[pl.ds(first, ROWS)], xs_hbm
+      rhs = w_hbm.at[expert, pl.ds(column * COLUMNS, COLUMNS)], ws_hbm.at[expert]
+      _sums(lhs, rhs, jnp.int32(0), jnp.int32(steps), first, column * COLUMNS, finish)
+
+  operands = [*plan, codes_PK, scale_TP, codes_ENK, scale_ETN]
+  y_PN = _run(
+    kernel,
+    "quantized_rows",
+    operands,
+    jax.ShapeDtypeStruct((P, columns * COLUMNS), dtype),
+    {"place": T * columns},
+  )
+  return y_PN[:num_rows, :N]
+
+
+def product(lhs: Quantized, rhs: Quantized, dtype, power_of_two_scales: bool = False):
+  """See `reference.product`."""
+  del power_of_two_scales  # one way for all
+  rows = jnp.full(1, lhs.codes.shape[0], i32)
+  return _rows_times(lhs, rhs.codes.T[None], rhs.scale[None], rows, jnp.zeros(1, i32), dtype)
+
+
+def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
+  """See `reference.grouped_rows`."""
+  x = quantize_rows(x_PK, power_of_two_scales)
+  w = jax.vmap(lambda w_KN: columns_of(quantize_blocks(w_KN, power_of_two_scales)))(w_EKN)
+  ends_E = jnp.cumsum(group_sizes_E)
+  starts_E = ends_E - group_sizes_E
+  y_PN = _rows_times(x, w.codes.swapaxes(1, 2), w.scale, group_sizes_E, starts_E, dtype)
+  own_P = jnp.arange(x_PK.shape[0]) < ends_E[-1]
+  return jnp.where(own_P[:, None], y_PN, 0)
+
+
+def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype):
+  """See `reference.grouped_weights`."""
+  (P, D), F, E = x_PD.shape, dy_PF.shape[1], group_sizes_E.shape[0]
+  *plan, _ = xla.row_tiles(group_sizes_E, P)
+  row_R = plan[1].reshape(-1)
+  tiles_E = (group_sizes_E + TILE - 1) // TILE
+  first_E = jnp.cumsum(tiles_E) - tiles_E
+
+  def columns(a, size):  # each group's rows from the beginning of a tile
+    a = a.at[row_R].get(mode="fill", fill_value=0)
+    codes, scale = quantize_columns(a, power_of_two_scales, transposed=True)
+    return _whole(codes, axis0=size), _whole(scale, axis1=size)
+
+  x, dy = columns(x_PD, ROWS), columns(dy_PF, COLUMNS)
+  shape = (x[0].shape[0] // ROWS, dy[0].shape[0] // COLUMNS)
+
+  def kernel(tiles_hbm, first_hbm, x_hbm, xs_hbm, dy_hbm, dys_hbm, out_hbm, out_smem):
+    expert, wg = jax.lax.axis_index("expert"), jax.lax.axis_index("wg")
+    d, f = plgpu.planar_snake(jax.lax.axis_index("place"), shape, 0, STRIP)
+    lhs = x_hbm.at[pl.ds(d * ROWS, ROWS)], xs_hbm
+    rhs = dy_hbm.at[pl.ds(f * COLUMNS, COLUMNS)], dys_hbm
+
+    def finish(total):
+      rows = pl.ds(d * ROWS + wg * WG_ROWS, WG_ROWS)
+
+      def store(smem, c):
+        there = out_hbm.at[expert, rows, pl.ds(f * COLUMNS + c, smem.shape[1])]
+        plgpu.copy_smem_to_gmem(smem, there)
+
+      _in_pieces(total, out_smem.at[wg], store)
+
+    first, steps = first_hbm[expert], tiles_hbm[expert]
+    _sums(lhs, rhs, first, steps, d * ROWS, f * COLUMNS, finish)
+
+  operands = [tiles_E.astype(i32), first_E.astype(i32), *x, *dy]
+  out = jax.ShapeDtypeStruct((E, shape[0] * ROWS, shape[1] * COLUMNS), dtype)
+  dw = _run(kernel, "quantized_weights", operands, out, {"place": shape[0] * shape[1], "expert": E})
+  return dw[:, :D, :F]
