@@ -8,10 +8,13 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import config_dict
+
+from pallas_kernels import grouped_matmul, mla_attention, routing
+from pallas_kernels.routing import SCORING_FUNCS
 
 
 def _require(condition: bool, message: str) -> None:
@@ -19,8 +22,8 @@ def _require(condition: bool, message: str) -> None:
     raise ValueError(message)
 
 
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-  _require(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+def _one_of(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+  _require(value in choices, f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def _at_least(config: Any, minimum: float, *names: str) -> None:
@@ -48,6 +51,26 @@ class RopeScaling:
       self.beta_fast >= self.beta_slow > 0,
       f"beta_fast ({self.beta_fast}) must be at least beta_slow ({self.beta_slow}), both positive",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelsConfig:
+  """Which implementation computes what; None picks by platform. No choice changes a value."""
+
+  routing: str | None = None
+  grouped_matmul: str | None = None
+  attention: str | None = None
+  decode_attention: str | None = None
+
+  def __post_init__(self):
+    choices: dict[str, Iterable[str]] = {
+      "routing": routing.IMPLEMENTATIONS,
+      "grouped_matmul": grouped_matmul.IMPLEMENTATIONS,
+      "attention": mla_attention.CAUSAL_IMPLEMENTATIONS,
+      "decode_attention": mla_attention.DECODE_IMPLEMENTATIONS,
+    }
+    for name, implementations in choices.items():
+      _one_of(f"kernels.{name}", getattr(self, name), (None, *implementations))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +111,7 @@ class ModelConfig:
   remat: str
   dispatch: str
   attention_chunk_tokens: int
+  kernels: KernelsConfig = KernelsConfig()  # runs saved before it have none
 
   @property
   def num_moe_layers(self) -> int:
@@ -127,7 +151,7 @@ class ModelConfig:
       f"first_k_dense_replace ({self.first_k_dense_replace}) must not exceed "
       f"num_hidden_layers ({self.num_hidden_layers})",
     )
-    _one_of("scoring_func", self.scoring_func, ("sigmoid", "softmax"))
+    _one_of("scoring_func", self.scoring_func, SCORING_FUNCS)
     _one_of("topk_method", self.topk_method, ("noaux_tc", "group_limited_greedy", "greedy"))
     _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
     _one_of("remat", self.remat, ("none", "dots", "full"))
@@ -396,9 +420,10 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
     if name not in hints:
       near = difflib.get_close_matches(name, hints, n=1, cutoff=0.0)
       raise ValueError(f"{path} has no field {name!r}; did you mean {near[0]!r}?")
-  missing = [name for name in hints if name not in values]
+  optional = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+  missing = [name for name in hints if name not in values and name not in optional]
   _require(not missing, f"{path} lacks the field {', '.join(missing)}")
-  return cls(**{k: _convert(hint, values[k], f"{path}.{k}") for k, hint in hints.items()})
+  return cls(**{k: _convert(h, values[k], f"{path}.{k}") for k, h in hints.items() if k in values})
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

@@ -1,7 +1,7 @@
 """Tokens to their experts and back, on one device; the chooser of back ends.
 
-Every back end has one signature, `(x_MD, expert_MK, gate_MK, experts) -> y_MD`, and equals
-the dense oracle in value and gradient.
+Every back end has one signature, `(x_MD, routed, experts, kernels) -> y_MD`, and equals the dense
+oracle in value and gradient.
 
 Shapes: M tokens, D hidden, E experts, K experts a token, P = M K rows.
 """
@@ -11,8 +11,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import grouped_swiglu
-from pallas_kernels.permute import combine, expert_order
+from dsmoe.config import KernelsConfig
+from dsmoe.routing import Routing
+from pallas_kernels.grouped_matmul import routed_swiglu
 
 # When few tokens meet few experts: loops that do not wait for each other, which XLA:CPU runs on
 # different cores, and independent experts in a step of each.
@@ -20,22 +21,14 @@ LOOPS = 2
 EXPERTS_A_STEP = 2
 
 
-def local(x_MD, expert_MK, gate_MK, experts):
+def local(x_MD, routed: Routing, experts, kernels: KernelsConfig):
   """Takes rows in expert order, applies each expert to its own, sums each token's back."""
-  w_gate_EDF, w_up_EDF, w_down_EFD = experts
-  with jax.named_scope("dispatch"):
-    pair_P, row_MK, sizes_E = expert_order(expert_MK, w_gate_EDF.shape[0])
-    weight_P = gate_MK.reshape(-1)[pair_P]
-  with jax.named_scope("experts"):
-    y_PD = grouped_swiglu(
-      x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, order=(pair_P, row_MK)
-    )
-  with jax.named_scope("combine"):
-    return combine(y_PD, pair_P, row_MK)
+  return routed_swiglu(x_MD, routed, experts, kernels.grouped_matmul)
 
 
-def dense(x_MD, expert_MK, gate_MK, experts):
+def dense(x_MD, routed: Routing, experts, kernels: KernelsConfig):
   """Applies every expert to every token and masks: the oracle, E / K times the work."""
+  expert_MK, gate_MK = routed.expert_MK, routed.gate_MK
   w_gate_EDF, w_up_EDF, w_down_EFD = experts
   gate_ME = jnp.sum(
     gate_MK[:, :, None] * (expert_MK[:, :, None] == jnp.arange(w_gate_EDF.shape[0])[None, None, :]),
@@ -48,13 +41,14 @@ def dense(x_MD, expert_MK, gate_MK, experts):
   return jnp.einsum("emd,me->md", y_EMD, gate_ME.astype(x_MD.dtype))
 
 
-def few(x_MD, expert_MK, gate_MK, experts, real_M):
+def few(x_MD, routed: Routing, experts, real_M):
   """Takes the chosen experts one after the other, each on all tokens: for decoding.
 
   Reads the weights of experts that a real token chose, once, and of no others. Multiplying all
   M tokens with each costs no time while M is small, since then the weights' way from memory is
   what takes it. Not differentiable. `real_M` is bool; of several tokens, others get zeros.
   """
+  expert_MK, gate_MK = routed.expert_MK, routed.gate_MK
   y_MD = jnp.zeros(x_MD.shape, jnp.float32)
 
   def add_expert(y_MD, expert, gate_M):

@@ -5,7 +5,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from dsmoe.config import ModelConfig, RopeScaling
+from dsmoe.config import KernelsConfig, ModelConfig, RopeScaling
 
 # Fields read under their own names, with the defaults of transformers 5.23's
 # DeepseekV3Config and DeepseekV2Config.
@@ -131,7 +131,8 @@ def config_from_hf(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
     hf: of model_type deepseek_v3, kimi_k2 or deepseek_v2. Missing keys take the defaults of
       transformers' classes, unknown ones are left alone, `head_dim` among them.
     **fields: fields of `ModelConfig` that config.json lacks or is not to decide; the
-      computation is float32, remat none, dispatch local unless they say otherwise.
+      computation is float32, remat none, dispatch local and kernels chosen by platform unless
+      they say otherwise.
 
   Raises:
     ValueError: for a setting there is no code for, or a value of the wrong type.
@@ -173,7 +174,7 @@ def config_from_hf(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
     )
   values |= _rope(hf, values["max_position_embeddings"])
   computed = {"compute_dtype": "float32", "remat": "none", "dispatch": "local"}
-  values |= {**computed, "attention_chunk_tokens": 128, **fields}
+  values |= {**computed, "attention_chunk_tokens": 128, "kernels": KernelsConfig(), **fields}
   hints = typing.get_type_hints(ModelConfig)
   values = {name: _typed(hints, name, value) for name, value in values.items()}
   if values["first_k_dense_replace"] > values["num_hidden_layers"]:  # all dense, as there

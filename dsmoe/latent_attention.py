@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsmoe import attention, cache, rope
+from dsmoe import cache, rope
 from dsmoe.config import ModelConfig
 from dsmoe.layers import project
+from pallas_kernels.mla_attention import causal_attention_with_normaliser
 
 f32 = jnp.float32
 
@@ -98,7 +99,7 @@ def expanded(mla, weights: Absorbed, q_BSHA, new_BSW, pages_NTW, place: Place):
     return jnp.concatenate([k_BTHN, shared], axis=-1), v_BTHU
 
   k_BSHA, v_BSHU = expand(new_BSW)
-  out_BSHU, log_z_BHS = attention.causal_attention_with_normaliser(
+  out_BSHU, log_z_BHS = causal_attention_with_normaliser(
     q_BSHA, k_BSHA, v_BSHU, None, scale, config.attention_chunk_tokens
   )
   top = log_z_BHS[..., None]

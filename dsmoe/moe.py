@@ -57,11 +57,11 @@ class MoE(nnx.Module):
       inner = config.n_shared_experts * config.moe_intermediate_size
       self.shared = SwiGLU(D, inner, config.initializer_range, rngs)
 
-  def route(self, x_MD) -> routing.Routing:
-    """Returns where each token goes."""
+  def route(self, x_MD) -> tuple[routing.Routing, jax.Array]:
+    """Returns where each token goes, and the router's logits [M, E]."""
     logits_ME = routing.router_logits(x_MD, self.router[...])
     bias_E = self.router_bias[...] if self.config.uses_router_bias else None
-    return routing.route(logits_ME, bias_E, self.config)
+    return routing.route(logits_ME, bias_E, self.config), logits_ME
 
   def infer(self, x_BSD, real_BS):
     """Returns [B, S, D] without statistics, reading only chosen experts when tokens are few.
@@ -69,13 +69,12 @@ class MoE(nnx.Module):
     `real_BS` is bool: what comes out for other tokens has no meaning.
     """
     x_MD = x_BSD.reshape(-1, x_BSD.shape[-1])
-    routed = self.route(x_MD)
+    routed, _ = self.route(x_MD)
     experts = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
-    args = (x_MD, routed.expert_MK, routed.gate_MK, experts)
     if x_MD.shape[0] <= FEW_TOKENS:
-      y_MD = dispatch.few(*args, real_BS.reshape(-1))
+      y_MD = dispatch.few(x_MD, routed, experts, real_BS.reshape(-1))
     else:
-      y_MD = dispatch.local(*args)
+      y_MD = dispatch.local(x_MD, routed, experts, self.config.kernels)
     y_BSD = y_MD.reshape(x_BSD.shape)
     return y_BSD + self.shared(x_BSD) if self.config.n_shared_experts else y_BSD
 
@@ -85,14 +84,14 @@ class MoE(nnx.Module):
     B, S, D = x_BSD.shape
     x_MD = x_BSD.reshape(B * S, D)
     with jax.named_scope("routing"):
-      routed = self.route(x_MD)
+      routed, logits_ME = self.route(x_MD)
     experts = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
     back_end = dispatch.BACK_ENDS[config.dispatch]
-    y_BSD = back_end(x_MD, routed.expert_MK, routed.gate_MK, experts).reshape(B, S, D)
+    y_BSD = back_end(x_MD, routed, experts, config.kernels).reshape(B, S, D)
     if config.n_shared_experts:
       with jax.named_scope("shared_experts"):
         y_BSD = y_BSD + self.shared(x_BSD)
-    scores_BSE = routed.scores_ME.reshape(B, S, -1)
+    scores_BSE = routing.scores(logits_ME, config.scoring_func).reshape(B, S, -1)
     stats = MoEStats(
       counts_E=routed.counts_E,
       groups_per_token=routing.groups_touched(routed.expert_MK, config),

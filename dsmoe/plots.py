@@ -6,7 +6,7 @@ of single experts, so that a long run is drawn in bounded memory.
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -307,6 +307,48 @@ def _integers(most: int) -> ticker.MaxNLocator:
 
 def _style(step_T: np.ndarray) -> str:
   return ".-" if len(step_T) < 40 else "-"  # a line alone hides that points are few
+
+
+def draw_roofline(
+  rows: Sequence[Mapping[str, Any]], peak_flops: float, bandwidth: float, path: epath.PathLike
+) -> None:
+  """Draws kernels under a chip's roof: FLOPs a byte moved against FLOP/s.
+
+  Args:
+    rows: each with kernel, implementation, shape, chip, flops, bytes and secs, the time the
+      kernel takes; rows where one is None or 0 are left out.
+    peak_flops: the chip's, FLOP/s.
+    bandwidth: the chip's, bytes a second.
+    path: of the PNG to write.
+  """
+  rows = [row for row in rows if all(row.get(name) for name in ("flops", "bytes", "secs"))]
+  intensity = [row["flops"] / row["bytes"] for row in rows]
+  rate = [row["flops"] / row["secs"] for row in rows]
+  ridge = peak_flops / bandwidth
+  low, high = min([ridge / 10, *intensity]) / 2, max([ridge * 10, *intensity]) * 2
+  picture = figure.Figure(figsize=(11, 6), layout="constrained")
+  ax = picture.subplots()
+  ax.plot([low, ridge, high], [low * bandwidth, peak_flops, peak_flops], color="black")
+  kernels = list(dict.fromkeys((row["kernel"], row["shape"]) for row in rows))
+  names = list(dict.fromkeys(row["implementation"] for row in rows))
+  for row, x, y in zip(rows, intensity, rate):
+    color = f"C{names.index(row['implementation']) % 10}"
+    marker = "osD^vP*X<>hp"[kernels.index((row["kernel"], row["shape"])) % 12]
+    ax.plot(x, y, marker, color=color, markersize=8, alpha=0.8)
+  for i, name in enumerate(names):
+    ax.plot([], [], "s", color=f"C{i % 10}", label=name)
+  for i, (kernel, shape) in enumerate(kernels):
+    ax.plot([], [], "osD^vP*X<>hp"[i % 12], color="grey", label=f"{kernel}, {shape}")
+  ax.set(xscale="log", yscale="log", xlabel="FLOP per byte of HBM traffic")
+  ax.set_ylabel("FLOP/s, of the operation, that code and chip allow")
+  ax.set_title(
+    f"{rows[0]['chip'] if rows else ''}: {peak_flops / 1e12:,.0f} TFLOP/s, "
+    f"{bandwidth / 1e9:,.0f} GB/s"
+  )
+  ax.grid(alpha=0.3, which="both")
+  if rows:
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+  picture.savefig(epath.Path(path), format="png", dpi=_DOTS_PER_INCH)
 
 
 _PLOTS: dict[str, Callable[[_Run], figure.Figure | None]] = {

@@ -49,7 +49,7 @@ def get_config() -> config_dict.ConfigDict:
   m.n_shared_experts = 1
   m.num_experts_per_tok = 4
   m.moe_intermediate_size = 128  # one expert's inner size
-  m.scoring_func = "sigmoid"  # sigmoid | softmax
+  m.scoring_func = "sigmoid"  # sigmoid | softmax | sqrtsoftplus
   m.topk_method = "noaux_tc"  # noaux_tc: biased, groups by top-2 sum (V3) | group_limited_greedy: groups by max (V2) | greedy: no groups
   m.n_group = 1
   m.topk_group = 1
@@ -64,6 +64,12 @@ def get_config() -> config_dict.ConfigDict:
     "local"  # local: permute and grouped matmul | dense: every expert on every token (the oracle)
   )
   m.attention_chunk_tokens = 128  # queries handled at once; memory is linear in sequence length
+  # Implementations in pallas_kernels; None picks by platform.
+  k = m.kernels = config_dict.ConfigDict()
+  k.routing = placeholder(str)  # reference | mosaic_tpu
+  k.grouped_matmul = placeholder(str)  # reference | ragged_dot | blocked (CPU) | mosaic_tpu
+  k.attention = placeholder(str)  # reference | xla | mosaic_tpu
+  k.decode_attention = placeholder(str)  # reference | xla | mosaic_tpu
 
   # Balancing the experts: any of "bias" (V3's sign update) and "sequence" (V3 eq 17-20).
   b = c.balance = config_dict.ConfigDict()

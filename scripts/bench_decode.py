@@ -88,7 +88,7 @@ def measure(config: ModelConfig, params, router_bias, rows: int) -> dict[str, An
   first = [timed(engine, rows, 1, rng) for _ in range(_REPEATS.value)]
   whole = [timed(engine, rows, _NEW.value, rng) for _ in range(_REPEATS.value)]
   first_secs = statistics.median(first)
-  decode_secs = statistics.median(whole) - first_secs
+  decode_secs = min(whole) - min(first)  # what else the machine does only adds
   stats = engine.stats()
   return {
     "batch": rows,

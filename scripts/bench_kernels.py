@@ -1,152 +1,133 @@
-"""Times the grouped SwiGLU's implementations beside one dense SwiGLU of equal FLOPs.
+"""Measures kernels beside their rivals: by the real compilers without a device, or by the clock.
 
-python scripts/bench_kernels.py --config=experiments/bench_small.py --tokens=4096
+  python scripts/bench_kernels.py --compile-only --topology=v5p:2x2x1 --plot=roofline.png
+  python scripts/bench_kernels.py --config=experiments/bench_small.py --tokens=4096
 
-Each output and gradient is compared with the reference before any timing. The ways are then
-timed in turns, so that a busy machine slows all of them. `dense` is the bound: every row
-through one expert.
+The first compiles each kernel, implementation and shape for a chip (v5p, v6e, tpu7x: needs the
+tpu extra; h100: the cuda13 extra) and reads bytes, bundles, matrix-unit occupancy and spills from
+what the compiler made of it. The second times them on the attached device, checked against the
+reference before.
 """
 
-import functools
+import importlib
 import json
-import statistics
-import time
-from collections.abc import Callable
+import math
+import pathlib
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import rich
-import rich.table
+import rich.console
+import rich.progress
 from absl import app, flags
 from ml_collections import config_flags
 
+from dsmoe import compile_only, host, kernel_bench, kernel_cases, plots
 from dsmoe import config as config_lib
-from dsmoe import dispatch, host
-from dsmoe.config import ModelConfig
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_swiglu
+from dsmoe.kernel_cases import Shape
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
-_TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens routed.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 15, "Times each way is measured.", lower_bound=1)
-_IMPLEMENTATIONS = flags.DEFINE_multi_enum(
-  "implementations",
-  ["blocked"],
-  sorted(IMPLEMENTATIONS),
-  "What to time; ragged_dot is slow on CPU.",
+# Experiment, tokens a device routes, sequence length, devices the experts are spread over.
+_SHAPES = {
+  "v3": ("deepseek_v3", 8192, 4096, 8),
+  "v2_lite": ("deepseek_v2_lite", 8192, 4096, 1),
+  "tiny": ("tiny", 2048, 256, 1),
+}
+
+_COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile for --topology; run nothing.")
+flags.DEFINE_alias("compile-only", "compile_only")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "v5p:2x2x1, v6e:2x2x1, tpu7x:2x2x1, h100.")
+_KERNELS = flags.DEFINE_list("kernels", [], "Some; by default all, timed: grouped_swiglu.")
+_IMPLEMENTATIONS = flags.DEFINE_list(
+  "implementations", [], "Some; by default all, timed on CPU: blocked and xla."
 )
+_NAMES = flags.DEFINE_list("shapes", list(_SHAPES), "Shapes to compile.")
+_PLOT = flags.DEFINE_string("plot", None, "A PNG to draw the compiled kernels' roofline into.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment whose sizes are timed.")
+_TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens routed when timing.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 15, "Times each way is timed.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 
-def problem(config: ModelConfig, M: int):
-  """Returns random (x_MD, expert_MK, gate_MK, experts): every expert about equally loaded."""
-  E, K = config.n_routed_experts, config.num_experts_per_tok
-  D, F = config.hidden_size, config.moe_intermediate_size
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), config.compute_dtype)  # noqa: E731
-  expert_MK = np.argsort(rng.random((M, E)), axis=1)[:, :K].astype(np.int32)
-  gate_MK = rng.random((M, K), np.float32)
-  experts = (draw(E, D, F) / D**0.5, draw(E, D, F) / D**0.5, draw(E, F, D) / F**0.5)
-  return draw(M, D), jnp.asarray(expert_MK), jnp.asarray(gate_MK), experts
+def load_shape(experiment: str, tokens: int, sequence_length: int, expert_devices: int) -> Shape:
+  """Returns a shape of an experiment's model."""
+  config = importlib.import_module(f"experiments.{experiment}").get_config()
+  model = config_lib.from_config_dict(config).model
+  return Shape(model, tokens, sequence_length, expert_devices)
 
 
-def ways(config: ModelConfig, M: int, names: list[str]) -> dict[str, tuple]:
-  """Returns (function, its oracle, their arguments) of each way; a function takes (x, experts)."""
-  x_MD, expert_MK, gate_MK, experts = problem(config, M)
-  order_P = jnp.argsort(expert_MK.reshape(-1), stable=True)
-  x_PD, weight_P = x_MD[order_P // expert_MK.shape[1]], gate_MK.reshape(-1)[order_P]
-  sizes_E = jnp.bincount(expert_MK.reshape(-1), length=config.n_routed_experts).astype(jnp.int32)
-
-  def one_expert(x_PD, experts):
-    w_gate_DF, w_up_DF, w_down_FD = (w[0] for w in experts)
-    inner_PF = jax.nn.silu(x_PD @ w_gate_DF) * (x_PD @ w_up_DF) * weight_P[:, None]
-    return inner_PF.astype(x_PD.dtype) @ w_down_FD
-
-  def grouped(x_PD, experts, implementation: str = "reference"):
-    gate_EDF, up_EDF, down_EFD = experts
-    sizes = sizes_E if gate_EDF.shape[0] > 1 else sizes_E.sum(keepdims=True)
-    return grouped_swiglu(x_PD, weight_P, gate_EDF, up_EDF, down_EFD, sizes, implementation)
-
-  found: dict[str, tuple] = {"dense": (one_expert, grouped, (x_PD, tuple(w[:1] for w in experts)))}
-  for name in names:
-    found[name] = functools.partial(grouped, implementation=name), grouped, (x_PD, experts)
-  local, oracle = (
-    functools.partial(lambda way, x, experts: way(x, expert_MK, gate_MK, experts), way)
-    for way in (dispatch.local, dispatch.dense)
-  )
-  return found | {"local dispatch": (local, oracle, (x_MD, experts))}
+def chosen(kernel: str, default: list[str]) -> list[str]:
+  """Returns the implementations of a kernel to measure."""
+  wanted = _IMPLEMENTATIONS.value or default
+  return [name for name in kernel_cases.IMPLEMENTATIONS[kernel] if name in wanted]
 
 
-def _with_gradient(fn: Callable) -> Callable:
-  def run(*args):
-    value, vjp = jax.vjp(fn, *args)
-    return value, vjp(jnp.sin(value.astype(jnp.float32)).astype(value.dtype))
-
-  return run
-
-
-def check(found: dict[str, tuple], compute_dtype: str) -> None:
-  """Raises AssertionError for a way whose value or gradient is not its oracle's."""
-  limit = 1e-4 if compute_dtype == "float32" else 5e-2
-  for fn, oracle, args in found.values():
-    actual, expected = (jax.jit(_with_gradient(f))(*args) for f in (fn, oracle))
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
-      a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-      np.testing.assert_allclose(a, b, rtol=0, atol=limit * np.abs(b).max())
-
-
-def measure(config: ModelConfig, M: int, names: list[str], rounds: int) -> list[dict]:
-  """Returns a row of figures for each way and direction."""
-  options, found = host.compiler_options(), ways(config, M, names)
-  check(found, config.compute_dtype)
-  compiled = {
-    (name, direction): (jax.jit(wrap(fn), compiler_options=options), args)
-    for name, (fn, _, args) in found.items()
-    for direction, wrap in (("forward", lambda f: f), ("forward + backward", _with_gradient))
-  }
-  secs: dict[tuple[str, str], list[float]] = {key: [] for key in compiled}
-  for round_number in range(rounds + 2):
-    for key, (fn, args) in compiled.items():
-      start = time.perf_counter()
-      jax.block_until_ready(fn(*args))
-      if round_number >= 2:
-        secs[key].append(time.perf_counter() - start)
-  flops = 6 * M * config.num_experts_per_tok * config.hidden_size * config.moe_intermediate_size
+def compiled() -> list[dict]:
+  """Returns a row a case, each compiled in a process of its own."""
+  jax.config.update("jax_platforms", "cpu")  # no search for the device that is not there
+  chip = compile_only.CHIPS[compile_only.chip_name(_TOPOLOGY.value)]
+  shapes = {name: load_shape(*_SHAPES[name]) for name in _NAMES.value}
+  other = "mosaic_tpu" if _TOPOLOGY.value.startswith("h100") else "mosaic_gpu"
+  cases = [
+    (kernel, implementation, name)
+    for kernel in _KERNELS.value or kernel_cases.OPERATIONS
+    for implementation in chosen(kernel, list(kernel_cases.IMPLEMENTATIONS[kernel]))
+    for name in shapes
+    if implementation != other
+  ]
+  to = rich.console.Console(stderr=True)
   rows = []
-  for (name, direction), times in secs.items():
-    ratios = [d / t for d, t in zip(secs["dense", direction], times)]
-    work = flops * (1 if direction == "forward" else 3)
-    rows.append(
-      {
-        **{"kernel": "grouped_swiglu", "implementation": name, "direction": direction},
-        **{"device": jax.devices()[0].device_kind, "tokens": M},
-        "median_secs": statistics.median(times),
-        "gflops_per_sec": work / statistics.median(times) / 1e9,
-        "of_dense": statistics.median(ratios),
-      }
-    )
+  for case in rich.progress.track(cases, f"compiling for {_TOPOLOGY.value}", console=to):
+    rows.append(kernel_bench.compile_row(_TOPOLOGY.value, *case, shapes[case[-1]]))
+    to.print(*case, rows[-1].get("error", "compiled"), markup=False, soft_wrap=True)
+  if _PLOT.value:
+    plots.draw_roofline(rows, chip.peak_flops, chip.bandwidth, _PLOT.value)
   return rows
+
+
+def timed() -> list[dict]:
+  """Returns a row an implementation and direction, on the attached device."""
+  config = config_lib.from_config_dict(_CONFIG.value)
+  tokens = _TOKENS.value
+  shape = Shape(config.model, tokens, math.gcd(tokens, config.data.sequence_length), 1)
+  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+  on_cpu = jax.default_backend() == "cpu"
+  rows = []
+  for kernel in _KERNELS.value or ["grouped_swiglu"]:
+    every = list(kernel_cases.IMPLEMENTATIONS[kernel])
+    names = chosen(kernel, ["blocked", "xla"] if on_cpu else every)
+    rows += kernel_bench.measure(kernel, name, shape, names, _ROUNDS.value)
+  return rows
+
+
+def _check_flags() -> None:
+  for flag, names, known in (
+    ("kernels", _KERNELS.value, list(kernel_cases.OPERATIONS)),
+    ("shapes", _NAMES.value, list(_SHAPES)),
+  ):
+    if unknown := [name for name in names if name not in known]:
+      raise app.UsageError(f"--{flag} must be among {', '.join(known)}, got {', '.join(unknown)}")
+  if not _COMPILE_ONLY.value and _CONFIG.value is None:
+    raise app.UsageError("--config must name an experiment, or give --compile-only")
+  try:
+    compile_only.chip_name(_TOPOLOGY.value)
+  except ValueError as error:
+    raise app.UsageError(str(error)) from None
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
-  host.start()
-  config = config_lib.from_config_dict(_CONFIG.value).model
-  rows = measure(config, _TOKENS.value, _IMPLEMENTATIONS.value, _ROUNDS.value)
+  _check_flags()
+  if not _COMPILE_ONLY.value:
+    host.start()
+  rows = compiled() if _COMPILE_ONLY.value else timed()
   if _JSON.value:
     print(json.dumps(rows))
-    return
-  table = rich.table.Table("implementation", "direction", "ms", "GFLOP/s", "of dense")
-  for row in rows:
-    figures = (1e3 * row["median_secs"], row["gflops_per_sec"], row["of_dense"])
-    table.add_row(
-      *(row["implementation"], row["direction"]),
-      *(f"{x:,.{n}f}" for x, n in zip(figures, (1, 0, 2))),
-    )
-  rich.print(table)
+  else:
+    rich.print(kernel_bench.table(rows))
+    for row in rows:
+      if "error" in row:
+        print(f"{row['kernel']} {row['implementation']} {row['shape']}: {row['error']}")
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
   app.run(main)

@@ -22,7 +22,10 @@ from ml_collections import config_flags
 from peers.processes import ROOT, can_import, num_cores, run
 
 # Model fields that a config.json does not have, or has in another form.
-NOT_HF = ("compute_dtype", "remat", "dispatch", "attention_chunk_tokens", "rope_scaling")
+NOT_HF = (
+  *("compute_dtype", "remat", "dispatch", "kernels"),
+  *("attention_chunk_tokens", "rope_scaling"),
+)
 INSTALL = "pip install {} into a virtual environment and pass its interpreter as --{}_python."
 
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "experiments/bench_small.py"))

@@ -171,7 +171,7 @@ def _walk(graphdef, config, params, router_bias, batch):
       seen[f"mlp_out.layer{i}"] = block.mlp(h_BSD)
     else:
       h_MD = h_BSD.reshape(-1, h_BSD.shape[-1])
-      routed, name = block.mlp.route(h_MD), f"router.layer{i}"
+      routed, name = block.mlp.route(h_MD)[0], f"router.layer{i}"
       order = jnp.argsort(routed.expert_MK, axis=-1)
       seen[f"{name}.logits"] = h_MD @ block.mlp.router[...]
       for what, a in (("indices", routed.expert_MK), ("weights", routed.gate_MK)):

@@ -95,6 +95,8 @@ def mla(p, x_SD, positions_S, segments_S, c):
 
 
 def scores_of(logits_E, scoring_func):
+  if scoring_func == "sqrtsoftplus":
+    return np.sqrt(np.log1p(np.exp(np.asarray(logits_E, np.float64))))
   return sigmoid(logits_E) if scoring_func == "sigmoid" else softmax(logits_E)
 
 

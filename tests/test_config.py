@@ -74,7 +74,10 @@ RULES = [
     {"model.first_k_dense_replace": 6},
     "first_k_dense_replace (6) must not exceed num_hidden_layers (5)",
   ),
-  ({"model.scoring_func": "tanh"}, "scoring_func must be one of sigmoid, softmax, got 'tanh'"),
+  (
+    {"model.scoring_func": "tanh"},
+    "scoring_func must be one of sigmoid, softmax, sqrtsoftplus, got 'tanh'",
+  ),
   (
     {"model.topk_method": "best"},
     "topk_method must be one of noaux_tc, group_limited_greedy, greedy, got 'best'",

@@ -14,6 +14,7 @@ from dsmoe import cache, decode, dispatch, inference, moe, routing, sampling
 from dsmoe import model as model_lib
 from dsmoe.latent_attention import Place, expanded, in_latent_space
 from dsmoe.sampling import Sampling
+from pallas_kernels.routing import Routed, ranks
 
 CONFIG = small_config(
   **{
@@ -133,7 +134,9 @@ def test_few_tokens_read_chosen_experts_only(M):
   assert 7 in idle and 8 in idle
   for w in (w_gate, w_up, w_down):
     w[idle] = np.nan
-  found = jax.jit(dispatch.few)(x, expert, gate, (w_gate, w_up, w_down), real)
+  found = jax.jit(dispatch.few)(
+    x, Routed(expert, gate, *ranks(expert, E)[::-1]), (w_gate, w_up, w_down), real
+  )
   assert_close(found[real], np.stack(expected)[real])
 
 

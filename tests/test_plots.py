@@ -131,3 +131,17 @@ def test_each_layers_gradient_norm_is_a_line_of_its_own(tmp_path):
   }
   colors = {line.get_color() for line in picture.axes[2].lines}
   assert len(colors) == 3
+
+
+def test_roofline(tmp_path):
+  head = {"shape": "v3", "chip": "v5p", "bytes": 1e9}
+  rows = [
+    head | {"kernel": "matmul", "implementation": "ours", "flops": 1e12, "secs": 0.003},
+    head | {"kernel": "matmul", "implementation": "theirs", "flops": 1e12, "secs": 0.005},
+    head | {"kernel": "permute", "implementation": "ours", "flops": 0, "secs": 1e-4},
+    {"kernel": "matmul", "implementation": "absent", "shape": "v3", "error": "absent"},
+  ]
+  for name, some in (("all", rows), ("none", rows[2:])):
+    path = tmp_path / f"{name}.png"
+    plots.draw_roofline(some, 459e12, 2765e9, path)
+    assert min(image.imread(path).shape[:2]) > 300

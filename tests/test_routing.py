@@ -7,8 +7,11 @@ import numpy as np
 import oracles
 import pytest
 from helpers import assert_close, small_config
+from jax.experimental.pallas import tpu as pltpu
 
 from dsmoe import routing
+from dsmoe.config import KernelsConfig
+from pallas_kernels.routing import IMPLEMENTATIONS
 
 M, E, G, KEPT, K = 23, 12, 4, 2, 3
 # Few values, so that ties abound; no two different sums of them are nearly equal.
@@ -39,7 +42,7 @@ def _route_by_loops(logits, bias, c):
   [
     case
     for case in itertools.product(
-      ("sigmoid", "softmax"),
+      ("sigmoid", "softmax", "sqrtsoftplus"),
       ("noaux_tc", "group_limited_greedy", "greedy"),
       (True, False),
       (True, False),
@@ -47,8 +50,9 @@ def _route_by_loops(logits, bias, c):
     if not (case[1] == "greedy" and case[2])
   ],
 )
+@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
 def test_route_matches_loops_in_indices_gates_and_gradient(
-  scoring_func, topk_method, grouped, norm_topk_prob
+  implementation, scoring_func, topk_method, grouped, norm_topk_prob
 ):
   c = _config(
     scoring_func=scoring_func,
@@ -57,6 +61,7 @@ def test_route_matches_loops_in_indices_gates_and_gradient(
     topk_group=KEPT if grouped else 1,
     norm_topk_prob=norm_topk_prob,
     routed_scaling_factor=1.7,
+    kernels=KernelsConfig(routing=implementation),
   )
   logits, bias = _draw(7)
   dgates = np.random.default_rng(8).standard_normal((M, K)).astype(np.float32)
@@ -68,14 +73,17 @@ def test_route_matches_loops_in_indices_gates_and_gradient(
     )
     return routed, vjp(dgates)
 
-  routed, (dlogits, dbias) = run(logits, bias)
+  with pltpu.force_tpu_interpret_mode():
+    routed, (dlogits, dbias) = run(logits, bias)
   experts, gates, counts, scores = _route_by_loops(logits, bias, c)
   np.testing.assert_array_equal(routed.expert_MK, experts)
   assert_close(routed.gate_MK, gates)
-  assert_close(routed.scores_ME, scores)
+  assert_close(jax.jit(routing.scores, static_argnums=1)(logits, scoring_func), scores)
+  ranks = [[sum(e in row for row in experts[:m]) for e in experts[m]] for m in range(M)]
+  assert routed.rank_MK.tolist() == ranks
   assert routed.counts_E.tolist() == counts
-  assert routed.expert_MK.dtype == routed.counts_E.dtype == jnp.int32
-  assert routed.gate_MK.dtype == routed.scores_ME.dtype == jnp.float32
+  assert routed.expert_MK.dtype == routed.counts_E.dtype == routed.rank_MK.dtype == jnp.int32
+  assert routed.gate_MK.dtype == jnp.float32
   # The gradient by finite differences of the loops, the choice held fixed.
   expected, h = np.zeros((M, E)), 1e-6
   for m, e in np.ndindex(M, E):

@@ -110,7 +110,7 @@ def test_bench_decode():
   small = ["--config.model.hidden_size=32", "--config.model.vocab_size=64"]
   out = runs.run(
     *("scripts/bench_decode.py", "--config=experiments/bench_small.py", *small, "--json"),
-    *("--batches=1,3", "--prompt_tokens=9", "--new_tokens=5", "--repeats=1"),
+    *("--batches=1,3", "--prompt_tokens=9", "--new_tokens=65", "--repeats=3"),
   )
   rows = json.loads(out.strip().splitlines()[-1])["runs"]
   assert [row["batch"] for row in rows] == [1, 3]
@@ -163,11 +163,46 @@ def test_bench_kernels():
   small = ["--config.model.hidden_size=32", "--config.model.moe_intermediate_size=16"]
   out = runs.run(
     *("scripts/bench_kernels.py", "--config=experiments/bench_small.py", *small),
-    *("--tokens=96", "--rounds=2", "--implementations=ragged_dot", "--json"),
+    *("--tokens=96", "--rounds=2", "--implementations=ragged_dot,mosaic_tpu", "--json"),
   )
   rows = json.loads(out.strip().splitlines()[-1])
+  (wrong,) = (row for row in rows if "error" in row)
+  assert wrong["implementation"] == "mosaic_tpu" and "CPU" in wrong["error"]
+  rows.remove(wrong)
   assert {row["implementation"] for row in rows} == {"dense", "ragged_dot", "local dispatch"}
   for row in rows:
     assert row["median_secs"] > 0 and row["of_dense"] > 0
     work = 6 * 96 * 4 * 32 * 16 * (1 if row["direction"] == "forward" else 3)
     assert row["gflops_per_sec"] * 1e9 * row["median_secs"] == pytest.approx(work)
+
+
+@pytest.mark.tpu
+def test_bench_kernels_compiles(tmp_path):
+  pytest.importorskip("libtpu", reason="needs libtpu, the compiler of TPUs: pip install .[tpu]")
+  args = ("scripts/bench_kernels.py", "--compile-only", "--topology=v6e:2x2x1", "--shapes=tiny")
+  picture = tmp_path / "roofline.png"
+  out = runs.run(*args, "--kernels=routing,grouped_matmul", "--json", f"--plot={picture}")
+  rows = json.loads(out.strip().splitlines()[-1])
+  found = {(row["kernel"], row["implementation"]): row for row in rows}
+  assert "absent" in found["grouped_matmul", "tokamax"]["error"]
+  for kernel in ("routing", "grouped_matmul"):
+    for name in ("reference", "mosaic_tpu"):
+      row = found[kernel, name]
+      assert row["chip"] == "v6e" and row["shape"] == "tiny"
+      assert row["bytes"] > 0 and row["bundles"] > 0 and row["cycles_bound"] > 0
+  assert found["grouped_matmul", "mosaic_tpu"]["mxu_occupancy"] > 0
+  assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (("--compile-only", "--kernels=sorting"), "--kernels must be among routing,"),
+    (("--compile-only", "--shapes=v9"), "--shapes must be among v3, v2_lite, tiny, got v9"),
+    (("--compile-only", "--topology=v9:2x2"), "of a chip among v5p, v6e, tpu7x, h100, got 'v9"),
+    ((), "--config must name an experiment, or give --compile-only"),
+  ],
+)
+def test_bench_kernels_refuses_in_one_sentence(args, message):
+  code, out, err = runs.finish(runs.start("scripts/bench_kernels.py", *args))
+  assert code != 0 and message in out + err and "Traceback" not in err

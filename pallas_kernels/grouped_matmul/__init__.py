@@ -1,5 +1,19 @@
 """Rows times their expert's matrices: the fused SwiGLU of a mixture of experts."""
 
-from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_swiglu
+from pallas_kernels.grouped_matmul.api import (
+  IMPLEMENTATIONS,
+  MATMULS,
+  grouped_matmul,
+  grouped_swiglu,
+  routed_swiglu,
+  row_alignment,
+)
 
-__all__ = ["IMPLEMENTATIONS", "grouped_swiglu"]
+__all__ = [
+  "IMPLEMENTATIONS",
+  "MATMULS",
+  "grouped_matmul",
+  "grouped_swiglu",
+  "routed_swiglu",
+  "row_alignment",
+]

@@ -28,7 +28,7 @@ def _zeros(shape, dtype, operands):
   return jax.lax.pcast(jnp.zeros(shape, dtype), tuple(axes), to="varying")
 
 
-def _schedule(group_sizes_E, num_rows: int):
+def _schedule(group_sizes_E, group_starts_E, num_rows: int):
   """Cuts the groups into blocks.
 
   Returns:
@@ -38,14 +38,14 @@ def _schedule(group_sizes_E, num_rows: int):
   R = min(ROWS, num_rows)
   blocks_E = (group_sizes_E + R - 1) // R
   last_E = jnp.cumsum(blocks_E)
-  end_E = jnp.cumsum(group_sizes_E)
+  end_E = group_starts_E + group_sizes_E
 
   def step(i):
     number_b = i * BLOCKS + jnp.arange(BLOCKS)
     expert_b = jnp.searchsorted(last_E, number_b, side="right").astype(jnp.int32)
     expert_b = jnp.minimum(expert_b, group_sizes_E.shape[0] - 1)
     within_b = number_b - (last_E[expert_b] - blocks_E[expert_b])
-    wanted_b = end_E[expert_b] - group_sizes_E[expert_b] + within_b * R
+    wanted_b = group_starts_E[expert_b] + within_b * R
     first_b = jnp.clip(wanted_b, 0, num_rows - R)  # a block does not run past the rows
     row_br = first_b[:, None] + jnp.arange(R)[None, :]
     mine_br = (row_br >= wanted_b[:, None]) & (row_br < end_E[expert_b][:, None])
@@ -89,20 +89,21 @@ def _token_of_row(order, num_rows: int):
   if order is None:
     return jnp.arange(num_rows, dtype=jnp.int32)
   pair_P, row_MK = order
-  return pair_P // row_MK.shape[1]
+  M, K = row_MK.shape
+  return jnp.minimum(pair_P // K, M - 1)  # where no pair lies, any token
 
 
 @jax.custom_vjp
-def grouped_swiglu(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order=None):
+def grouped_swiglu(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order):
   """See `api.grouped_swiglu`."""
-  return _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order)[0]
+  return _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order)[0]
 
 
-def _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order=None):
+def _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order):
   P, D = weight_P.shape[0], x_MD.shape[1]
   w_in_EDI = jnp.concatenate([w_gate_EDF, w_up_EDF], axis=-1)
   token_P = _token_of_row(order, P)
-  step, num_steps, R = _schedule(group_sizes_E, P)
+  step, num_steps, R = _schedule(sizes_E, starts_E, P)
 
   def body(i, carry):
     y_PD, hidden_PI = carry
@@ -113,21 +114,21 @@ def _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order=
     y_brD = jnp.matmul(inner_brF, w_down_EFD[expert_b])
     return _put(y_PD, y_brD, first_b, mine_br), _put(hidden_PI, hidden_brI, first_b, mine_br)
 
-  zeros = functools.partial(_zeros, operands=(x_MD, weight_P, w_in_EDI, w_down_EFD, group_sizes_E))
+  zeros = functools.partial(_zeros, operands=(x_MD, weight_P, w_in_EDI, w_down_EFD, sizes_E))
   carry = (zeros((P, D), x_MD.dtype), zeros((P, w_in_EDI.shape[-1]), x_MD.dtype))
   y_PD, hidden_PI = jax.lax.fori_loop(0, num_steps, body, carry)
-  saved = (x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order, hidden_PI)
+  saved = (x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order, hidden_PI)
   return y_PD, saved
 
 
 def _bwd(saved, dy_PD):
-  x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E, order, hidden_PI = saved
+  x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order, hidden_PI = saved
   P, D = dy_PD.shape
   dtype = x_MD.dtype
   w_in_EDI = jnp.concatenate([w_gate_EDF, w_up_EDF], axis=-1)
   w_in_EID, w_down_EDF = _transposed(w_in_EDI), _transposed(w_down_EFD)
   token_P = _token_of_row(order, P)
-  step, num_steps, R = _schedule(group_sizes_E, P)
+  step, num_steps, R = _schedule(sizes_E, starts_E, P)
 
   def body(i, carry):
     dx_PD, dweight_P, dw_in_EDI, dw_down_EFD = carry
@@ -150,9 +151,7 @@ def _bwd(saved, dy_PD):
       _add(dw_down_EFD, dw_down, expert_b),
     )
 
-  zeros = functools.partial(
-    _zeros, operands=(x_MD, weight_P, w_in_EDI, w_down_EFD, group_sizes_E, dy_PD)
-  )
+  zeros = functools.partial(_zeros, operands=(x_MD, weight_P, w_in_EDI, w_down_EFD, sizes_E, dy_PD))
   carry = (
     zeros((P, D), dtype),
     zeros((P,), f32),
@@ -162,7 +161,7 @@ def _bwd(saved, dy_PD):
   dx_PD, dweight_P, dw_in_EDI, dw_down_EFD = jax.lax.fori_loop(0, num_steps, body, carry)
   dw_gate, dw_up = jnp.split(dw_in_EDI.astype(dtype), 2, axis=-1)
   dx_MD = dx_PD if order is None else sum_rows(dx_PD, order[1])
-  return dx_MD, dweight_P, dw_gate, dw_up, dw_down_EFD.astype(dtype), None, None
+  return dx_MD, dweight_P, dw_gate, dw_up, dw_down_EFD.astype(dtype), None, None, None
 
 
 grouped_swiglu.defvjp(_fwd, _bwd)

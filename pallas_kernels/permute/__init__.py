@@ -1,5 +1,12 @@
 """Tokens into expert order and back."""
 
-from pallas_kernels.permute.reference import combine, expert_order, permute, sum_rows
+from pallas_kernels.permute.reference import (
+  combine,
+  expert_order,
+  group_starts,
+  num_rows,
+  permute,
+  sum_rows,
+)
 
-__all__ = ["combine", "expert_order", "permute", "sum_rows"]
+__all__ = ["combine", "expert_order", "group_starts", "num_rows", "permute", "sum_rows"]

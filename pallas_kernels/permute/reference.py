@@ -1,30 +1,43 @@
-"""Tokens into expert order and back, in plain JAX: sort, gather, sum.
+"""Tokens into expert order and back, in plain JAX: gather and sum.
 
-Shapes: M tokens, D hidden, E experts, K experts a token, P = M K rows. An order is the
-pair (pair_P, row_MK): which token and choice lies at each row, and where each choice lies.
+Shapes: M tokens, D hidden, E experts, K experts a token, P rows: M K of them, or more where
+groups are aligned. An order is the pair (pair_P, row_MK): which token and choice lies at each
+row, and where each choice lies.
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def expert_order(expert_MK, num_experts: int):
-  """Sorts the (token, choice) pairs by expert, keeping token order within one.
+def group_starts(sizes_E, alignment: int = 1):
+  """Returns each group's first row, int32: groups in order, each from a multiple of alignment."""
+  room_E = (sizes_E + alignment - 1) // alignment * alignment
+  return (jnp.cumsum(room_E) - room_E).astype(jnp.int32)
+
+
+def num_rows(num_pairs: int, num_experts: int, alignment: int = 1) -> int:
+  """Returns P, the rows that suffice for any load when groups are aligned."""
+  most = num_pairs + min(num_experts, num_pairs) * (alignment - 1)
+  return most // alignment * alignment
+
+
+def expert_order(expert_MK, rank_MK, sizes_E, alignment: int = 1):
+  """Lays (token, choice) pairs out by expert, tokens in order within one; no sort.
 
   Args:
-    expert_MK: int32 expert of each choice.
-    num_experts: E.
+    expert_MK, rank_MK: int32, each choice's expert and its place among that expert's.
+    sizes_E: int32, each expert's number of choices.
+    alignment: groups start at multiples of this.
 
   Returns:
-    pair_P, the pair m * K + k at each row; row_MK, each pair's row; sizes_E: all int32.
+    pair_P, the pair m * K + k at each row, M * K where none lies; row_MK, each pair's row.
   """
   M, K = expert_MK.shape
-  flat_P = expert_MK.reshape(-1)
-  pair_P = jnp.argsort(flat_P, stable=True).astype(jnp.int32)
-  rows_P = jnp.arange(M * K, dtype=jnp.int32)
-  row_P = jnp.zeros_like(pair_P).at[pair_P].set(rows_P, unique_indices=True)
-  sizes_E = jnp.bincount(flat_P, length=num_experts).astype(jnp.int32)
-  return pair_P, row_P.reshape(M, K), sizes_E
+  row_MK = group_starts(sizes_E, alignment)[expert_MK] + rank_MK
+  pair_P = jnp.full(num_rows(M * K, sizes_E.shape[0], alignment), M * K, jnp.int32)
+  pairs = jnp.arange(M * K, dtype=jnp.int32)
+  pair_P = pair_P.at[row_MK.reshape(-1)].set(pairs, unique_indices=True)
+  return pair_P, row_MK
 
 
 @jax.custom_vjp

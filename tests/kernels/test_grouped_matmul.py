@@ -5,15 +5,30 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from helpers import assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_swiglu
+from pallas_kernels.grouped_matmul import (
+  IMPLEMENTATIONS,
+  MATMULS,
+  grouped_matmul,
+  grouped_swiglu,
+  routed_swiglu,
+)
+from pallas_kernels.routing import Routed, ranks
 
 E, D, F = 5, 12, 7
 every_implementation = pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+  with pltpu.force_tpu_interpret_mode():
+    yield
 
 
 @functools.cache
@@ -215,3 +230,62 @@ def test_weights_must_have_the_dtype_of_the_rows():
 def test_unknown_implementation_is_refused():
   with pytest.raises(ValueError, match=r"implementation must be one of .*, got 'fastest'"):
     grouped_swiglu(**_shapes(), implementation="fastest")
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "mosaic_tpu"])
+def test_routed_rows_in_bfloat16(implementation):
+  """On TPU, rows of whole pairs of 128 columns travel packed."""
+  M, K, E, D, F = 37, 2, 3, 512, 24
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+  x, gates, dy = draw(M, D), draw(M, K), draw(M, D)
+  weights = draw(E, D, F) / 8, draw(E, D, F) / 8, draw(E, F, D) / 4
+  experts = np.array([rng.permutation([0, 2])[:K] for _ in range(M)], np.int32)
+  rank, counts = ranks(experts, E)
+  assert counts.tolist() == [M, 0, M]
+  low = lambda a: jnp.asarray(a, jnp.bfloat16)  # noqa: E731
+
+  @jax.jit
+  def run(x, gates, weights, dy):
+    fn = lambda x, g, w: routed_swiglu(x, Routed(experts, g, counts, rank), w, implementation)  # noqa: E731
+    y, vjp = jax.vjp(fn, x, gates, weights)
+    return y, vjp(dy)
+
+  y, (dx, dgates, dweights) = run(low(x), gates, tuple(map(low, weights)), low(dy))
+  expected_y, expected_dx, expected_dgates = np.zeros(x.shape), np.zeros(x.shape), np.zeros((M, K))
+  expected_dw = [np.zeros(w.shape) for w in weights]
+  for m, k in np.ndindex(M, K):
+    own = [w[experts[m, k]].astype(np.float64) for w in weights]
+    expected_y[m] += gates[m, k] * oracles.swiglu(x[m], *own)
+    dx_m, expected_dgates[m, k], *parts = oracles.swiglu_gradients(x[m], gates[m, k], *own, dy[m])
+    expected_dx[m] += dx_m
+    for total, part in zip(expected_dw, parts):
+      total[experts[m, k]] += part
+  assert_close(
+    (y, dx, dgates, *dweights), (expected_y, expected_dx, expected_dgates, *expected_dw), "bfloat16"
+  )
+
+
+@pytest.mark.parametrize("implementation", MATMULS)
+def test_a_device_multiplies_the_rows_of_its_own_groups(implementation):
+  """Groups 2..4 of 5, then a tail of nobody's rows: their sizes and starts, and no others."""
+  sizes = np.array([7, 0, 21, 0, 40], np.int32)
+  starts, P, N = np.cumsum(sizes) - sizes, 90, 11
+  x, dy = (a[:P] for a in (_inputs(2700)[0], np.random.default_rng(1).standard_normal((P, N))))
+  w = np.random.default_rng(2).standard_normal((3, D, N)).astype(np.float32)
+  dy = dy.astype(np.float32)
+  row = np.arange(P)[:, None]
+  mine = (row >= starts[2]) & (row < sizes.sum())
+
+  @jax.jit
+  def run(x, w, dy):
+    fn = lambda x, w: grouped_matmul(x, w, sizes[2:], starts[2:], implementation)  # noqa: E731
+    y, vjp = jax.vjp(fn, x, w)
+    return jnp.where(mine, y, 0), vjp(jnp.where(mine, dy, 0))
+
+  y, dx, dw = np.zeros((P, N)), np.zeros(x.shape), np.zeros(w.shape)
+  for e in range(3):
+    rows = slice(starts[e + 2], starts[e + 2] + sizes[e + 2])
+    y[rows], dx[rows] = x[rows] @ w[e], dy[rows] @ w[e].T
+    dw[e] = x[rows].T @ dy[rows]
+  assert_close(run(x, w, dy), (y, (dx, dw)))

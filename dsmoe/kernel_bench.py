@@ -1,0 +1,221 @@
+"""A kernel's cases measured: by the compilers, without a device, or by the clock, on one.
+
+By the clock, each way is checked against the reference before any timing, and all are timed in
+turns, so that a busy machine slows all of them. The grouped SwiGLU has two ways more: `dense`,
+every row through one expert, which is the bound; and `local dispatch`, the whole of what a layer
+does on one device.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.table
+
+from dsmoe import compile_only, host, kernel_cases
+from dsmoe.kernel_cases import Shape
+from pallas_kernels.grouped_matmul import grouped_swiglu
+
+_COLUMNS = {
+  "bytes": "MB",
+  "least_bytes": "least MB",
+  "declared_bytes": "declared MB",
+  "flops": "GFLOP",
+  "mxu_flops": "MXU GFLOP",
+  "bound_secs": "bound ms",
+  "cycles_bound": "cycles",
+  "bundles": "bundles",
+  "mxu_occupancy": "MXU",
+  "steady_mxu_occupancy": "MXU, loop",
+  "spill_share": "spills",
+  "fill_share": "fills",
+  "vmem_bytes": "VMEM MB",
+  "registers": "registers",
+  "spill_bytes": "spill B",
+  "shared_bytes": "shared B",
+  "blocks_per_sm": "blocks/SM",
+}
+_COLUMNS |= {"median_secs": "ms", "gflops_per_sec": "GFLOP/s", "of_dense": "of dense"}
+_SCALE = {"bytes": 1e-6, "least_bytes": 1e-6, "vmem_bytes": 1e-6}
+_SCALE |= {"declared_bytes": 1e-6, "flops": 1e-9, "mxu_flops": 1e-9}
+_SCALE |= {"bound_secs": 1e3, "median_secs": 1e3}
+
+
+def compile_row(topology: str, kernel: str, implementation: str, name: str, shape: Shape) -> dict:
+  """Returns a row of figures of a case compiled for a chip, in a process of its own.
+
+  Args:
+    topology: "v5p:2x2x1", say, or "h100".
+    kernel, implementation, shape: of the case.
+    name: of the shape.
+
+  Returns:
+    What `compile_only.tpu_figures` or `h100_figures` say, the case's `flops` and `least_bytes`,
+    `bound_secs`: what FLOPs and bytes take at the chip's peaks, `cycles_bound`: the larger of that
+    and the schedule's cycles, `secs`: those at the clock. Of a case that cannot be compiled,
+    `error` and why.
+  """
+  chip = compile_only.chip_name(topology)
+  row: dict[str, Any] = dict(kernel=kernel, implementation=implementation, shape=name, chip=chip)
+  try:
+    found = kernel_cases.case(kernel, implementation, shape)
+    row |= {"flops": found.flops, "least_bytes": found.least_bytes}
+    row |= compile_only.in_fresh_process(_figures, topology, kernel, implementation, shape)
+  except Exception as error:
+    return row | {"error": reason(error)}
+  peaks = compile_only.CHIPS[chip]
+  row["bound_secs"] = max(row["flops"] / peaks.peak_flops, row["bytes"] / peaks.bandwidth)
+  row["secs"] = row["bound_secs"]
+  if "schedule_cycles" in row:
+    row["cycles_bound"] = max(row["schedule_cycles"], round(row["bound_secs"] * peaks.clock_hz))
+    row["secs"] = row["cycles_bound"] / peaks.clock_hz
+  return row
+
+
+def reason(error: Exception) -> str:
+  """Returns an error's kind and the beginning of its message, in a line; "absent" of a library."""
+  if isinstance(error, ImportError):
+    return f"absent: {error}"
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _figures(topology: str, kernel: str, implementation: str, shape: Shape) -> dict[str, Any]:
+  jax.config.update("jax_platforms", "cpu")
+  found = kernel_cases.case(kernel, implementation, shape)
+  if topology.startswith("h100"):
+    return compile_only.h100_figures(found.fn, *found.args)
+  return compile_only.tpu_figures(topology, found.fn, *kernel_cases.known_args(kernel, shape))
+
+
+def ways(kernel: str, shape: Shape, names: Iterable[str]) -> dict[str, tuple]:
+  """Returns (what makes the function, its oracle, their arguments) of each implementation."""
+  args = kernel_cases.OPERATIONS[kernel].draw(shape)
+  known = kernel_cases.IMPLEMENTATIONS[kernel]
+  oracle = known["reference"](shape)
+  found = {name: (functools.partial(known[name], shape), oracle, args) for name in names}
+  return found if kernel != "grouped_swiglu" else _bounds_of_swiglu(shape, args) | found
+
+
+def _bounds_of_swiglu(shape: Shape, args: tuple) -> dict[str, tuple]:
+  x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E = args
+  one = tuple(w[:1] for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+
+  def dense(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E):
+    inner_PF = jax.nn.silu(x_PD @ w_gate_EDF[0]) * (x_PD @ w_up_EDF[0]) * weight_P[:, None]
+    return inner_PF.astype(x_PD.dtype) @ w_down_EFD[0]
+
+  swiglu = functools.partial(grouped_swiglu, implementation="reference")
+  routed = functools.partial(kernel_cases.routed_swiglu, implementation="reference")
+  return {
+    "dense": (lambda: dense, swiglu, (x_PD, weight_P, *one, sizes_E.sum(keepdims=True))),
+    "local dispatch": (
+      lambda: kernel_cases.routed_swiglu,
+      routed,
+      kernel_cases.OPERATIONS["routed_swiglu"].draw(shape),
+    ),
+  }
+
+
+def _with_gradient(fn: Callable) -> Callable:
+  """Returns a function of fn's arguments to its results and the gradients of the real ones."""
+
+  def run(*args):
+    real = [jnp.issubdtype(a.dtype, jnp.inexact) for a in args]
+
+    def of_real(*operands):
+      rest = iter(operands)
+      out = jax.tree.leaves(fn(*(next(rest) if r else a for r, a in zip(real, args))))
+      inexact = [o for o in out if jnp.issubdtype(o.dtype, jnp.inexact)]
+      return inexact, [o for o in out if not jnp.issubdtype(o.dtype, jnp.inexact)]
+
+    operands = [a for r, a in zip(real, args) if r]
+    values, vjp, others = jax.vjp(of_real, *operands, has_aux=True)
+    return values, others, vjp([jnp.sin(v.astype(jnp.float32)).astype(v.dtype) for v in values])
+
+  return run
+
+
+def check(fn: Callable, oracle: Callable, args: tuple) -> None:
+  """Raises AssertionError if what fn returns is not what the oracle does."""
+  dtype = next(a.dtype for a in args if jnp.issubdtype(a.dtype, jnp.inexact))
+  limit = 1e-4 if dtype == jnp.float32 else 5e-2
+  actual, expected = (jax.jit(f)(*args) for f in (fn, oracle))
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    np.testing.assert_allclose(a, b, rtol=0, atol=limit * np.abs(b).max(initial=0))
+
+
+def measure(kernel: str, name: str, shape: Shape, names: Iterable[str], rounds: int) -> list[dict]:
+  """Times the implementations of a kernel.
+
+  Args:
+    kernel: of `kernel_cases.OPERATIONS`.
+    name, shape: the shape and what it is called.
+    names: implementations.
+    rounds: how often each is timed, after two rounds that are not counted.
+
+  Returns:
+    A row an implementation and direction: `median_secs`, `gflops_per_sec` of useful work, and
+    `of_dense`, the median of the rounds' ratios to the dense way, where there is one. Of an
+    implementation that does not run here or is wrong, one row with `error`.
+  """
+  options, rows = host.compiler_options(), []
+  device = jax.devices()[0].device_kind
+  head = {"kernel": kernel, "shape": name, "device": device, "tokens": shape.tokens}
+  compiled = {}
+  directions: dict[str, Callable] = {"forward": lambda fn: fn}
+  if f"{kernel}_gradient" in kernel_cases.OPERATIONS:
+    directions["forward + backward"] = _with_gradient
+  for way, (make, oracle, args) in ways(kernel, shape, names).items():
+    try:
+      fn = make()
+      for wrap in directions.values():
+        check(wrap(fn), wrap(oracle), args)
+    except Exception as error:
+      rows.append(head | {"implementation": way, "error": reason(error)})
+      continue
+    for direction, wrap in directions.items():
+      compiled[way, direction] = (jax.jit(wrap(fn), compiler_options=options), args)
+  secs: dict[tuple[str, str], list[float]] = {key: [] for key in compiled}
+  for round_number in range(rounds + 2):
+    for key, (run, args) in compiled.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run(*args))
+      if round_number >= 2:
+        secs[key].append(time.perf_counter() - start)
+  flops = kernel_cases.OPERATIONS[kernel].flops(shape)
+  for (way, direction), times in secs.items():
+    work = flops * (1 if direction == "forward" else 3)
+    dense = secs.get(("dense", direction))
+    rows.append(
+      head
+      | {
+        **{"implementation": way, "direction": direction},
+        "median_secs": statistics.median(times),
+        "gflops_per_sec": work / statistics.median(times) / 1e9,
+        "of_dense": statistics.median(d / t for d, t in zip(dense, times)) if dense else None,
+      }
+    )
+  return rows
+
+
+def table(rows: list[dict]) -> rich.table.Table:
+  """Lays out the rows that have figures; a column that none has is left out."""
+  columns = {name: title for name, title in _COLUMNS.items() if any(name in row for row in rows)}
+  shown = rich.table.Table("kernel", "implementation", "shape", *columns.values())
+  for row in rows:
+    name = " ".join(filter(None, (row["implementation"], row.get("direction"))))
+    cells = ["" if row.get(c) is None else _figure(c, row[c]) for c in columns]
+    if "error" not in row:
+      shown.add_row(row["kernel"], name, row["shape"], *cells)
+  return shown
+
+
+def _figure(name: str, value: float) -> str:
+  value *= _SCALE.get(name, 1)
+  return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.3g}"

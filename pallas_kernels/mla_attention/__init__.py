@@ -1,0 +1,17 @@
+"""Attention with the unequal head dims of MLA, and decoding in its latent space."""
+
+from pallas_kernels.mla_attention.api import (
+  CAUSAL_IMPLEMENTATIONS,
+  DECODE_IMPLEMENTATIONS,
+  causal_attention,
+  decode_attention,
+)
+from pallas_kernels.mla_attention.cpu import causal_attention_with_normaliser
+
+__all__ = [
+  "CAUSAL_IMPLEMENTATIONS",
+  "DECODE_IMPLEMENTATIONS",
+  "causal_attention",
+  "causal_attention_with_normaliser",
+  "decode_attention",
+]

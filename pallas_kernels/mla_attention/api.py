@@ -1,0 +1,164 @@
+"""Validation and choice of implementation for MLA's attention.
+
+Shapes: B rows, S queries, H heads, A query and key dim (qk_nope + qk_rope), U value dim; of
+decoding S new tokens, N pages of T tokens, W numbers a token (kv_lora + qk_rope), C of them the
+value (kv_lora), P pages of a row.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.mla_attention import cpu, gpu, reference, tpu, tpu_decode
+
+CAUSAL_IMPLEMENTATIONS: dict[str, Callable] = {
+  "reference": reference.causal_attention,
+  "xla": cpu.causal_attention,
+  "mosaic_tpu": tpu.causal_attention,
+  "mosaic_gpu": gpu.causal_attention,
+}
+
+DECODE_IMPLEMENTATIONS: dict[str, Callable] = {
+  "reference": reference.decode_attention,
+  "xla": cpu.decode_attention,
+  "mosaic_tpu": tpu_decode.decode_attention,
+}
+
+
+def _choose(implementation: str | None, known) -> str:
+  if implementation is None:
+    return "mosaic_tpu" if jax.default_backend() == "tpu" else "xla"
+  if implementation not in known:
+    raise ValueError(f"implementation must be one of {', '.join(known)}, got {implementation!r}")
+  return implementation
+
+
+def _check(arrays: dict) -> None:
+  """Raises ValueError where an array of {name: (array, shape, dtype)} is another."""
+  for name, (array, shape, dtype) in arrays.items():
+    if array.shape != shape:
+      raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    if array.dtype != dtype:
+      raise ValueError(f"{name} must be {jnp.dtype(dtype).name}, got {array.dtype}")
+
+
+def _check_floating(name: str, array, rank: int) -> None:
+  if array.ndim != rank or 0 in array.shape:
+    raise ValueError(f"{name} must have {rank} dimensions, none of them 0, got {array.shape}")
+  if array.dtype not in (jnp.bfloat16, jnp.float32):
+    raise ValueError(f"{name} must be bfloat16 or float32, got {array.dtype}")
+
+
+def _vary_alike(*arrays):
+  """Types every array as varying over the mesh axes any varies over, as its gradient will be."""
+  axes = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+  missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
+  return [jax.lax.pcast(a, names, to="varying") for a, names in zip(arrays, missing)]
+
+
+def causal_attention(
+  q_BSHA,
+  k_BSHA,
+  v_BSHU,
+  segments_BS,
+  scale: float,
+  implementation: str | None = None,
+  chunk_tokens: int = 512,
+):
+  """Softmax attention of each token to itself and earlier ones of its segment.
+
+  Memory is linear in S, forward and backward, but for `reference`.
+
+  Args:
+    q_BSHA, k_BSHA: queries and keys, bfloat16 or float32.
+    v_BSHU: values, in q's dtype.
+    segments_BS: int32 document number of each token, or None for one document a row.
+    scale: factor on the logits.
+    implementation: a key of `CAUSAL_IMPLEMENTATIONS`; None: `mosaic_tpu` on TPU, else `xla`.
+    chunk_tokens: queries `xla` handles at once.
+
+  Returns:
+    [B, S, H, U] in v's dtype; logits and softmax are float32. Differentiable in q, k and v.
+
+  Raises:
+    ValueError: for shapes or dtypes that do not fit together, no tokens in a chunk, or an
+      unknown implementation.
+
+  Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2.
+  """
+  _check_floating("q_BSHA", q_BSHA, 4)
+  _check_floating("v_BSHU", v_BSHU, 4)
+  B, S, H, _ = q_BSHA.shape
+  arrays = {
+    "k_BSHA": (k_BSHA, q_BSHA.shape, q_BSHA.dtype),
+    "v_BSHU": (v_BSHU, (B, S, H, v_BSHU.shape[3]), q_BSHA.dtype),
+  }
+  if segments_BS is not None:
+    arrays["segments_BS"] = (segments_BS, (B, S), jnp.int32)
+  _check(arrays)
+  if chunk_tokens < 1:
+    raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+  implementation = _choose(implementation, CAUSAL_IMPLEMENTATIONS)
+  # Rows are taken by traced numbers, which NumPy's own arrays refuse.
+  q_BSHA, k_BSHA, v_BSHU = _vary_alike(*map(jnp.asarray, (q_BSHA, k_BSHA, v_BSHU)))
+  segments_BS = None if segments_BS is None else jnp.asarray(segments_BS)
+  if implementation == "xla":
+    return cpu.causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens)
+  fn = CAUSAL_IMPLEMENTATIONS[implementation]
+  return fn(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale)
+
+
+def decode_attention(
+  q_BSHW,
+  pages_NTW,
+  table_BP,
+  end_BS,
+  scale: float,
+  value_width: int,
+  implementation: str | None = None,
+):
+  """Attention of a few new tokens to a paged latent cache, all heads to the same latents.
+
+  A query's key is all W numbers of a cached token, its value the first C: the absorbed form
+  of MLA, with kv_b_proj folded into queries and outputs. The cost follows the tokens present,
+  not the table's width, but for `reference`.
+
+  Args:
+    q_BSHW: absorbed queries, bfloat16 or float32.
+    pages_NTW: the cache, in q's dtype.
+    table_BP: int32, each row's pages in order; entries behind the row's end are not looked at.
+    end_BS: int32, how many of the row's tokens each query sees; clipped to 0 ... P T.
+    scale: factor on the logits.
+    value_width: C.
+    implementation: a key of `DECODE_IMPLEMENTATIONS`; None: `mosaic_tpu` on TPU, else `xla`.
+
+  Returns:
+    [B, S, H, C] in q's dtype, zeros where a query sees nothing; logits, softmax and sums are
+    float32. No gradient is meant.
+
+  Raises:
+    ValueError: for shapes or dtypes that do not fit together, a value wider than a token, or
+      an unknown implementation.
+
+  Source: DeepSeek-V2 (arXiv:2405.04434) section 2.1.
+  """
+  _check_floating("q_BSHW", q_BSHW, 4)
+  _check_floating("pages_NTW", pages_NTW, 3)
+  B, S, _, W = q_BSHW.shape
+  if table_BP.ndim != 2 or 0 in table_BP.shape:
+    raise ValueError(f"table_BP must have 2 dimensions, none of them 0, got {table_BP.shape}")
+  _check(
+    {
+      "pages_NTW": (pages_NTW, (*pages_NTW.shape[:2], W), q_BSHW.dtype),
+      "table_BP": (table_BP, (B, table_BP.shape[1]), jnp.int32),
+      "end_BS": (end_BS, (B, S), jnp.int32),
+    }
+  )
+  if not 1 <= value_width <= W:
+    raise ValueError(f"value_width must be from 1 to W ({W}), got {value_width}")
+  implementation = _choose(implementation, DECODE_IMPLEMENTATIONS)
+  q_BSHW, pages_NTW, table_BP, end_BS = map(jnp.asarray, (q_BSHW, pages_NTW, table_BP, end_BS))
+  end_BS = jnp.clip(end_BS, 0, table_BP.shape[1] * pages_NTW.shape[1])
+  fn = DECODE_IMPLEMENTATIONS[implementation]
+  return fn(q_BSHW, pages_NTW, table_BP, end_BS, scale, value_width)

@@ -1,0 +1,397 @@
+"""Causal flash attention for TPU (Mosaic), with queries and keys wider than values.
+
+A grid step is a block of queries against a block of keys of one head; the steps of a head are
+listed beforehand, and blocks above the diagonal are not among them. Within a step queries go in
+chunks, on the diagonal against the keys up to the chunk's end. Logits lie keys by queries, so
+that what there is one of for each query is a row. The compiler keeps the order of matmuls: the
+next chunk's logits are asked for before this one's softmax, which then runs beside them.
+
+The gradient is one kernel: for each block of keys it goes through the queries that see it. The
+gradients of keys and values stay in VMEM meanwhile, and so does, from block to block of keys,
+the gradient of all queries of a span. Of longer rows the spans are done one after another.
+
+jax's splash attention takes these widths too, and was compiled first. For v5p, blocks of 1024,
+bfloat16, 192 and 128 wide: forward 8,198 bundles a block at 0.70 of the MXU's slots, here 6,477
+at 0.84, on the diagonal 3,872; gradient 22,864 in its two kernels, here 14,917 at 0.99, on the
+diagonal 9,058 at 0.96. Nor does jax's interpreter of TPU kernels take it `vmap`ped over rows.
+
+Shapes: B rows, S tokens, H heads, A query and key dim, U value dim, n tokens of a block; within
+a step k keys and q queries of a chunk.
+Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import traffic
+
+BLOCK_TOKENS = 1024  # queries and keys of a grid step
+CHUNK_TOKENS = 256  # queries at a time within it
+SPAN_TOKENS = 16384  # queries whose gradient VMEM holds
+VMEM_BYTES = 56 * 2**20  # of the 64 MiB of a tpu7x device, the smallest of the chips supported
+LANES = 128
+HIDDEN = -1e30  # a logit; not -inf, whose difference to itself is no number
+
+f32 = jnp.float32
+
+
+def out_struct(shape, dtype, operands) -> jax.ShapeDtypeStruct:
+  """A kernel's result, which varies over the mesh axes any of its operands varies over."""
+  varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
+  kind = jax.sharding.ManualAxisType(varying=varying)
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+
+
+def _dot(a, b, contract: tuple[int, int]):
+  """Matrix product over one dimension of each, accumulated in float32."""
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((contract[0],), (contract[1],)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST if a.dtype == f32 else None,
+    preferred_element_type=f32,
+  )
+
+
+def _column(row_1n):
+  """[1, n] to [n, 1]."""
+  return jnp.broadcast_to(row_1n, (8, row_1n.shape[1])).T[:, :1]
+
+
+def _ids(segments):
+  """Segments of queries [1, n] and of keys [n, 1], or None."""
+  return None if not segments else (segments[0][...], _column(segments[1][...]))
+
+
+def _masked(logits_kq, first: int, diagonal: bool, ids):
+  """Hides from a chunk of queries, from `first` on, what they must not see."""
+  k, q = logits_kq.shape
+  visible_kq = None
+  if diagonal:
+    key, query = (jax.lax.broadcasted_iota(jnp.int32, (k, q), axis) for axis in (0, 1))
+    visible_kq = query + first >= key
+  if ids is not None:
+    same_kq = ids[0][:, first : first + q] == ids[1][:k]
+    visible_kq = same_kq if visible_kq is None else visible_kq & same_kq
+  return logits_kq if visible_kq is None else jnp.where(visible_kq, logits_kq, HIDDEN)
+
+
+def _forward_kernel(
+  q_of_ref, k_of_ref, q_ref, k_ref, v_ref, *rest, scale, chunk
+):  # fmt: skip
+  segments, (out_ref, log_z_ref, acc_ref_Uq, top_ref, z_ref) = rest[:-5], rest[-5:]
+  step = pl.program_id(2)
+  q_block, k_block = q_of_ref[step], k_of_ref[step]
+  n = q_ref.shape[0]
+  unit = scale * math.log2(math.e)  # so that exp2 will do
+
+  @pl.when(k_block == 0)
+  def _():
+    acc_ref_Uq[...] = jnp.zeros(acc_ref_Uq.shape, f32)
+    top_ref[...] = jnp.full(top_ref.shape, HIDDEN, f32)
+    z_ref[...] = jnp.zeros(z_ref.shape, f32)
+
+  def run(diagonal: bool):
+    ids = _ids(segments)
+
+    def slices(first):
+      return pl.ds(0, first + chunk if diagonal else n), pl.ds(first, chunk)
+
+    def score(first):
+      keys, queries = slices(first)
+      return _dot(k_ref[keys], q_ref[queries], (1, 1)) * unit
+
+    def attend(logits_kq, first):
+      keys, queries = slices(first)
+      logits_kq = _masked(logits_kq, first, diagonal, ids)
+      # A query that has seen nothing yet sums ones; what it sees later wipes them out, and in
+      # its last block it sees itself.
+      top_1q = jnp.maximum(top_ref[:, queries], jnp.max(logits_kq, axis=0, keepdims=True))
+      p_kq = jnp.exp2(logits_kq - top_1q)
+      kept_1q = jnp.exp2(top_ref[:, queries] - top_1q)
+      top_ref[:, queries] = top_1q
+      z_ref[:, queries] = z_ref[:, queries] * kept_1q + jnp.sum(p_kq, axis=0, keepdims=True)
+      values_Uq = _dot(v_ref[keys], p_kq.astype(v_ref.dtype), (0, 0))
+      acc_ref_Uq[:, queries] = acc_ref_Uq[:, queries] * kept_1q + values_Uq
+
+    logits_kq = score(0)
+    for first in range(0, n, chunk):
+      following = score(first + chunk) if first + chunk < n else None
+      attend(logits_kq, first)
+      logits_kq = following
+
+  @pl.when(k_block < q_block)
+  def _():
+    run(diagonal=False)
+
+  @pl.when(k_block == q_block)
+  def _():
+    run(diagonal=True)
+    out_ref[...] = (acc_ref_Uq[...] / z_ref[...]).T.astype(out_ref.dtype)
+    log_z_ref[...] = top_ref[...] + jnp.log2(z_ref[...])
+
+
+def _backward_kernel(
+  q_of_ref, k_of_ref, _whole_of_ref, q_ref, k_ref, v_ref, dout_ref, log_z_ref, shared_ref, *rest,
+  scale, chunk, first_block, num_blocks,
+):  # fmt: skip
+  segments, (dq_ref, dk_ref, dv_ref, dq_acc_ref, dk_acc_ref, dv_acc_ref) = rest[:-6], rest[-6:]
+  step = pl.program_id(2)
+  q_block, k_block = q_of_ref[step], k_of_ref[step]
+  n = q_ref.shape[0]
+  unit = scale * math.log2(math.e)
+  dtype = q_ref.dtype
+  place = pl.multiple_of((q_block - first_block) * n, n)
+
+  @pl.when(step == 0)
+  def _():
+    dq_acc_ref[...] = jnp.zeros(dq_acc_ref.shape, f32)
+
+  @pl.when(q_block == jnp.maximum(k_block, first_block))
+  def _():
+    dk_acc_ref[...] = jnp.zeros(dk_acc_ref.shape, f32)
+    dv_acc_ref[...] = jnp.zeros(dv_acc_ref.shape, f32)
+
+  def run(diagonal: bool):
+    ids = _ids(segments)
+
+    def slices(first):
+      return pl.ds(0, first + chunk if diagonal else n), pl.ds(first, chunk)
+
+    def score(first):
+      keys, queries = slices(first)
+      logits_kq = _dot(k_ref[keys], q_ref[queries], (1, 1)) * unit
+      return logits_kq, _dot(v_ref[keys], dout_ref[queries], (1, 1))
+
+    def attend(scores, first):
+      logits_kq, dp_kq = scores
+      keys, queries = slices(first)
+      logits_kq = _masked(logits_kq, first, diagonal, ids)
+      p_kq = jnp.exp2(logits_kq - log_z_ref[:, queries])
+      dv_acc_ref[keys] += _dot(p_kq.astype(dtype), dout_ref[queries], (1, 0))
+      dlogits_kq = (p_kq * (dp_kq - shared_ref[:, queries])).astype(dtype)
+      dk_acc_ref[keys] += _dot(dlogits_kq, q_ref[queries], (1, 0))
+      dq_acc_ref[pl.ds(place + first, chunk)] += _dot(dlogits_kq, k_ref[keys], (0, 0))
+
+    scores = score(0)
+    for first in range(0, n, chunk):
+      following = score(first + chunk) if first + chunk < n else None
+      attend(scores, first)
+      scores = following
+
+  @pl.when(k_block < q_block)
+  def _():
+    run(diagonal=False)
+
+  @pl.when(k_block == q_block)
+  def _():
+    run(diagonal=True)  # the last keys these queries see
+    dq_ref[...] = (dq_acc_ref[pl.ds(place, n)] * scale).astype(dq_ref.dtype)
+
+  @pl.when(q_block == first_block + num_blocks - 1)
+  def _():
+    dk_ref[...] = (dk_acc_ref[...] * scale).astype(dk_ref.dtype)
+    dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
+
+
+def _call(name, kernel, steps, inputs, outputs, scratch, flops, transcendentals):
+  """Runs a kernel over (rows, heads, steps), with its costs counted.
+
+  Args:
+    name: of the kernel.
+    kernel: gets the steps' blocks of queries and of keys, inputs, outputs and scratch.
+    steps: int32 [n] arrays, blocks of queries, of keys, and what else index maps ask for.
+    inputs: (array, spec) of each.
+    outputs: (shape, dtype, spec) of each.
+    scratch: its shapes.
+    flops, transcendentals: of one head of one row.
+  """
+  B, H = inputs[0][0].shape[:2]
+  grid = (B, H, len(steps[0]))
+  arrays, in_specs = zip(*inputs)
+  out_specs = [spec for _, _, spec in outputs]
+  out_shapes = [out_struct(shape, dtype, arrays) for shape, dtype, _ in outputs]
+  operands = list(zip(map(traffic.struct, arrays), in_specs)) + list(zip(out_shapes, out_specs))
+  # Every head of every row moves as much as the first.
+  moved = traffic.bytes_moved((1, 1, grid[2]), operands, steps)
+  call = pl.pallas_call(
+    kernel,
+    out_shape=out_shapes,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=len(steps),
+      grid=grid,
+      in_specs=in_specs,
+      out_specs=out_specs,
+      scratch_shapes=scratch,
+    ),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=B * H * flops,
+      transcendentals=B * H * transcendentals,
+      bytes_accessed=B * H * moved,
+    ),
+    name=name,
+  )
+  return call(*map(jnp.asarray, steps), *arrays)
+
+
+def _flops(steps, n: int, chunk: int, dims: int) -> tuple[int, int]:
+  """Returns (FLOPs of matmuls over `dims` numbers a logit, logits) of one head's steps."""
+  chunks = n // chunk
+  on_diagonal = int(np.sum(steps[0] == steps[1]))
+  logits = (len(steps[0]) - on_diagonal) * n * n
+  logits += on_diagonal * chunk * chunk * (chunks * (chunks + 1) // 2)
+  return 2 * logits * dims, logits
+
+
+def _specs(n: int, segments_B1S):
+  """Returns makers of the specs of [B, H, S, width] by queries and keys, the spec of [B, H, 1, S]
+  by queries, and the segments as inputs."""
+
+  def rows(which):
+    return lambda width: pl.BlockSpec(
+      (None, None, n, width), lambda b, h, step, *blocks: (b, h, blocks[which][step], 0)
+    )
+
+  def ids(which):
+    return pl.BlockSpec((None, 1, n), lambda b, h, step, *blocks: (b, 0, blocks[which][step]))
+
+  flat = pl.BlockSpec((None, None, 1, n), lambda b, h, step, *blocks: (b, h, 0, blocks[0][step]))
+  segments = [] if segments_B1S is None else [(segments_B1S, ids(0)), (segments_B1S, ids(1))]
+  return rows(0), rows(1), flat, segments
+
+
+def _chunk(n: int, most: int) -> int:
+  """Returns the largest multiple of LANES up to `most` that divides a block."""
+  return max(c for c in range(LANES, max(most, LANES) + 1, LANES) if n % c == 0)
+
+
+def _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n):
+  B, H, S, A = q_BHSA.shape
+  U, dtype = v_BHSU.shape[3], v_BHSU.dtype
+  pairs = [(i, j) for i in range(S // n) for j in range(i + 1)]
+  steps = tuple(np.array(blocks, np.int32) for blocks in zip(*pairs))
+  by_query, by_key, flat, segments = _specs(n, segments_B1S)
+  chunk = _chunk(n, CHUNK_TOKENS)
+  flops, logits = _flops(steps, n, chunk, A + U)
+  return _call(
+    "mla_forward",
+    functools.partial(_forward_kernel, scale=scale, chunk=chunk),
+    steps,
+    [(q_BHSA, by_query(A)), (k_BHSA, by_key(A)), (v_BHSU, by_key(U)), *segments],
+    [
+      ((B, H, S, U), dtype, by_query(U)),
+      ((B, H, 1, S), f32, flat),
+    ],
+    [pltpu.VMEM((U, n), f32), pltpu.VMEM((1, n), f32), pltpu.VMEM((1, n), f32)],
+    flops,
+    logits,
+  )
+
+
+def _backward(q_BHSA, k_BHSA, v_BHSU, dout_BHSU, log_z_BH1S, shared_BH1S, segments_B1S, scale, n):
+  B, H, S, A = q_BHSA.shape
+  U, dtype = v_BHSU.shape[3], v_BHSU.dtype
+  by_query, by_key, flat, segments = _specs(n, segments_B1S)
+  chunk = _chunk(n, CHUNK_TOKENS)
+  span_blocks = max(1, SPAN_TOKENS // n)
+  spans = [(i, min(i + span_blocks, S // n)) for i in range(0, S // n, span_blocks)]
+  sum_dtype = dtype if len(spans) == 1 else f32
+  dq, dk, dv = [], [], []
+  for first, end in spans:
+    # A block of dq is whole when its own keys have been seen, and leaves before the next's.
+    pairs = [(i, j, max(j - first, 0)) for j in range(end) for i in range(max(j, first), end)]
+    steps = tuple(np.array(blocks, np.int32) for blocks in zip(*pairs))
+    flops, logits = _flops(steps, n, chunk, 3 * A + 2 * U)
+    dq_spec = pl.BlockSpec(
+      (None, None, n, A), lambda b, h, step, _, __, whole_of: (b, h, whole_of[step], 0)
+    )
+    one_dq, one_dk, one_dv = _call(
+      "mla_backward",
+      functools.partial(
+        _backward_kernel,
+        scale=scale,
+        chunk=chunk,
+        first_block=first,
+        num_blocks=end - first,
+      ),
+      steps,
+      [
+        *((q_BHSA, by_query(A)), (k_BHSA, by_key(A)), (v_BHSU, by_key(U))),
+        *((dout_BHSU, by_query(U)), (log_z_BH1S, flat), (shared_BH1S, flat)),
+        *segments,
+      ],
+      [
+        ((B, H, (end - first) * n, A), dtype, dq_spec),
+        ((B, H, end * n, A), sum_dtype, by_key(A)),
+        ((B, H, end * n, U), sum_dtype, by_key(U)),
+      ],
+      [
+        pltpu.VMEM(((end - first) * n, A), f32),
+        pltpu.VMEM((n, A), f32),
+        pltpu.VMEM((n, U), f32),
+      ],
+      flops,
+      logits,
+    )
+    behind = ((0, 0), (0, 0), (0, S - end * n), (0, 0))
+    dq.append(one_dq)
+    dk.append(jnp.pad(one_dk, behind))
+    dv.append(jnp.pad(one_dv, behind))
+  dk_BHSA, dv_BHSU = (functools.reduce(jnp.add, parts).astype(dtype) for parts in (dk, dv))
+  return jnp.concatenate(dq, axis=2), dk_BHSA, dv_BHSU
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n):
+  return _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n)[0]
+
+
+def _attention_fwd(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n):
+  out_BHSU, log_z_BH1S = _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n)
+  return out_BHSU, (q_BHSA, k_BHSA, v_BHSU, segments_B1S, out_BHSU, log_z_BH1S)
+
+
+def _attention_bwd(scale, n, saved, dout_BHSU):
+  q_BHSA, k_BHSA, v_BHSU, segments_B1S, out_BHSU, log_z_BH1S = saved
+  # Sum over keys of p dp, the part of the softmax's gradient all logits of a query share.
+  shared_BHS = jnp.sum(dout_BHSU.astype(f32) * out_BHSU.astype(f32), axis=-1)
+  rest = (dout_BHSU, log_z_BH1S, shared_BHS[:, :, None], segments_B1S, scale, n)
+  return (*_backward(q_BHSA, k_BHSA, v_BHSU, *rest), None)
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def _block(S: int, most: int) -> int:
+  """Returns a block's tokens: as equal blocks as the tiles allow."""
+  number = -(-S // most)
+  unit = LANES if number == 1 else 2 * LANES
+  return min(-(-S // (number * unit)) * unit, most)
+
+
+def causal_attention(
+  q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float, block_tokens: int = BLOCK_TOKENS
+):
+  """See `api.causal_attention`; a grid step has at most `block_tokens` queries and keys."""
+  S = q_BSHA.shape[1]
+  n = _block(S, block_tokens)
+  behind = -S % n  # tokens behind the last, which none before them sees
+
+  def heads_first(a):
+    return jnp.pad(a, ((0, 0), (0, behind), (0, 0), (0, 0))).swapaxes(1, 2)
+
+  q_BHSA, k_BHSA, v_BHSU = map(heads_first, (q_BSHA, k_BSHA, v_BSHU))
+  segments_B1S = segments_BS
+  if segments_BS is not None:
+    segments_B1S = jnp.pad(segments_BS, ((0, 0), (0, behind)))[:, None]
+  out_BHSU = _attention(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n)
+  return out_BHSU.swapaxes(1, 2)[:, :S]

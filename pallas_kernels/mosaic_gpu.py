@@ -1,0 +1,49 @@
+"""How the kernels for NVIDIA GPUs (Mosaic GPU) are called."""
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def call(
+  kernel,
+  name: str,
+  operands,
+  out_type,
+  grid: dict[str, int],
+  scratch=(),
+  warpgroups: int = 1,
+  reduction_bytes: int = 2048,
+):
+  """Runs a kernel on operands.
+
+  Args:
+    kernel: a function of references: operands, outputs, scratch.
+    operands: arrays, off chip.
+    out_type: a `jax.ShapeDtypeStruct` or several.
+    grid: the thread blocks, by name of axis, the last running fastest.
+    scratch: memory on chip and barriers of a block.
+    warpgroups: of a block; more than one call their axis "wg".
+    reduction_bytes: room for sums across warps.
+  """
+  outs = plgpu.kernel(
+    kernel,
+    out_type=out_type,
+    scratch_types=list(scratch),
+    grid=tuple(grid.values()),
+    grid_names=tuple(grid),
+    # Layouts of registers are chosen by the kernels; jax 0.12 would infer them.
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=reduction_bytes
+    ),
+    kernel_name=name,
+    num_threads=warpgroups if warpgroups > 1 else None,
+    thread_name="wg" if warpgroups > 1 else None,
+  )(*operands)
+  axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
+
+  def varying(out):
+    """An output varies over the mesh axes any operand varies over, which a kernel forgets."""
+    missing = tuple(axes - jax.typeof(out).manual_axis_type.varying)
+    return jax.lax.pcast(out, missing, to="varying") if missing else out
+
+  return jax.tree.map(varying, outs)

@@ -1,0 +1,110 @@
+"""Rows into expert order and back for H100 (Mosaic GPU): each row read once, written once.
+
+`permute` brings a token's row on chip and stores it K times, one thread block a token;
+`combine` brings the token's K rows on chip and stores their sum, one block a token and part of
+D. Blocks are small, so that many share a multiprocessor: one waits for memory, others work.
+
+Shapes: M tokens, D hidden, K experts a token, P rows; a row is [c, 128] to the copy engine,
+which moves at most 256 numbers a dimension.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.mosaic_gpu import call
+
+LANES = 128
+BLOCK_BYTES = 36 * 1024  # of a block of `combine`: six share a multiprocessor
+
+f32 = jnp.float32
+
+
+def _chunks(D: int) -> int:
+  if D % LANES or not 0 < D // LANES <= 256:
+    raise ValueError(f"D must be a multiple of {LANES}, at most {256 * LANES}, got {D}")
+  return D // LANES
+
+
+def permute(x_MD, row_MK, num_rows: int):
+  """Copies each token's row to its K places.
+
+  Args:
+    x_MD: bfloat16, float16 or float32.
+    row_MK: int32 place of each copy, all different; outside [0, num_rows) none is made.
+    num_rows: P.
+
+  Returns:
+    [P, D] in x's dtype; a row nobody was sent to holds anything.
+  """
+  M, D = x_MD.shape
+  K = row_MK.shape[1]
+  chunks = _chunks(D)
+
+  def kernel(x_hbm, row_hbm, y_hbm, row_smem, arrived):
+    m = jax.lax.axis_index("token")
+    plgpu.copy_gmem_to_smem(x_hbm.at[m], row_smem, arrived)
+    plgpu.barrier_wait(arrived)
+    for k in range(K):
+      row = row_hbm[m, k]
+      store = functools.partial(plgpu.copy_smem_to_gmem, row_smem, y_hbm.at[row])
+      pl.when((row >= 0) & (row < num_rows))(store)
+
+    plgpu.wait_smem_to_gmem(0)
+
+  y = call(
+    kernel,
+    "permute",
+    [x_MD.reshape(M, chunks, LANES), row_MK],
+    jax.ShapeDtypeStruct((num_rows, chunks, LANES), x_MD.dtype),
+    {"token": M},
+    [plgpu.SMEM((chunks, LANES), x_MD.dtype), plgpu.Barrier()],
+  )
+  return y.reshape(num_rows, D)
+
+
+def combine(y_PD, row_MK, weight_MK=None):
+  """Sums each token's K rows, weighted where weights are given, in float32.
+
+  Args:
+    y_PD: bfloat16, float16 or float32.
+    row_MK: int32 row of each choice, in [0, P).
+    weight_MK: float32 or None.
+
+  Returns:
+    [M, D] in y's dtype.
+  """
+  P, D = y_PD.shape
+  M, K = row_MK.shape
+  chunks = _chunks(D)
+  most = max(BLOCK_BYTES // (K * LANES * y_PD.dtype.itemsize), 1)
+  part = max(c for c in range(1, most + 1) if chunks % c == 0)
+  weights = [] if weight_MK is None else [weight_MK]
+
+  def kernel(y_hbm, row_hbm, *refs):
+    *weight_hbm, sum_hbm, rows_smem, arrived = refs
+    m = jax.lax.axis_index("token")
+    mine = pl.ds(jax.lax.axis_index("part") * part, part)
+    for k in range(K):
+      plgpu.copy_gmem_to_smem(y_hbm.at[row_hbm[m, k], mine], rows_smem.at[k], arrived)
+    plgpu.barrier_wait(arrived)
+    rows = [rows_smem[k].astype(f32) for k in range(K)]
+    if weights:
+      rows = [row * weight_hbm[0][m, k] for k, row in enumerate(rows)]
+    rows_smem[0] = sum(rows[1:], rows[0]).astype(rows_smem.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(rows_smem.at[0], sum_hbm.at[m, mine])
+    plgpu.wait_smem_to_gmem(0)
+
+  y = call(
+    kernel,
+    "combine",
+    [y_PD.reshape(P, chunks, LANES), row_MK, *weights],
+    jax.ShapeDtypeStruct((M, chunks, LANES), y_PD.dtype),
+    {"token": M, "part": chunks // part},
+    [plgpu.SMEM((K, part, LANES), y_PD.dtype), plgpu.Barrier(num_arrivals=K)],
+  )
+  return y.reshape(M, D)
