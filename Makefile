@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: setup train test parity lint clean
+.PHONY: setup train test test-tpu test-gpu parity lint clean
 
 setup: $(VENV)/.installed
 
@@ -18,11 +18,26 @@ $(VENV)/.parity: $(VENV)/.installed
 	$(PIP_INSTALL) --editable .[test,parity]
 	touch $@
 
+$(VENV)/.tpu: $(VENV)/.installed
+	$(PIP_INSTALL) --editable .[test,tpu]
+	touch $@
+
+$(VENV)/.cuda13: $(VENV)/.installed
+	$(PIP_INSTALL) --editable .[test,cuda13]
+	touch $@
+
 train: setup
 	$(BIN)/python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not parity"
+	$(BIN)/python -m pytest -n 2 -m "not parity and not tpu and not gpu"
+
+# The compilers of TPUs and of the H100, with neither at hand.
+test-tpu: $(VENV)/.tpu
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m tpu
+
+test-gpu: $(VENV)/.cuda13
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m gpu
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -m parity

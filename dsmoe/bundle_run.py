@@ -281,7 +281,7 @@ def run(
       return Run(np.cumsum(entered_N)[:-1], machine.moved)
     if branch := branches[n]:
       taken = machine.holds(branch[0])
-      if taken is None or branch[1] not in starts:
+      if taken is None or (taken and branch[1] not in starts):
         raise ValueError(f"a branch must not depend on data: {bundles[n][:200]}")
       if taken:
         target, left = starts[branch[1]], DELAY_SLOTS + 1

@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsmoe.config import ModelConfig
+from pallas_kernels.mla_attention import decode_width
 
 PAGE_TOKENS = 16
 BLOCK_PAGES = 8  # read at once
 
 
 def width(config: ModelConfig) -> int:
-  """Numbers a token and layer: the latent and the rotated key that all heads share."""
-  return config.kv_lora_rank + config.qk_rope_head_dim
+  """Numbers a token and layer: the latent, the rotated key that all heads share, any padding."""
+  W = config.kv_lora_rank + config.qk_rope_head_dim
+  return decode_width(W, config.kernels.decode_attention)
 
 
 class LatentCache(NamedTuple):
@@ -72,6 +74,7 @@ def write(pages_NTW, new_BSW, table_BP, first_B, count_B):
   """
   N, T, W = pages_NTW.shape
   new_BSW = jnp.where(jnp.isfinite(new_BSW), new_BSW, 0)
+  new_BSW = jnp.pad(new_BSW, ((0, 0), (0, 0), (0, W - new_BSW.shape[2])))
   B, S, _ = new_BSW.shape
   rows = jnp.arange(B)[:, None]
   if S % T:

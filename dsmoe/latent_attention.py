@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from dsmoe import cache, rope
 from dsmoe.config import ModelConfig
 from dsmoe.layers import project
-from pallas_kernels.mla_attention import causal_attention_with_normaliser
+from pallas_kernels.mla_attention import causal_attention_with_normaliser, decode_attention
 
 f32 = jnp.float32
 
@@ -89,12 +89,13 @@ def expanded(mla, weights: Absorbed, q_BSHA, new_BSW, pages_NTW, place: Place):
   """Attention with keys and values expanded from the latents: for many new tokens."""
   config = mla.config
   C, scale = config.kv_lora_rank, rope.softmax_scale(config)
+  W = C + config.qk_rope_head_dim
 
   def expand(latents_BTW):
     kv_BTHX = project(latents_BTW[..., :C], mla.kv_b_proj[...])
     k_BTHN, v_BTHU = jnp.split(kv_BTHX, [config.qk_nope_head_dim], axis=-1)
     shared = jnp.broadcast_to(
-      latents_BTW[:, :, None, C:], (*k_BTHN.shape[:3], config.qk_rope_head_dim)
+      latents_BTW[:, :, None, C:W], (*k_BTHN.shape[:3], config.qk_rope_head_dim)
     )
     return jnp.concatenate([k_BTHN, shared], axis=-1), v_BTHU
 
@@ -118,9 +119,15 @@ def in_latent_space(mla, weights: Absorbed, q_BSHA, new_BSW, pages_NTW, place: P
   config = mla.config
   C, N = config.kv_lora_rank, config.qk_nope_head_dim
   B, S, H, _ = q_BSHA.shape
-  W = new_BSW.shape[-1]
+  W = pages_NTW.shape[-1]
   q_BSHC = jnp.einsum("bshn,hnc->bshc", q_BSHA[..., :N], weights.k_HNC)
-  q_BSHW = jnp.concatenate([q_BSHC, q_BSHA[..., N:]], axis=-1) * rope.softmax_scale(config)
+  q_BSHW = jnp.concatenate([q_BSHC, q_BSHA[..., N:]], axis=-1)
+  q_BSHW = jnp.pad(q_BSHW, ((0, 0), (0, 0), (0, 0), (0, W - q_BSHW.shape[3])))
+  end_BS, scale = place.position_BS(S) + 1, rope.softmax_scale(config)
+  implementation = config.kernels.decode_attention
+  if implementation is not None or jax.default_backend() == "tpu":
+    args = (q_BSHW, pages_NTW, place.table_BP, end_BS, scale, C, implementation)
+    return jnp.einsum("bshc,hcu->bshu", decode_attention(*args), weights.v_HCU)
 
   def as_they_are(latents_BTW):
     # The rotated key is carried along in the values: cutting it off would copy the latents.
@@ -130,10 +137,10 @@ def in_latent_space(mla, weights: Absorbed, q_BSHA, new_BSW, pages_NTW, place: P
   carry = [
     jnp.full((B, 1, S * H, width), fill, f32) for width, fill in ((1, -1e30), (1, 0), (W, 0))
   ]
-  end_BX = jnp.repeat(place.position_BS(S) + 1, H, axis=1)
+  end_BX = jnp.repeat(end_BS, H, axis=1)
   out = _attend_to_cache(
     tuple(carry),
-    q_BSHW.reshape(B, 1, S * H, -1),
+    (q_BSHW * scale).reshape(B, 1, S * H, -1),
     as_they_are,
     *(pages_NTW, place.table_BP, end_BX, jnp.max(place.first_B) + S),
   )

@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".jax_cache")
 
+# For processes that tests start; what chips an extra could drive does not matter.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # The tests compile far more than they compute: spend less on machine code.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 

@@ -107,3 +107,17 @@ def test_instructions(instruction, expected):
   ):
     machine.execute(bundle_run._decode(text))
   assert machine.values["%s2_s2"] == expected
+
+
+def test_a_branch_to_nowhere_is_an_error_only_if_taken():
+  for core in (0, 1):
+    text = CODE.replace(
+      "0x1   :  { %s2_s5 = smov 0",
+      "0x1   :  { %p90_p0 = scmp.ne.s32.totalorder %s1_s9, 0  ;;  %s2_s5 = smov 0",
+    ).replace("{ %v1_v0 = vld [vmem:[%s9]]", "{ %91 = sbr.rel (%p90_p0) target = $region404")
+    code = bundles.read_bundles(text)
+    if core == 0:
+      assert bundle_run.run(code, core=0).visits_N[2] == 6
+    else:
+      with pytest.raises(ValueError, match="a branch must not depend on data"):
+        bundle_run.run(code, core=1)

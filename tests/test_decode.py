@@ -1,5 +1,6 @@
 """Prefill and decode over the cache against full forward passes, token for token."""
 
+import dataclasses
 import functools
 
 import hf_cases
@@ -9,8 +10,10 @@ import numpy as np
 import oracles
 import pytest
 from helpers import TOLERANCE, assert_close, random_model, random_parts, small_config
+from jax.experimental.pallas import tpu as pltpu
 
 from dsmoe import cache, decode, dispatch, inference, moe, routing, sampling
+from dsmoe import config as config_lib
 from dsmoe import model as model_lib
 from dsmoe.latent_attention import Place, expanded, in_latent_space
 from dsmoe.sampling import Sampling
@@ -64,11 +67,15 @@ def _place(first, count, pages=24):
   return Place(jnp.asarray(table), jnp.asarray(first), jnp.asarray(count))
 
 
-def test_prefill_in_parts_and_decoding_equal_a_full_pass_at_every_position(monkeypatch):
+@pytest.mark.parametrize("implementation", [None, "xla", "mosaic_tpu"])
+def test_prefill_in_parts_and_decoding_equal_a_full_pass_at_every_position(
+  monkeypatch, implementation
+):
   """Over a block's end (128 tokens), rows of different lengths, one or two tokens at a time."""
   assert cache.BLOCK_PAGES * cache.PAGE_TOKENS == 128
   lengths, total = (112, 144), 160
   tokens = np.random.default_rng(0).integers(0, V, (2, total)).astype(np.int32)
+  jax.clear_caches()  # what was compiled before records nothing
   seen = _record_routing(monkeypatch)
   full = np.asarray(model_lib.logits(random_model(CONFIG, 0), tokens))
   jax.effects_barrier()
@@ -77,8 +84,11 @@ def test_prefill_in_parts_and_decoding_equal_a_full_pass_at_every_position(monke
   assert len(full_routes) == 2
   seen.clear()
 
-  arch, weights = _prepared()
-  kept = cache.empty(CONFIG.model, 48)
+  kernels = config_lib.KernelsConfig(decode_attention=implementation)
+  model = dataclasses.replace(CONFIG.model, kernels=kernels)
+  arch, weights = inference.prepare(model, *random_parts(CONFIG, 0)[1:])
+  kept = cache.empty(model, 48)
+  assert kept.layers[0].shape[2] == (128 if implementation == "mosaic_tpu" else 16 + 8)
   first, count = np.zeros(2, np.int32), np.zeros(2, np.int32)
   take_in = _forward(arch, expanded)
   compared = np.zeros((2, total), bool)
@@ -103,15 +113,18 @@ def test_prefill_in_parts_and_decoding_equal_a_full_pass_at_every_position(monke
     logits, kept = take_in(weights, kept, part, _place(first, count))
     compare(np.asarray(logits), first, count)
     first = first + count
-  for S, steps in ((1, 4), (2, 6)):
+  many = ((1, 4), (2, 6)) if implementation is None else ((1, 1), (2, 1))
+  for S, steps in many:
     step = _forward(arch, in_latent_space)
     for _ in range(steps):
       part = np.stack([tokens[row, first[row] : first[row] + S] for row in range(2)])
       count = np.full(2, S, np.int32)
-      logits, kept = step(weights, kept, part, _place(first, count))
+      with pltpu.force_tpu_interpret_mode():
+        logits, kept = step(weights, kept, part, _place(first, count))
       compare(np.asarray(logits), first, count)
       first = first + S
-  assert compared[0, :128].all() and compared[1, :160].all()
+  decoded = sum(S * steps for S, steps in many)
+  assert compared[0, : 112 + decoded].all() and compared[1, : 144 + decoded].all()
 
 
 @pytest.mark.parametrize("M", [1, 2, 7])

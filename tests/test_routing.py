@@ -50,7 +50,7 @@ def _route_by_loops(logits, bias, c):
     if not (case[1] == "greedy" and case[2])
   ],
 )
-@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", sorted(IMPLEMENTATIONS.keys() - {"mosaic_gpu"}))
 def test_route_matches_loops_in_indices_gates_and_gradient(
   implementation, scoring_func, topk_method, grouped, norm_topk_prob
 ):

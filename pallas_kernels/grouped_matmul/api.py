@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import cpu, reference, tpu
+from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
 from pallas_kernels.permute import combine, expert_order, group_starts, num_rows, permute
+from pallas_kernels.permute import gpu as permute_gpu
 from pallas_kernels.routing import Routed
 
 
@@ -136,8 +137,9 @@ IMPLEMENTATIONS: dict[str, Callable | None] = {
   "ragged_dot": ragged_swiglu,
   "blocked": None,  # these two take more
   "mosaic_tpu": None,
+  "mosaic_gpu": gpu.grouped_swiglu,
 }
-MATMULS = ("reference", "ragged_dot", "mosaic_tpu")
+MATMULS = ("reference", "ragged_dot", "mosaic_tpu", "mosaic_gpu")
 
 
 def grouped_matmul(
@@ -178,8 +180,12 @@ def grouped_matmul(
   x_PK, w_EKN, group_sizes_E, group_starts_E = map(jnp.asarray, operands)
   if implementation == "mosaic_tpu":
     return _mosaic_matmul(x_PK, w_EKN, group_sizes_E, group_starts_E, alignment)
-  way = reference.grouped_matmul if implementation == "reference" else ragged_dot
-  return way(x_PK, w_EKN, group_sizes_E, group_starts_E)
+  ways: dict[str, Callable] = {
+    "reference": reference.grouped_matmul,
+    "ragged_dot": ragged_dot,
+    "mosaic_gpu": gpu.grouped_matmul_vjp,
+  }
+  return ways[implementation](x_PK, w_EKN, group_sizes_E, group_starts_E)
 
 
 def grouped_swiglu(
@@ -245,6 +251,17 @@ def grouped_swiglu(
   return way(rows_PD, weight_P, *weights, sizes_E, starts_E)
 
 
+def _mosaic_gpu_routed(x_MD, routed: Routed, experts):
+  expert_MK, gate_MK, counts_E, rank_MK = routed
+  starts_E = group_starts(counts_E)
+  row_MK = starts_E[expert_MK] + rank_MK
+  weight_P = jnp.zeros(row_MK.size, jnp.float32)
+  weight_P = weight_P.at[row_MK.reshape(-1)].set(gate_MK.reshape(-1), unique_indices=True)
+  x_PD = permute_gpu.to_rows(x_MD, row_MK, row_MK.size)
+  y_PD = gpu.grouped_swiglu(x_PD, weight_P, *experts, counts_E, starts_E)
+  return permute_gpu.from_rows(y_PD, row_MK)
+
+
 def routed_swiglu(x_MD, routed: Routed, experts, implementation: str | None = None):
   """Sends tokens to their experts, applies each one's SwiGLU, and sums what comes back.
 
@@ -268,6 +285,8 @@ def routed_swiglu(x_MD, routed: Routed, experts, implementation: str | None = No
       *(x_MD, gate_MK, (w_gate_EDF, w_up_EDF, w_down_EFD), starts_E[expert_MK] + rank_MK),
       *(counts_E, starts_E, num_rows(P, E, tile), tile),
     )
+  if implementation == "mosaic_gpu":
+    return _mosaic_gpu_routed(x_MD, routed, experts)
   with jax.named_scope("dispatch"):
     order = expert_order(expert_MK, rank_MK, counts_E)
     weight_P = gate_MK.reshape(-1)[order[0]]

@@ -24,8 +24,7 @@ from pallas_kernels.permute import tpu as permute
 
 VMEM_BYTES = 56 * 2**20  # of the 64 MiB of a tpu7x device, the smallest of the chips supported
 LANES = 128
-# One product's rows: [256, 128] float32 results fill half the registers, and none is spilled.
-PRODUCT_ROWS = 256
+BLOCK_COLUMNS = 256  # a multiple of every chip's product
 
 UNROLL = 8  # products of one tile's rows alone are short: their ends overlap
 
@@ -101,11 +100,29 @@ class Matrix(NamedTuple):
   transposed: bool = False
 
 
+class Product(NamedTuple):
+  """What one loop step multiplies to: as wide as the matrix unit, without spilling registers."""
+
+  rows: int
+  columns: int
+
+
+def _product() -> Product:
+  """Returns the chip's, by what the compiler spills; v5p's for a chip unknown."""
+  try:
+    chip = pltpu.get_tpu_info()
+  except ValueError:
+    return Product(256, 128)
+  if chip.mxu_column_size == 128:
+    return Product(256, 128)
+  return Product(128 if chip.generation == 6 else 256, 256)
+
+
 def _each_block(
-  num_rows: int, num_columns: int, product: Callable, columns: int = LANES, unroll: int = 1
+  num_rows: int, num_columns: int, product: Callable, size: Product, unroll: int = 1
 ) -> None:
   """Calls product(rows, columns) on blocks of one product's size: a loop, or once if small."""
-  m = min(num_rows, PRODUCT_ROWS)
+  m, columns = min(num_rows, size.rows), size.columns
   if num_columns % columns:
     columns = num_columns
 
@@ -186,7 +203,8 @@ def _over_rows(
   a_column = 2 * sum(m.array.size // (E * N) for m in matrices) * size
   a_column += tile * (2 * (len(extras) * size + sum(np.dtype(d).itemsize for d in outs)))
   a_column += tile * 4 * (len(matrices) + packed)
-  n = _step_columns(N, fixed, a_column, 2 * LANES if packed else LANES)
+  chip = _product()
+  n = _step_columns(N, fixed, a_column, BLOCK_COLUMNS if packed else chip.columns)
   steps_n = pl.cdiv(N, n)
 
   by_row = lambda j, t, e, r, end: (r[t], 0)  # noqa: E731
@@ -250,10 +268,14 @@ def _over_rows(
 
     def finish_words(own_rows, own_columns):
       first = own_columns.start
+      word = pl.ds(pl.multiple_of(jax.lax.div(first, 2), LANES), LANES)
+      if chip.columns == 2 * LANES:
+        value = results(own_rows, own_columns)[0]
+        out_refs[0][own_rows, word] = permute.pack_halves(value[:, :LANES], value[:, LANES:])
+        return
       halves = [pl.ds(pl.multiple_of(first + h * LANES, LANES), LANES) for h in range(2)]
       for half in halves:
         found_refs[-1][own_rows, half] = results(own_rows, half)[0]
-      word = pl.ds(pl.multiple_of(jax.lax.div(first, 2), LANES), LANES)
       out_refs[0][own_rows, word] = permute.pack_halves(
         *(found_refs[-1][own_rows, half] for half in halves)
       )
@@ -262,11 +284,11 @@ def _over_rows(
       out_refs[-1][...] = jnp.zeros_like(out_refs[-1])
     # A loop for each product: two in one would not fit the registers.
     for i in range(len(matrices) - 1):
-      _each_block(tile, n, functools.partial(keep, i))
+      _each_block(tile, n, functools.partial(keep, i), chip)
     if packed:
-      _each_block(tile, n, finish_words, 2 * LANES)
+      _each_block(tile, n, finish_words, chip._replace(columns=BLOCK_COLUMNS))
     else:
-      _each_block(tile, n, finish)
+      _each_block(tile, n, finish, chip)
 
   full = _full_schedule(E, P, tile, False)
   flops = 2 * P * steps_n * n * sum(m.array.size // (E * N) for m in matrices)
@@ -306,9 +328,9 @@ def _over_groups(lhs, rhs, plan, tile: int, dtype):
   # bytes of a row and column: what comes in, twice, and its plain form
   column = lambda x: 2 * x.shape[1] * x.dtype.itemsize // _width(x) + size * (x.dtype != dtype)  # noqa: E731
   of_rhs = tile * sum(column(x) for x in rhs)
-  n = _step_columns(N, 0, PRODUCT_ROWS * len(rhs) * (4 + 2 * size) + of_rhs, 2 * LANES)
+  n = _step_columns(N, 0, BLOCK_COLUMNS * len(rhs) * (4 + 2 * size) + of_rhs, BLOCK_COLUMNS)
   of_lhs = tile * (column(lhs) + size)
-  k = _step_columns(K, n * of_rhs, of_lhs + len(rhs) * n * (4 + 2 * size), PRODUCT_ROWS)
+  k = _step_columns(K, n * of_rhs, of_lhs + len(rhs) * n * (4 + 2 * size), BLOCK_COLUMNS)
   grid_k, grid_n = pl.cdiv(K, k), pl.cdiv(N, n)
 
   in_specs = [
@@ -353,7 +375,7 @@ def _over_groups(lhs, rhs, plan, tile: int, dtype):
       sum_ref[own_k, own_n] += _dot(turned_km[own_k, :], own(rhs_ref[:, own_n]))
 
     for rhs_ref, sum_ref in zip(rhs_refs, sum_refs):
-      _each_block(k, n, functools.partial(add, rhs_ref, sum_ref), unroll=UNROLL)
+      _each_block(k, n, functools.partial(add, rhs_ref, sum_ref), _product(), UNROLL)
 
     @pl.when(last)
     def _():

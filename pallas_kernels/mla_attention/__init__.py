@@ -5,6 +5,7 @@ from pallas_kernels.mla_attention.api import (
   DECODE_IMPLEMENTATIONS,
   causal_attention,
   decode_attention,
+  decode_width,
 )
 from pallas_kernels.mla_attention.cpu import causal_attention_with_normaliser
 
@@ -14,4 +15,5 @@ __all__ = [
   "causal_attention",
   "causal_attention_with_normaliser",
   "decode_attention",
+  "decode_width",
 ]

@@ -109,6 +109,12 @@ def causal_attention(
   return fn(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale)
 
 
+def decode_width(W: int, implementation: str | None = None) -> int:
+  """Returns how many numbers a token should take in the cache: TPUs copy whole 128s."""
+  padded = _choose(implementation, DECODE_IMPLEMENTATIONS) == "mosaic_tpu"
+  return -(-W // 128) * 128 if padded else W
+
+
 def decode_attention(
   q_BSHW,
   pages_NTW,

@@ -108,3 +108,28 @@ def combine(y_PD, row_MK, weight_MK=None):
     [plgpu.SMEM((K, part, LANES), y_PD.dtype), plgpu.Barrier(num_arrivals=K)],
   )
   return y.reshape(M, D)
+
+
+# Both with their gradients, for rows that each belong to one choice: each other's transpose.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def to_rows(x_MD, row_MK, num_rows: int):
+  """`permute`, differentiable in x."""
+  return permute(x_MD, row_MK, num_rows)
+
+
+@jax.custom_vjp
+def from_rows(y_PD, row_MK):
+  """`combine` without weights, differentiable in y."""
+  return combine(y_PD, row_MK)
+
+
+to_rows.defvjp(
+  lambda x_MD, row_MK, num_rows: (permute(x_MD, row_MK, num_rows), row_MK),
+  lambda num_rows, row_MK, dx_PD: (combine(dx_PD, row_MK), None),
+)
+from_rows.defvjp(
+  lambda y_PD, row_MK: (combine(y_PD, row_MK), (row_MK, y_PD.shape[0])),
+  lambda saved, dy_MD: (permute(dy_MD, *saved), None),
+)

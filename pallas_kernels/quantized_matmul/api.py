@@ -10,7 +10,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quantized_matmul import reference, tpu, tpu_grouped, xla
+from pallas_kernels.quantized_matmul import gpu, reference, tpu, tpu_grouped, xla
 from pallas_kernels.quantized_matmul.e4m3 import Quantized, columns_of
 
 # Each has quantize_rows, quantize_columns, quantize_blocks and product.
@@ -18,19 +18,20 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
   "reference": reference,
   "xla": xla,
   "mosaic_tpu": tpu,
+  "mosaic_gpu": gpu,
 }
 # Each has grouped_rows and grouped_weights.
 GROUPED_IMPLEMENTATIONS: dict[str, ModuleType] = {
   "reference": reference,
   "xla": xla,
   "mosaic_tpu": tpu_grouped,
+  "mosaic_gpu": gpu,
 }
 
 
 def _module(table: dict[str, ModuleType], implementation: str | None) -> ModuleType:
   if implementation is None:
-    choice = {"tpu": "mosaic_tpu", "gpu": "mosaic_gpu"}.get(jax.default_backend(), "xla")
-    implementation = choice if choice in table else "xla"
+    implementation = "mosaic_tpu" if jax.default_backend() == "tpu" else "xla"
   if implementation not in table:
     raise ValueError(f"implementation must be one of {', '.join(table)}, got {implementation!r}")
   return table[implementation]

@@ -5,10 +5,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.routing import reference, tpu
+from pallas_kernels.routing import gpu, reference, tpu
 from pallas_kernels.routing.reference import Routed, Rule
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference.route, "mosaic_tpu": tpu.route}
+IMPLEMENTATIONS: dict[str, Callable] = {
+  "reference": reference.route,
+  "mosaic_tpu": tpu.route,
+  "mosaic_gpu": gpu.route,
+}
 
 
 def _check(E: int, rule: Rule) -> None:

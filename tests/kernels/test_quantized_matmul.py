@@ -28,8 +28,13 @@ SHAPES = [
   (128, 384, 256),  # whole tiles
 ]
 
-every_implementation = pytest.mark.parametrize("implementation", sorted(q.IMPLEMENTATIONS))
-every_grouped = pytest.mark.parametrize("implementation", sorted(q.GROUPED_IMPLEMENTATIONS))
+# test_gpu.py has mosaic_gpu: its interpreter and dtypes are others.
+every_implementation = pytest.mark.parametrize(
+  "implementation", sorted(q.IMPLEMENTATIONS.keys() - {"mosaic_gpu"})
+)
+every_grouped = pytest.mark.parametrize(
+  "implementation", sorted(q.GROUPED_IMPLEMENTATIONS.keys() - {"mosaic_gpu"})
+)
 either_scale = pytest.mark.parametrize("power_of_two", [False, True], ids=["float32", "ue8m0"])
 
 
