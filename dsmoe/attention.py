@@ -53,20 +53,20 @@ class MLA(nnx.Module):
   def queries(self, x_BSD, cos_BSr, sin_BSr):
     """Returns rotated queries [B, S, H, N + R]."""
     if self.config.q_lora_rank is None:
-      q_BSHA = project(x_BSD, self._rope_columns(self.q_proj[...]))
+      q_BSHA = project(x_BSD, self._rope_columns(self.q_proj[...]), self.config)
     else:
-      q_BSQ = project(x_BSD, self.q_a_proj[...])
+      q_BSQ = project(x_BSD, self.q_a_proj[...], self.config)
       if self.config.attention_bias:
         q_BSQ = q_BSQ + self.q_a_bias[...].astype(q_BSQ.dtype)[None, None]
       q_BSQ = rms_norm(q_BSQ, self.q_a_norm[...], LATENT_NORM_EPS)
-      q_BSHA = project(q_BSQ, self._rope_columns(self.q_b_proj[...]))
+      q_BSHA = project(q_BSQ, self._rope_columns(self.q_b_proj[...]), self.config)
     q_BSHN, q_BSHR = jnp.split(q_BSHA, [self.config.qk_nope_head_dim], axis=-1)
     q_BSHR = rope.rotate(q_BSHR, cos_BSr[:, :, None], sin_BSr[:, :, None])
     return jnp.concatenate([q_BSHN, q_BSHR], axis=-1)
 
   def latents(self, x_BSD, cos_BSr, sin_BSr):
     """Returns the normalised latent [B, S, C] and the rotated shared key [B, S, R]."""
-    kv = project(x_BSD, self._rope_columns(self.kv_a_proj[...]))
+    kv = project(x_BSD, self._rope_columns(self.kv_a_proj[...]), self.config)
     if self.config.attention_bias:
       kv = kv + self._rope_columns(self.kv_a_bias[...]).astype(kv.dtype)[None, None]
     c_BSC, k_BSR = jnp.split(kv, [self.config.kv_lora_rank], axis=-1)
@@ -87,7 +87,7 @@ class MLA(nnx.Module):
     config = self.config
     q_BSHA = self.queries(x_BSD, cos_BSr, sin_BSr)
     c_BSC, k_BSR = self.latents(x_BSD, cos_BSr, sin_BSr)
-    kv = project(c_BSC, self.kv_b_proj[...])
+    kv = project(c_BSC, self.kv_b_proj[...], config)
     k_BSHN, v_BSHU = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
     k_BSHR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSHN.shape[:3], config.qk_rope_head_dim))
     k_BSHA = jnp.concatenate([k_BSHN, k_BSHR], axis=-1)
@@ -101,7 +101,9 @@ class MLA(nnx.Module):
   def output(self, out_BSHU):
     """Joins the heads' outputs to [B, S, D]."""
     B, S, H, U = out_BSHU.shape
-    out_BSD = project(out_BSHU.reshape(B, S, H * U), self.o_proj[...].reshape(H * U, -1))
+    out_BSD = project(
+      out_BSHU.reshape(B, S, H * U), self.o_proj[...].reshape(H * U, -1), self.config
+    )
     if self.config.attention_bias:
       out_BSD = out_BSD + self.o_bias[...].astype(out_BSD.dtype)[None, None]
     return out_BSD

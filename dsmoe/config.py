@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from pallas_kernels import grouped_matmul, mla_attention, routing
+from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul, routing
 from pallas_kernels.routing import SCORING_FUNCS
 
 
@@ -61,6 +61,7 @@ class KernelsConfig:
   grouped_matmul: str | None = None
   attention: str | None = None
   decode_attention: str | None = None
+  quantized_matmul: str | None = None
 
   def __post_init__(self):
     choices: dict[str, Iterable[str]] = {
@@ -68,6 +69,7 @@ class KernelsConfig:
       "grouped_matmul": grouped_matmul.IMPLEMENTATIONS,
       "attention": mla_attention.CAUSAL_IMPLEMENTATIONS,
       "decode_attention": mla_attention.DECODE_IMPLEMENTATIONS,
+      "quantized_matmul": quantized_matmul.IMPLEMENTATIONS,
     }
     for name, implementations in choices.items():
       _one_of(f"kernels.{name}", getattr(self, name), (None, *implementations))
@@ -111,7 +113,9 @@ class ModelConfig:
   remat: str
   dispatch: str
   attention_chunk_tokens: int
-  kernels: KernelsConfig = KernelsConfig()  # runs saved before it have none
+  # Runs saved before these have neither.
+  matmul_precision: str = "compute_dtype"
+  kernels: KernelsConfig = KernelsConfig()
 
   @property
   def num_moe_layers(self) -> int:
@@ -121,6 +125,11 @@ class ModelConfig:
   @property
   def qk_head_dim(self) -> int:
     return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+  @property
+  def quantization(self) -> tuple[str | None, bool]:
+    """What the FP8 matmuls want: an implementation, and whether scales are powers of two."""
+    return self.kernels.quantized_matmul, self.matmul_precision == "fp8_ue8m0"
 
   @property
   def uses_router_bias(self) -> bool:
@@ -156,6 +165,11 @@ class ModelConfig:
     _one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
     _one_of("remat", self.remat, ("none", "dots", "full"))
     _one_of("dispatch", self.dispatch, ("local", "dense"))
+    _one_of("matmul_precision", self.matmul_precision, ("compute_dtype", "fp8", "fp8_ue8m0"))
+    _require(
+      self.matmul_precision == "compute_dtype" or self.dispatch == "local",
+      f"matmul_precision {self.matmul_precision!r} needs dispatch 'local', got {self.dispatch!r}",
+    )
     if self.num_moe_layers:
       self._check_experts()
 

@@ -1,19 +1,22 @@
 """Tokens to their experts and back, on one device; the chooser of back ends.
 
-Every back end has one signature, `(x_MD, routed, experts, kernels) -> y_MD`, and equals the dense
+Every back end has one signature, `(x_MD, routed, experts, config) -> y_MD`, and equals the dense
 oracle in value and gradient.
 
 Shapes: M tokens, D hidden, E experts, K experts a token, P = M K rows.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from dsmoe.config import KernelsConfig
+from dsmoe.config import ModelConfig
 from dsmoe.routing import Routing
 from pallas_kernels.grouped_matmul import routed_swiglu
+from pallas_kernels.permute import combine, expert_order, permute
+from pallas_kernels.quantized_matmul import quantized_grouped_matmul
 
 # When few tokens meet few experts: loops that do not wait for each other, which XLA:CPU runs on
 # different cores, and independent experts in a step of each.
@@ -21,12 +24,31 @@ LOOPS = 2
 EXPERTS_A_STEP = 2
 
 
-def local(x_MD, routed: Routing, experts, kernels: KernelsConfig):
+def local(x_MD, routed: Routing, experts, config: ModelConfig):
   """Takes rows in expert order, applies each expert to its own, sums each token's back."""
-  return routed_swiglu(x_MD, routed, experts, kernels.grouped_matmul)
+  if config.matmul_precision != "compute_dtype":
+    return _quantized(x_MD, routed, experts, config)
+  return routed_swiglu(x_MD, routed, experts, config.kernels.grouped_matmul)
 
 
-def dense(x_MD, routed: Routing, experts, kernels: KernelsConfig):
+def _quantized(x_MD, routed: Routing, experts, config: ModelConfig):
+  """`local` with the experts' matmuls in FP8, the activation between them in float32."""
+  multiply = functools.partial(
+    lambda sizes_E, x, w: quantized_grouped_matmul(x, w, sizes_E, *config.quantization),
+    routed.counts_E,
+  )
+  with jax.named_scope("dispatch"):
+    order = expert_order(routed.expert_MK, routed.rank_MK, routed.counts_E)
+    x_PD, weight_P = permute(x_MD, *order), routed.gate_MK.reshape(-1)[order[0]]
+  with jax.named_scope("experts"):
+    gate_PF, up_PF = (multiply(x_PD, w).astype(jnp.float32) for w in experts[:2])
+    inner_PF = jax.nn.silu(gate_PF) * up_PF * weight_P[:, None]
+    y_PD = multiply(inner_PF.astype(x_MD.dtype), experts[2])
+  with jax.named_scope("combine"):
+    return combine(y_PD, *order)
+
+
+def dense(x_MD, routed: Routing, experts, config: ModelConfig):
   """Applies every expert to every token and masks: the oracle, E / K times the work."""
   expert_MK, gate_MK = routed.expert_MK, routed.gate_MK
   w_gate_EDF, w_up_EDF, w_down_EFD = experts

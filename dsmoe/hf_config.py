@@ -173,8 +173,9 @@ def config_from_hf(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
       f"({values['num_attention_heads']}): every head has its own keys and values"
     )
   values |= _rope(hf, values["max_position_embeddings"])
-  computed = {"compute_dtype": "float32", "remat": "none", "dispatch": "local"}
-  values |= {**computed, "attention_chunk_tokens": 128, "kernels": KernelsConfig(), **fields}
+  computed: dict[str, Any] = {"compute_dtype": "float32", "remat": "none", "dispatch": "local"}
+  computed |= {"matmul_precision": "compute_dtype", "kernels": KernelsConfig()}
+  values |= {**computed, "attention_chunk_tokens": 128, **fields}
   hints = typing.get_type_hints(ModelConfig)
   values = {name: _typed(hints, name, value) for name, value in values.items()}
   if values["first_k_dense_replace"] > values["num_hidden_layers"]:  # all dense, as there

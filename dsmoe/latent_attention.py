@@ -92,7 +92,7 @@ def expanded(mla, weights: Absorbed, q_BSHA, new_BSW, pages_NTW, place: Place):
   W = C + config.qk_rope_head_dim
 
   def expand(latents_BTW):
-    kv_BTHX = project(latents_BTW[..., :C], mla.kv_b_proj[...])
+    kv_BTHX = project(latents_BTW[..., :C], mla.kv_b_proj[...], config)
     k_BTHN, v_BTHU = jnp.split(kv_BTHX, [config.qk_nope_head_dim], axis=-1)
     shared = jnp.broadcast_to(
       latents_BTW[:, :, None, C:W], (*k_BTHN.shape[:3], config.qk_rope_head_dim)

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsmoe.config import ModelConfig
+from pallas_kernels.quantized_matmul import quantized_matmul
+
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
   """A float32 parameter drawn from a normal distribution."""
@@ -25,7 +28,7 @@ def zeros(size: int) -> nnx.Param:
   return nnx.Param(jnp.zeros((size,), jnp.float32))
 
 
-def project(x, w):
+def project(x, w, config: ModelConfig):
   """Contracts the last dimension of x with the first of w: [..., D] x [D, ...] -> [..., ...].
 
   As one matmul of two-dimensional arrays, whose gradients XLA:CPU runs without copying a
@@ -34,11 +37,16 @@ def project(x, w):
   Args:
     x: [..., D].
     w: [D, ...], in x's dtype.
+    config: matmul_precision, kernels.quantized_matmul.
 
   Returns:
     x's leading dimensions followed by w's trailing ones, in x's dtype.
   """
-  y = x.reshape(-1, w.shape[0]) @ w.reshape(w.shape[0], -1)
+  x_MD, w_DF = x.reshape(-1, w.shape[0]), w.reshape(w.shape[0], -1)
+  if config.matmul_precision == "compute_dtype":
+    y = x_MD @ w_DF
+  else:
+    y = quantized_matmul(x_MD, w_DF, *config.quantization)
   return y.reshape(*x.shape[:-1], *w.shape[1:])
 
 
@@ -71,12 +79,14 @@ def silu_times(gate, up):
 class SwiGLU(nnx.Module):
   """w_down(silu(w_gate x) * w_up x). Source: arXiv:2002.05202."""
 
-  def __init__(self, hidden_size: int, inner_size: int, stddev: float, rngs: nnx.Rngs):
-    self.w_gate = normal(rngs, (hidden_size, inner_size), stddev)  # [D, F]
-    self.w_up = normal(rngs, (hidden_size, inner_size), stddev)  # [D, F]
-    self.w_down = normal(rngs, (inner_size, hidden_size), stddev)  # [F, D]
+  def __init__(self, config: ModelConfig, inner_size: int, rngs: nnx.Rngs):
+    self.config = config
+    D, F, stddev = config.hidden_size, inner_size, config.initializer_range
+    self.w_gate = normal(rngs, (D, F), stddev)  # [D, F]
+    self.w_up = normal(rngs, (D, F), stddev)  # [D, F]
+    self.w_down = normal(rngs, (F, D), stddev)  # [F, D]
 
   def __call__(self, x):
     """Maps [..., D] to [..., D]."""
-    gate, up = project(x, self.w_gate[...]), project(x, self.w_up[...])
-    return project(silu_times(gate, up), self.w_down[...])
+    gate, up = (project(x, w[...], self.config) for w in (self.w_gate, self.w_up))
+    return project(silu_times(gate, up), self.w_down[...], self.config)

@@ -50,9 +50,8 @@ class Block(nnx.Module):
     self.attention_norm = ones(config.hidden_size)
     self.attention = MLA(config, rngs)
     self.mlp_norm = ones(config.hidden_size)
-    D, F = config.hidden_size, config.intermediate_size
     self.mlp: nnx.Module = (
-      MoE(config, rngs) if use_moe else SwiGLU(D, F, config.initializer_range, rngs)
+      MoE(config, rngs) if use_moe else SwiGLU(config, config.intermediate_size, rngs)
     )
 
   def __call__(self, x_BSD, cos_BSr, sin_BSr, segments_BS, balancer=balance.NONE):

@@ -55,7 +55,7 @@ class MoE(nnx.Module):
     self.experts = Experts(config, rngs)
     if config.n_shared_experts:
       inner = config.n_shared_experts * config.moe_intermediate_size
-      self.shared = SwiGLU(D, inner, config.initializer_range, rngs)
+      self.shared = SwiGLU(config, inner, rngs)
 
   def route(self, x_MD) -> tuple[routing.Routing, jax.Array]:
     """Returns where each token goes, and the router's logits [M, E]."""
@@ -71,10 +71,10 @@ class MoE(nnx.Module):
     x_MD = x_BSD.reshape(-1, x_BSD.shape[-1])
     routed, _ = self.route(x_MD)
     experts = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
-    if x_MD.shape[0] <= FEW_TOKENS:
+    if x_MD.shape[0] <= FEW_TOKENS and self.config.matmul_precision == "compute_dtype":
       y_MD = dispatch.few(x_MD, routed, experts, real_BS.reshape(-1))
     else:
-      y_MD = dispatch.local(x_MD, routed, experts, self.config.kernels)
+      y_MD = dispatch.local(x_MD, routed, experts, self.config)
     y_BSD = y_MD.reshape(x_BSD.shape)
     return y_BSD + self.shared(x_BSD) if self.config.n_shared_experts else y_BSD
 
@@ -87,7 +87,7 @@ class MoE(nnx.Module):
       routed, logits_ME = self.route(x_MD)
     experts = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
     back_end = dispatch.BACK_ENDS[config.dispatch]
-    y_BSD = back_end(x_MD, routed, experts, config.kernels).reshape(B, S, D)
+    y_BSD = back_end(x_MD, routed, experts, config).reshape(B, S, D)
     if config.n_shared_experts:
       with jax.named_scope("shared_experts"):
         y_BSD = y_BSD + self.shared(x_BSD)

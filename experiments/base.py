@@ -64,12 +64,18 @@ def get_config() -> config_dict.ConfigDict:
     "local"  # local: permute and grouped matmul | dense: every expert on every token (the oracle)
   )
   m.attention_chunk_tokens = 128  # queries handled at once; memory is linear in sequence length
+  # compute_dtype | fp8: E4M3 by V3's recipe (1x128 tiles, 128x128 blocks) in the projections of
+  # attention and all experts, forward and backward | fp8_ue8m0: with scales of powers of two
+  m.matmul_precision = "compute_dtype"
   # Implementations in pallas_kernels; None picks by platform.
   k = m.kernels = config_dict.ConfigDict()
-  k.routing = placeholder(str)  # reference | mosaic_tpu
-  k.grouped_matmul = placeholder(str)  # reference | ragged_dot | blocked (CPU) | mosaic_tpu
-  k.attention = placeholder(str)  # reference | xla | mosaic_tpu
+  k.routing = placeholder(str)  # reference | mosaic_tpu | mosaic_gpu
+  k.grouped_matmul = placeholder(
+    str
+  )  # reference | ragged_dot | blocked (CPU) | mosaic_tpu | mosaic_gpu
+  k.attention = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
   k.decode_attention = placeholder(str)  # reference | xla | mosaic_tpu
+  k.quantized_matmul = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
 
   # Balancing the experts: any of "bias" (V3's sign update) and "sequence" (V3 eq 17-20).
   b = c.balance = config_dict.ConfigDict()

@@ -23,7 +23,7 @@ from peers.processes import ROOT, can_import, num_cores, run
 
 # Model fields that a config.json does not have, or has in another form.
 NOT_HF = (
-  *("compute_dtype", "remat", "dispatch", "kernels"),
+  *("compute_dtype", "remat", "dispatch", "matmul_precision", "kernels"),
   *("attention_chunk_tokens", "rope_scaling"),
 )
 INSTALL = "pip install {} into a virtual environment and pass its interpreter as --{}_python."

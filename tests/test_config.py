@@ -85,6 +85,18 @@ RULES = [
   ({"model.compute_dtype": "f16"}, "compute_dtype must be one of bfloat16, float32, got 'f16'"),
   ({"model.remat": "all"}, "remat must be one of none, dots, full, got 'all'"),
   ({"model.dispatch": "far"}, "dispatch must be one of local, dense, got 'far'"),
+  (
+    {"model.matmul_precision": "fp4"},
+    "matmul_precision must be one of compute_dtype, fp8, fp8_ue8m0, got 'fp4'",
+  ),
+  (
+    {"model.matmul_precision": "fp8", "model.dispatch": "dense"},
+    "matmul_precision 'fp8' needs dispatch 'local', got 'dense'",
+  ),
+  (
+    {"model.kernels.routing": "fastest"},
+    "kernels.routing must be one of None, reference, mosaic_tpu, mosaic_gpu, got 'fastest'",
+  ),
   ({"model.n_group": 5}, "n_routed_experts (12) must be divisible by n_group (5)"),
   ({"model.topk_group": 5}, "topk_group (5) must not exceed n_group (4)"),
   (

@@ -1,12 +1,17 @@
+import dataclasses
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from helpers import assert_close, largest_intermediate
+from helpers import assert_close, largest_intermediate, small_config
 from jax.experimental.pallas import tpu as pltpu
 
 from dsmoe import dispatch
 from dsmoe.config import KernelsConfig
+from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.routing import Routed, ranks
 
 D, E, F, K = 6, 7, 5, 3
@@ -31,6 +36,10 @@ def _inputs(kind):
   gates = rng.uniform(0.1, 2, (M, K)).astype(np.float32)
   draw = lambda *shape: (0.7 * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
   return x, experts, gates, (draw(E, D, F), draw(E, D, F), draw(E, F, D)), dy
+
+
+def _config(**fields):
+  return dataclasses.replace(small_config().model, **fields)
 
 
 def _routed(experts, gates):
@@ -61,13 +70,13 @@ def _by_loops(x, experts, gates, weights, dy):
 def test_back_ends_match_loops_in_value_and_every_gradient(back_end, grouped_matmul, kind):
   if kind == "many" and grouped_matmul == "mosaic_tpu":
     pytest.skip("interpreted copies of 2,700 rows take minutes; tests/kernels has several tiles")
-  kernels = KernelsConfig(grouped_matmul=grouped_matmul)
+  config = _config(kernels=KernelsConfig(grouped_matmul=grouped_matmul))
   x, experts, gates, weights, dy = _inputs(kind)
 
   @jax.jit
   def run(x, experts, gates, weights, dy):
     fn = dispatch.BACK_ENDS[back_end]
-    y, vjp = jax.vjp(lambda x, g, w: fn(x, _routed(experts, g), w, kernels), x, gates, weights)
+    y, vjp = jax.vjp(lambda x, g, w: fn(x, _routed(experts, g), w, config), x, gates, weights)
     return y, vjp(dy)
 
   with pltpu.force_tpu_interpret_mode():
@@ -85,8 +94,35 @@ def test_local_makes_nothing_of_tokens_times_experts():
 
   def size(fn):
     routed = lambda g: Routed(experts, g, *ranks(experts, E)[::-1])  # noqa: E731
-    total = lambda x, g, w: fn(x, routed(g), w, KernelsConfig()).sum()  # noqa: E731
+    total = lambda x, g, w: fn(x, routed(g), w, _config()).sum()  # noqa: E731
     return largest_intermediate(jax.value_and_grad(total, (0, 1, 2)), x, gates, weights)
 
   assert size(dispatch.local) < M * E * F
   assert size(dispatch.dense) >= M * E * D
+
+
+@pytest.mark.parametrize("precision, power_of_two", [("fp8", False), ("fp8_ue8m0", True)])
+def test_experts_in_fp8_match_a_loop_over_experts(precision, power_of_two):
+  x, experts, gates, weights, dy = _inputs("empty")
+  config = _config(matmul_precision=precision)
+  matmul = functools.partial(
+    quantized_matmul, implementation="reference", power_of_two_scales=power_of_two
+  )
+
+  def expected(x, gates, weights):
+    y = jnp.zeros_like(x)
+    for e in sorted(set(experts.reshape(-1).tolist())):
+      m, k = np.nonzero(experts == e)
+      gate, up = (matmul(x[m], w[e]) for w in weights[:2])
+      inner = jax.nn.silu(gate) * up * gates[m, k][:, None]
+      y = y.at[m].add(matmul(inner, weights[2][e]))
+    return y
+
+  def value_and_gradients(fn):
+    y, vjp = jax.vjp(fn, *jax.tree.map(jnp.asarray, (x, gates, weights)))
+    return y, vjp(dy)
+
+  actual = value_and_gradients(
+    jax.jit(lambda x, g, w: dispatch.local(x, _routed(experts, g), w, config))
+  )
+  assert_close(actual, value_and_gradients(expected))

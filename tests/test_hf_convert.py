@@ -284,6 +284,7 @@ def test_trained_run_exports(tmp_path):
   assert hf_convert.export_workdir(tmp_path / "run", tmp_path / "out", "float32") == 3
   model = hf.load_pretrained(tmp_path / "out")
   own = ("compute_dtype", "remat", "dispatch", "attention_chunk_tokens", "kernels")
+  own += ("matmul_precision",)
   kept = {name: getattr(model.config, name) for name in own}
   assert dataclasses.replace(config.model, **kept) == dataclasses.replace(
     model.config, rope_scaling=config.model.rope_scaling

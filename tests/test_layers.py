@@ -1,11 +1,16 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
+import pytest
 from flax import nnx
-from helpers import assert_close
+from helpers import assert_close, small_config
 
 from dsmoe import layers
+from pallas_kernels.quantized_matmul import quantized_matmul
 
 
 def test_rms_norm_matches_a_loop_in_value_and_gradient():
@@ -41,7 +46,8 @@ def test_rms_norm_computes_in_float32():
 def test_swiglu_matches_a_loop_in_value_and_gradient():
   rng = np.random.default_rng(1)
   D, F, B, S = 5, 7, 2, 3
-  module = layers.SwiGLU(D, F, 0.5, nnx.Rngs(params=0))
+  config = dataclasses.replace(small_config().model, hidden_size=D, initializer_range=0.5)
+  module = layers.SwiGLU(config, F, nnx.Rngs(params=0))
   weights = [np.asarray(w[...]) for w in (module.w_gate, module.w_up, module.w_down)]
   assert [w.shape for w in weights] == [(D, F), (D, F), (F, D)]
   x, dy = rng.standard_normal((2, B, S, D)).astype(np.float32)
@@ -73,9 +79,28 @@ def test_initial_weights_have_their_standard_deviation():
 def test_project_is_the_contraction_in_value_and_gradient():
   keys = jax.random.split(jax.random.key(8), 3)
   x, w = jax.random.normal(keys[0], (2, 3, 5)), jax.random.normal(keys[1], (5, 4, 7))
-  y, vjp = jax.vjp(layers.project, x, w)
+  y, vjp = jax.vjp(functools.partial(layers.project, config=small_config().model), x, w)
   dy = jax.random.normal(keys[2], y.shape)
   dx, dw = vjp(dy)
   assert_close(y, np.einsum("bsd,dha->bsha", x, w))
   assert_close(dx, np.einsum("bsha,dha->bsd", dy, w))
   assert_close(dw, np.einsum("bsha,bsd->dha", dy, x))
+
+
+@pytest.mark.parametrize("precision, power_of_two", [("fp8", False), ("fp8_ue8m0", True)])
+def test_swiglu_in_fp8(precision, power_of_two):
+  """Three quantised products, near the exact ones and not equal to them."""
+  rng = np.random.default_rng(2)
+  exact = dataclasses.replace(small_config().model, hidden_size=130, initializer_range=0.1)
+  config = dataclasses.replace(exact, matmul_precision=precision)
+  x = jnp.asarray(rng.standard_normal((2, 3, 130)), jnp.float32)
+  module = layers.SwiGLU(config, 140, nnx.Rngs(params=0))
+  matmul = functools.partial(
+    quantized_matmul, implementation="reference", power_of_two_scales=power_of_two
+  )
+  gate, up = (matmul(x.reshape(6, -1), w[...]) for w in (module.w_gate, module.w_up))
+  expected = matmul(jax.nn.silu(gate) * up, module.w_down[...]).reshape(x.shape)
+  y, unquantised = module(x), layers.SwiGLU(exact, 140, nnx.Rngs(params=0))(x)
+  assert_close(y, expected)
+  error = np.abs(y - unquantised).max() / np.abs(unquantised).max()
+  assert 1e-3 < error < 0.1

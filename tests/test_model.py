@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
+import pytest
 from flax import nnx
 from helpers import (
   assert_close,
@@ -181,3 +182,19 @@ def test_layers_start_different_and_at_their_standard_deviation():
     assert abs(float(jnp.std(x)) / 0.03 - 1) < 0.1
   assert np.abs(w_up[0] - w_up[1]).max() > 0.03
   np.testing.assert_array_equal(params["norm"], np.ones(40))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_ue8m0"])
+def test_a_model_in_fp8_is_near_the_exact_one(precision):
+  """A product errs by 4%, two layers' by 9%. Without experts, whose choice may flip."""
+  dense = {"num_hidden_layers": 2, "first_k_dense_replace": 2, "num_nextn_predict_layers": 0}
+  overrides = {f"model.{name}": value for name, value in dense.items()}
+  tokens = np.random.default_rng(0).integers(0, 96, (2, 14)).astype(np.int32)
+
+  def logits(**more):
+    config = small_config(**overrides, **more)
+    return np.asarray(model_lib.logits(model_lib.build(config.model, 0), tokens), np.float64)
+
+  exact = logits()
+  error = np.linalg.norm(logits(**{"model.matmul_precision": precision}) - exact)
+  assert 0.01 < error / np.linalg.norm(exact) < 0.2
