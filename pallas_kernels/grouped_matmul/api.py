@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
+from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu_swiglu
+from pallas_kernels.grouped_matmul.tpu import tile_rows
 from pallas_kernels.permute import combine, expert_order, group_starts, num_rows, permute
 from pallas_kernels.permute import gpu as permute_gpu
 from pallas_kernels.routing import Routed
@@ -70,7 +71,7 @@ def _choose(implementation: str | None, choices, default: str) -> str:
 def row_alignment(P: int, E: int, dtype: Any, implementation: str | None = None) -> int:
   """Returns what E groups of P rows in all should be aligned to, for the implementation's sake."""
   if _choose(implementation, IMPLEMENTATIONS, "blocked") == "mosaic_tpu":
-    return tpu.tile_rows(P / E, dtype)
+    return tile_rows(P / E, dtype)
   return 1
 
 
@@ -108,15 +109,15 @@ class _Aligned:
 
 def _tile(P: int, E: int, dtype: Any, alignment: int) -> int:
   """Returns the aligned groups' own tile where that is one a kernel takes."""
-  least = tpu.tile_rows(0, dtype)
-  return alignment if alignment % least == 0 else tpu.tile_rows(P / E, dtype)
+  least = tile_rows(0, dtype)
+  return alignment if alignment % least == 0 else tile_rows(P / E, dtype)
 
 
 def _mosaic_matmul(x_PK, w_EKN, sizes_E, starts_E, alignment: int):
   P, E = x_PK.shape[0], sizes_E.shape[0]
   tile = _tile(P, E, x_PK.dtype, alignment)
   aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
-  y_PN = tpu.grouped_matmul(aligned.rows(x_PK), w_EKN, sizes_E, aligned.starts_E, tile)
+  y_PN = tpu_swiglu.grouped_matmul(aligned.rows(x_PK), w_EKN, sizes_E, aligned.starts_E, tile)
   return aligned.back(y_PN)
 
 
@@ -125,7 +126,7 @@ def _mosaic_swiglu(x_PD, weight_P, *args, alignment: int):
   P, E = weight_P.shape[0], sizes_E.shape[0]
   tile = _tile(P, E, x_PD.dtype, alignment)
   aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
-  y_PD = tpu.grouped_swiglu(
+  y_PD = tpu_swiglu.grouped_swiglu(
     *(aligned.rows(x_PD), aligned.numbers(weight_P), tuple(weights)),
     *(sizes_E, aligned.starts_E, tile),
   )
@@ -279,9 +280,9 @@ def routed_swiglu(x_MD, routed: Routed, experts, implementation: str | None = No
   P, E = expert_MK.size, w_gate_EDF.shape[0]
   implementation = _choose(implementation, IMPLEMENTATIONS, "blocked")
   if implementation == "mosaic_tpu":
-    tile = tpu.tile_rows(P / E, x_MD.dtype)
+    tile = tile_rows(P / E, x_MD.dtype)
     starts_E = group_starts(counts_E, tile)
-    return tpu.routed_swiglu(
+    return tpu_swiglu.routed_swiglu(
       *(x_MD, gate_MK, (w_gate_EDF, w_up_EDF, w_down_EFD), starts_E[expert_MK] + rank_MK),
       *(counts_E, starts_E, num_rows(P, E, tile), tile),
     )

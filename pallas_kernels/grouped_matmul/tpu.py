@@ -171,12 +171,12 @@ def _column(row_1m):
   return jnp.broadcast_to(row_1m, (8, row_1m.shape[1])).T[:, :1]
 
 
-def _row(column_m1):
+def row(column_m1):
   """[m, 1] to [1, m]."""
   return jnp.broadcast_to(column_m1, (column_m1.shape[0], LANES)).T[:1]
 
 
-def _over_rows(
+def over_rows(
   body: Callable, plan, tile: int, rows, matrices, extras=(), weight=None, outs=(), sums=False
 ):
   """Runs `body` on each tile of rows and block of columns.
@@ -319,7 +319,7 @@ def _over_rows(
   )(*steps[:3], *operands)
 
 
-def _over_groups(lhs, rhs, plan, tile: int, dtype):
+def over_groups(lhs, rhs, plan, tile: int, dtype):
   """Returns lhs^T rhs of each group's rows, [E, K, N] in `dtype` for each of rhs [P, N]."""
   P, K, N = lhs.shape[0], _width(lhs), _width(rhs[0])
   E = plan[0].shape[0]
@@ -413,144 +413,3 @@ def _over_groups(lhs, rhs, plan, tile: int, dtype):
     ),
     name="grouped_matmul_weights",
   )(*steps[:3], lhs, *rhs)
-
-
-# The three products of a grouped matmul.
-
-
-def rows_times_matrices(x, w_EKN, plan, tile: int, dtype, transposed: bool = False):
-  """Returns [P, N] in `dtype` (uint32: words): each row times its expert's matrix."""
-  matrix = Matrix(w_EKN, transposed)
-  return _over_rows(lambda y: [y], plan, tile, [x], [matrix], outs=[dtype])[0]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def grouped_matmul(x_PK, w_EKN, group_sizes_E, group_starts_E, tile: int):
-  """See `api.grouped_matmul`; starts are multiples of `tile`, and so is P."""
-  return rows_times_matrices(x_PK, w_EKN, (group_sizes_E, group_starts_E), tile, x_PK.dtype)
-
-
-def _matmul_fwd(x_PK, w_EKN, group_sizes_E, group_starts_E, tile):
-  saved = (x_PK, w_EKN, group_sizes_E, group_starts_E)
-  return grouped_matmul(*saved, tile), saved
-
-
-def _matmul_bwd(tile, saved, dy_PN):
-  x_PK, w_EKN, *plan = saved
-  dx_PK = rows_times_matrices(dy_PN, w_EKN, plan, tile, x_PK.dtype, transposed=True)
-  dw_EKN = _over_groups(x_PK, [dy_PN], plan, tile, w_EKN.dtype)[0]
-  return dx_PK, dw_EKN, None, None
-
-
-grouped_matmul.defvjp(_matmul_fwd, _matmul_bwd)
-
-
-# The fused SwiGLU, on rows as they are or as they travelled.
-
-
-def _swiglu(x, weight_P, weights, plan, tile, out_dtype, keep: bool):
-  """Returns the rows' outputs in `out_dtype`, and with `keep` gate and up [P, F]."""
-  w_gate_EDF, w_up_EDF, w_down_EFD = weights
-  dtype = w_gate_EDF.dtype
-
-  def body(gate, up, weight_m1):
-    return [jax.nn.silu(gate) * up * weight_m1, gate, up]
-
-  inner_PF, *kept = _over_rows(
-    body,
-    *(plan, tile, [x], [Matrix(w_gate_EDF), Matrix(w_up_EDF)]),
-    weight=weight_P,
-    outs=[dtype] * (3 if keep else 1),
-  )
-  return rows_times_matrices(inner_PF, w_down_EFD, plan, tile, out_dtype), kept
-
-
-def _swiglu_gradients(x, dy, weight_P, weights, kept, plan, tile, out_dtype):
-  """Returns the gradients of rows (in `out_dtype`), weight_P and the three weights."""
-  w_gate_EDF, w_up_EDF, w_down_EFD = weights
-  dtype = w_gate_EDF.dtype
-
-  def through_activation(dinner, gate, up, weight_m1):
-    gate, up = gate.astype(f32), up.astype(f32)
-    sigmoid = jax.nn.sigmoid(gate)
-    act = gate * sigmoid * up
-    dact = dinner * weight_m1
-    dgate = dact * up * sigmoid * (1 + gate * (1 - sigmoid))
-    dweight_m1 = jnp.sum(dinner * act, axis=1, keepdims=True)
-    return [dgate, dact * gate * sigmoid, act * weight_m1, _row(dweight_m1)]
-
-  dgate_PF, dup_PF, inner_PF, dweight_n1P = _over_rows(
-    through_activation,
-    *(plan, tile, [dy], [Matrix(w_down_EFD, True)], kept),
-    weight=weight_P,
-    outs=[dtype] * 3,
-    sums=True,
-  )
-  matrices = [Matrix(w_gate_EDF, True), Matrix(w_up_EDF, True)]
-  add = lambda a, b: [a + b]  # noqa: E731
-  dx = _over_rows(add, plan, tile, [dgate_PF, dup_PF], matrices, outs=[out_dtype])[0]
-  dw_gate, dw_up = _over_groups(x, [dgate_PF, dup_PF], plan, tile, dtype)
-  (dw_down,) = _over_groups(inner_PF, [dy], plan, tile, dtype)
-  return dx, jnp.sum(dweight_n1P[:, 0], axis=0), dw_gate, dw_up, dw_down
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def grouped_swiglu(x_PD, weight_P, weights, group_sizes_E, group_starts_E, tile: int):
-  """See `api.grouped_swiglu`; starts are multiples of `tile`, and so is P."""
-  plan = (group_sizes_E, group_starts_E)
-  return _swiglu(x_PD, weight_P, weights, plan, tile, x_PD.dtype, keep=False)[0]
-
-
-def _grouped_fwd(x_PD, weight_P, weights, group_sizes_E, group_starts_E, tile):
-  plan = (group_sizes_E, group_starts_E)
-  y_PD, kept = _swiglu(x_PD, weight_P, weights, plan, tile, x_PD.dtype, keep=True)
-  return y_PD, (x_PD, weight_P, weights, plan, kept)
-
-
-def _grouped_bwd(tile, saved, dy_PD):
-  x_PD, weight_P, weights, plan, kept = saved
-  dx_PD, dweight_P, *dweights = _swiglu_gradients(
-    x_PD, dy_PD, weight_P, weights, kept, plan, tile, x_PD.dtype
-  )
-  return dx_PD, dweight_P, tuple(dweights), None, None
-
-
-grouped_swiglu.defvjp(_grouped_fwd, _grouped_bwd)
-
-
-def _weights_of_rows(gate_MK, row_MK, P: int):
-  weight_P = jnp.zeros(P, f32)
-  return weight_P.at[row_MK.reshape(-1)].set(gate_MK.reshape(-1), unique_indices=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def routed_swiglu(x_MD, gate_MK, weights, row_MK, group_sizes_E, group_starts_E, P: int, tile: int):
-  """See `api.routed_swiglu`; starts are multiples of `tile`, and so is P."""
-  return _routed(x_MD, gate_MK, weights, row_MK, (group_sizes_E, group_starts_E), P, tile, False)[0]
-
-
-def _routed(x_MD, gate_MK, weights, row_MK, plan, P, tile, keep):
-  words = permute.row_words(x_MD.dtype, x_MD.shape[1]).dtype
-  x = permute.scatter(x_MD, row_MK, P)
-  weight_P = _weights_of_rows(gate_MK, row_MK, P)
-  y, kept = _swiglu(x, weight_P, weights, plan, tile, words, keep)
-  return permute.gather_sum(y, row_MK, x_MD.dtype), kept
-
-
-def _routed_fwd(x_MD, gate_MK, weights, row_MK, group_sizes_E, group_starts_E, P, tile):
-  plan = (group_sizes_E, group_starts_E)
-  y_MD, kept = _routed(x_MD, gate_MK, weights, row_MK, plan, P, tile, True)
-  return y_MD, (x_MD, gate_MK, weights, row_MK, plan, kept)
-
-
-def _routed_bwd(P, tile, saved, dy_MD):
-  x_MD, gate_MK, weights, row_MK, plan, kept = saved
-  # Tokens are moved once more rather than kept as rows: K times as large.
-  x, dy = (permute.scatter(a, row_MK, P) for a in (x_MD, dy_MD))
-  weight_P = _weights_of_rows(gate_MK, row_MK, P)
-  dx, dweight_P, *dweights = _swiglu_gradients(x, dy, weight_P, weights, kept, plan, tile, x.dtype)
-  dx_MD = permute.gather_sum(dx, row_MK, x_MD.dtype)
-  return dx_MD, dweight_P[row_MK], tuple(dweights), None, None, None
-
-
-routed_swiglu.defvjp(_routed_fwd, _routed_bwd)

@@ -16,36 +16,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# GpuTargetConfigProto of an H100 SXM: what the compiler asks a device about.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  shared_memory_per_block_optin: 232448
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
+from dsmoe import compile_only
 
 
 def h100_devices():
   """Returns 16 H100s that can be compiled for; skips where the CUDA plugin is missing."""
   if importlib.util.find_spec("jax_cuda13_plugin") is None:
     pytest.skip("jax_cuda13_plugin is not installed: pip install -e .[cuda13]")
-  os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-  from jax.experimental import topologies
-
-  topology = topologies.get_topology_desc(
-    platform="cuda", topology_name="h100", topology="2x8x1", target_config=H100
-  )
-  return list(topology.devices)
+  return compile_only.h100_devices()
 
 
 @contextlib.contextmanager
