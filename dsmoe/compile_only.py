@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -66,6 +67,15 @@ def chip_name(topology: str) -> str:
   if name not in CHIPS:
     raise ValueError(f"topology must be of a chip among {', '.join(CHIPS)}, got {topology!r}")
   return name
+
+
+def missing_compiler(topology: str) -> str | None:
+  """Returns what a topology's compiler comes with and is not installed; None if it is there."""
+  gpu = chip_name(topology) == "h100"
+  module, extra = ("jax_cuda13_plugin", "cuda13") if gpu else ("libtpu", "tpu")
+  if importlib.util.find_spec(module):
+    return None
+  return f"{topology} needs {module}, the compiler for it: pip install -e .[{extra}]"
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:

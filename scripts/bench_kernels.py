@@ -108,9 +108,11 @@ def _check_flags() -> None:
   if not _COMPILE_ONLY.value and _CONFIG.value is None:
     raise app.UsageError("--config must name an experiment, or give --compile-only")
   try:
-    compile_only.chip_name(_TOPOLOGY.value)
+    missing = compile_only.missing_compiler(_TOPOLOGY.value)
   except ValueError as error:
     raise app.UsageError(str(error)) from None
+  if missing and _COMPILE_ONLY.value:
+    raise app.UsageError(missing)
 
 
 def main(argv: list[str]) -> None:

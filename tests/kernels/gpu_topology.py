@@ -5,7 +5,6 @@ The one place that touches the interpreter's private modules.
 
 import contextlib
 import functools
-import importlib.util
 import os
 import tempfile
 import threading
@@ -21,8 +20,8 @@ from dsmoe import compile_only
 
 def h100_devices():
   """Returns 16 H100s that can be compiled for; skips where the CUDA plugin is missing."""
-  if importlib.util.find_spec("jax_cuda13_plugin") is None:
-    pytest.skip("jax_cuda13_plugin is not installed: pip install -e .[cuda13]")
+  if missing := compile_only.missing_compiler("h100"):
+    pytest.skip(missing)
   return compile_only.h100_devices()
 
 

@@ -1,7 +1,5 @@
 """Devices that exist for the compiler alone, for tests of what it makes of a kernel."""
 
-import importlib.util
-
 import jax
 import pytest
 
@@ -10,8 +8,8 @@ from dsmoe import compile_only
 
 def tpu_devices(name: str) -> list[jax.Device]:
   """Returns a topology's devices ("v5p:2x2x1", "tpu7x:2x2x1"); without libtpu the test skips."""
-  if importlib.util.find_spec("libtpu") is None:
-    pytest.skip("needs libtpu, the compiler of TPUs: pip install .[tpu]")
+  if missing := compile_only.missing_compiler(name):
+    pytest.skip(missing)
   return compile_only.tpu_devices(name)
 
 
