@@ -96,7 +96,7 @@ def test_swiglu_in_fp8(precision, power_of_two):
   x = jnp.asarray(rng.standard_normal((2, 3, 130)), jnp.float32)
   module = layers.SwiGLU(config, 140, nnx.Rngs(params=0))
   matmul = functools.partial(
-    quantized_matmul, implementation="reference", power_of_two_scales=power_of_two
+    quantized_matmul, implementation="xla", power_of_two_scales=power_of_two
   )
   gate, up = (matmul(x.reshape(6, -1), w[...]) for w in (module.w_gate, module.w_up))
   expected = matmul(jax.nn.silu(gate) * up, module.w_down[...]).reshape(x.shape)

@@ -39,10 +39,9 @@ def first_step(
   "variant",
   [
     dict(num_microbatches=4),
-    dict(num_devices=2, num_microbatches=4),
+    dict(num_devices=2),
     dict(num_devices=4, remat="full"),
-    dict(num_devices=8, remat="dots"),
-    dict(num_devices=8, num_microbatches=2),
+    dict(num_devices=8, num_microbatches=2, remat="dots"),
     dict(dispatch="dense"),
   ],
   ids=str,
