@@ -115,7 +115,7 @@ def _matmul_args(shape: Shape):
 def _alignment(shape: Shape) -> dict[str, int]:
   """Says what the groups are aligned to: to our tile, if it divides each of them."""
   *_, e, P = shape.dims
-  tile = tile_rows(P / e, shape.config.compute_dtype)
+  tile = tile_rows(P / e)
   return {"alignment": tile if P % e == 0 and P // e % tile == 0 else 1}
 
 

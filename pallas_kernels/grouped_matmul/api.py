@@ -6,11 +6,11 @@ of groups that are not, at the cost of two more copies.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import traffic
 from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu_swiglu
 from pallas_kernels.grouped_matmul.tpu import tile_rows
 from pallas_kernels.permute import combine, expert_order, group_starts, num_rows, permute
@@ -68,10 +68,10 @@ def _choose(implementation: str | None, choices, default: str) -> str:
   return implementation
 
 
-def row_alignment(P: int, E: int, dtype: Any, implementation: str | None = None) -> int:
+def row_alignment(P: int, E: int, implementation: str | None = None) -> int:
   """Returns what E groups of P rows in all should be aligned to, for the implementation's sake."""
   if _choose(implementation, IMPLEMENTATIONS, "blocked") == "mosaic_tpu":
-    return tile_rows(P / E, dtype)
+    return tile_rows(P / E)
   return 1
 
 
@@ -107,15 +107,16 @@ class _Aligned:
     return jnp.where(self.own_P1, combine(y_PN, self.source, self.place_P1), 0)
 
 
-def _tile(P: int, E: int, dtype: Any, alignment: int) -> int:
+def _tile(P: int, E: int, alignment: int) -> int:
   """Returns the aligned groups' own tile where that is one a kernel takes."""
-  least = tile_rows(0, dtype)
-  return alignment if alignment % least == 0 else tile_rows(P / E, dtype)
+  least = tile_rows(0)
+  return alignment if alignment % least == 0 else tile_rows(P / E)
 
 
 def _mosaic_matmul(x_PK, w_EKN, sizes_E, starts_E, alignment: int):
   P, E = x_PK.shape[0], sizes_E.shape[0]
-  tile = _tile(P, E, x_PK.dtype, alignment)
+  tile = _tile(P, E, alignment)
+  x_PK, w_EKN = traffic.vary_alike(x_PK, w_EKN)
   aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
   y_PN = tpu_swiglu.grouped_matmul(aligned.rows(x_PK), w_EKN, sizes_E, aligned.starts_E, tile)
   return aligned.back(y_PN)
@@ -124,7 +125,8 @@ def _mosaic_matmul(x_PK, w_EKN, sizes_E, starts_E, alignment: int):
 def _mosaic_swiglu(x_PD, weight_P, *args, alignment: int):
   *weights, sizes_E, starts_E = args
   P, E = weight_P.shape[0], sizes_E.shape[0]
-  tile = _tile(P, E, x_PD.dtype, alignment)
+  tile = _tile(P, E, alignment)
+  x_PD, weight_P, *weights = traffic.vary_alike(x_PD, weight_P, *weights)
   aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
   y_PD = tpu_swiglu.grouped_swiglu(
     *(aligned.rows(x_PD), aligned.numbers(weight_P), tuple(weights)),
@@ -280,10 +282,11 @@ def routed_swiglu(x_MD, routed: Routed, experts, implementation: str | None = No
   P, E = expert_MK.size, w_gate_EDF.shape[0]
   implementation = _choose(implementation, IMPLEMENTATIONS, "blocked")
   if implementation == "mosaic_tpu":
-    tile = tile_rows(P / E, x_MD.dtype)
+    tile = tile_rows(P / E)
     starts_E = group_starts(counts_E, tile)
+    x_MD, gate_MK, *weights = traffic.vary_alike(x_MD, gate_MK, *experts)
     return tpu_swiglu.routed_swiglu(
-      *(x_MD, gate_MK, (w_gate_EDF, w_up_EDF, w_down_EFD), starts_E[expert_MK] + rank_MK),
+      *(x_MD, gate_MK, tuple(weights), starts_E[expert_MK] + rank_MK),
       *(counts_E, starts_E, num_rows(P, E, tile), tile),
     )
   if implementation == "mosaic_gpu":

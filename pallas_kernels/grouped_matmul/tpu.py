@@ -31,13 +31,15 @@ UNROLL = 8  # products of one tile's rows alone are short: their ends overlap
 f32, u32 = jnp.float32, jnp.uint32
 
 
-def tile_rows(rows_per_group: float, dtype) -> int:
-  """Returns a tile's rows: half a tile a group is lost on average, so at most an eighth."""
-  least = 32 // np.dtype(dtype).itemsize
+def tile_rows(rows_per_group: float) -> int:
+  """Returns a tile's rows: half a tile a group is lost on average, an eighth unless groups are small.
+
+  At least 128, since the rows' weights lie along lanes.
+  """
   tile = 512
-  while tile > least and tile * 4 > rows_per_group:
+  while tile > LANES and tile * 4 > rows_per_group:
     tile //= 2
-  return max(tile, least)
+  return tile
 
 
 class Schedule(NamedTuple):
@@ -308,7 +310,7 @@ def over_rows(
       out_specs=out_specs,
       scratch_shapes=scratch,
     ),
-    out_shape=out_shape,
+    out_shape=traffic.varying_like([*steps[:3], *operands], out_shape),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES + 2**22
     ),
@@ -402,7 +404,7 @@ def over_groups(lhs, rhs, plan, tile: int, dtype):
         *(pltpu.VMEM(shape, dtype) for shape in [(k, tile), *plain_shapes]),
       ],
     ),
-    out_shape=out_shape,
+    out_shape=traffic.varying_like([*steps[:3], lhs, *rhs], out_shape),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES + 2**22
     ),

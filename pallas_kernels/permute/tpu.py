@@ -138,7 +138,7 @@ def scatter(x_MD, row_MK, num_rows: int):
     grid=grid,
     in_specs=[row_spec, x_spec],
     out_specs=pl.BlockSpec(memory_space=pl.ANY),
-    out_shape=jax.ShapeDtypeStruct((num_rows, W), words.dtype),
+    out_shape=traffic.varying_like((rows, x_MD), jax.ShapeDtypeStruct((num_rows, W), words.dtype)),
     scratch_shapes=[pltpu.VMEM((2, m, W), words.dtype), pltpu.SemaphoreType.DMA((2,))],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("arbitrary",), vmem_limit_bytes=4 * VMEM_BYTES
@@ -221,7 +221,7 @@ def gather_sum(words_PW, row_MK, dtype, gate_MK=None):
       pl.BlockSpec(memory_space=pl.ANY),
     ],
     out_specs=out_spec,
-    out_shape=out,
+    out_shape=traffic.varying_like((rows, *gates, words_PW), out),
     scratch_shapes=[pltpu.VMEM((2, K, m, W), words_PW.dtype), pltpu.SemaphoreType.DMA((2,))],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("arbitrary",), vmem_limit_bytes=4 * VMEM_BYTES

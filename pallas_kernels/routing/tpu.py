@@ -128,7 +128,7 @@ def _call(kernel, name: str, M: int, flops: int, operands, in_specs, outs, out_s
     grid=grid,
     in_specs=in_specs,
     out_specs=out_specs,
-    out_shape=outs,
+    out_shape=traffic.varying_like(operands, outs),
     scratch_shapes=scratch,
     compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
     cost_estimate=pl.CostEstimate(

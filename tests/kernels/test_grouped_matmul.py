@@ -1,6 +1,7 @@
 """One suite for every implementation of the grouped SwiGLU."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from helpers import assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
+from topologies import tpu_devices
 
 from pallas_kernels.grouped_matmul import (
   IMPLEMENTATIONS,
@@ -19,7 +21,7 @@ from pallas_kernels.grouped_matmul import (
   grouped_swiglu,
   routed_swiglu,
 )
-from pallas_kernels.routing import Routed, ranks
+from pallas_kernels.routing import Routed, Rule, ranks, route
 
 E, D, F = 5, 12, 7
 # test_gpu.py has mosaic_gpu: its interpreter and dtypes are others.
@@ -29,7 +31,10 @@ every_implementation = pytest.mark.parametrize(
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
+def interpreted(request):
+  if "tpu" in request.keywords:
+    yield
+    return
   with pltpu.force_tpu_interpret_mode():
     yield
 
@@ -292,3 +297,33 @@ def test_a_device_multiplies_the_rows_of_its_own_groups(implementation):
     y[rows], dx[rows] = x[rows] @ w[e], dy[rows] @ w[e].T
     dw[e] = x[rows].T @ dy[rows]
   assert_close(run(x, w, dy), (y, (dx, dw)))
+
+
+@pytest.mark.tpu
+def test_a_layers_gradient_compiles_across_devices():
+  """Routing and experts inside shard_map with its checks on; only the shared weights are summed."""
+  M, K, D, F, E = 256, 2, 512, 256, 4
+  mesh = jax.sharding.Mesh(np.array(tpu_devices("v5p:2x2x1")), ("data",))
+  rule = Rule(K, 2, 1, "top2", "sigmoid", True, 2.5)
+
+  def gradients(x, logits, *weights):
+    def loss(x, logits, *weights):
+      y = routed_swiglu(x, route(logits, None, rule, "mosaic_tpu"), weights, "mosaic_tpu")
+      return jax.lax.psum(jnp.sum(y.astype(jnp.float32)), "data")
+
+    return jax.grad(loss, range(5))(x, logits, *weights)
+
+  P = jax.sharding.PartitionSpec
+  specs = (P("data"), P("data"), P(), P(), P())
+  shapes = [(4 * M, D), (4 * M, E), (E, D, F), (E, D, F), (E, F, D)]
+  dtypes = [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
+  args = [
+    jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+    for shape, dtype, spec in zip(shapes, dtypes, specs)
+  ]
+  sharded = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs)
+  text = jax.jit(sharded).lower(*args).compile().as_text()
+  for name in ("routing_gradient", "permute", "combine", "matmul_rows", "matmul_weights"):
+    assert name in text
+  reduced = re.findall(r"= (.*?) all-reduce\(", text)
+  assert reduced and not any(f"[{M},{D}]" in shape for shape in reduced)
