@@ -70,9 +70,8 @@ def get_config() -> config_dict.ConfigDict:
   # Implementations in pallas_kernels; None picks by platform.
   k = m.kernels = config_dict.ConfigDict()
   k.routing = placeholder(str)  # reference | mosaic_tpu | mosaic_gpu
-  k.grouped_matmul = placeholder(
-    str
-  )  # reference | ragged_dot | blocked (CPU) | mosaic_tpu | mosaic_gpu
+  # reference | ragged_dot | blocked (CPU) | mosaic_tpu | mosaic_gpu
+  k.grouped_matmul = placeholder(str)
   k.attention = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
   k.decode_attention = placeholder(str)  # reference | xla | mosaic_tpu
   k.quantized_matmul = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu

@@ -258,8 +258,7 @@ def _mosaic_gpu_routed(x_MD, routed: Routed, experts):
   expert_MK, gate_MK, counts_E, rank_MK = routed
   starts_E = group_starts(counts_E)
   row_MK = starts_E[expert_MK] + rank_MK
-  weight_P = jnp.zeros(row_MK.size, jnp.float32)
-  weight_P = weight_P.at[row_MK.reshape(-1)].set(gate_MK.reshape(-1), unique_indices=True)
+  weight_P = tpu_swiglu.weights_of_rows(gate_MK, row_MK, row_MK.size)
   x_PD = permute_gpu.to_rows(x_MD, row_MK, row_MK.size)
   y_PD = gpu.grouped_swiglu(x_PD, weight_P, *experts, counts_E, starts_E)
   return permute_gpu.from_rows(y_PD, row_MK)

@@ -25,8 +25,8 @@ f32, u32 = jnp.float32, jnp.uint32
 
 
 def packs(dtype, D: int) -> bool:
-  """Returns whether rows are packed: 16 bits, and whole pairs of 128 columns."""
-  return np.dtype(dtype).itemsize == 2 and D % (2 * LANES) == 0
+  """Returns whether rows are packed: bfloat16, and whole pairs of 128 columns."""
+  return np.dtype(dtype) == jnp.bfloat16 and D % (2 * LANES) == 0
 
 
 def row_words(dtype, D: int) -> jax.ShapeDtypeStruct:

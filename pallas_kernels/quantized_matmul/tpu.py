@@ -42,9 +42,7 @@ bf16 = jnp.bfloat16
 
 def out(shape, dtype, *operands):
   """An output that varies over the mesh axes any of the operands varies over."""
-  axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-  kind = jax.sharding.ManualAxisType(varying=axes)
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+  return traffic.varying_like(operands, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def call(
