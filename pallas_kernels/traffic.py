@@ -54,7 +54,7 @@ def vary_alike(*operands):
   What was the same on all devices then has a gradient that is summed over them.
   """
   axes = [jax.typeof(a).manual_axis_type.varying for a in operands]
-  missing = [tuple(frozenset().union(*axes) - own) for own in axes]
+  missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
   return [
     jax.lax.pcast(a, names, to="varying") if names else a for a, names in zip(operands, missing)
   ]

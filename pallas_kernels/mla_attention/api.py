@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import traffic
 from pallas_kernels.mla_attention import cpu, gpu, reference, tpu, tpu_decode
 
 CAUSAL_IMPLEMENTATIONS: dict[str, Callable] = {
@@ -48,13 +49,6 @@ def _check_floating(name: str, array, rank: int) -> None:
     raise ValueError(f"{name} must have {rank} dimensions, none of them 0, got {array.shape}")
   if array.dtype not in (jnp.bfloat16, jnp.float32):
     raise ValueError(f"{name} must be bfloat16 or float32, got {array.dtype}")
-
-
-def _vary_alike(*arrays):
-  """Types every array as varying over the mesh axes any varies over, as its gradient will be."""
-  axes = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-  missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
-  return [jax.lax.pcast(a, names, to="varying") for a, names in zip(arrays, missing)]
 
 
 def causal_attention(
@@ -101,7 +95,7 @@ def causal_attention(
     raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
   implementation = _choose(implementation, CAUSAL_IMPLEMENTATIONS)
   # Rows are taken by traced numbers, which NumPy's own arrays refuse.
-  q_BSHA, k_BSHA, v_BSHU = _vary_alike(*map(jnp.asarray, (q_BSHA, k_BSHA, v_BSHU)))
+  q_BSHA, k_BSHA, v_BSHU = traffic.vary_alike(*map(jnp.asarray, (q_BSHA, k_BSHA, v_BSHU)))
   segments_BS = None if segments_BS is None else jnp.asarray(segments_BS)
   if implementation == "xla":
     return cpu.causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens)

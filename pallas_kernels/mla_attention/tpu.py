@@ -43,9 +43,7 @@ f32 = jnp.float32
 
 def out_struct(shape, dtype, operands) -> jax.ShapeDtypeStruct:
   """A kernel's result, which varies over the mesh axes any of its operands varies over."""
-  varying = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-  kind = jax.sharding.ManualAxisType(varying=varying)
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
+  return traffic.varying_like(operands, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def _dot(a, b, contract: tuple[int, int]):
