@@ -261,7 +261,9 @@ def run(
     for region in re.findall(r"Start(?:/End empty)? region (\d+)", bundle):
       starts.setdefault(int(region), n)
     core_ids += re.findall(r"sld (\[smem:\[#allocation\d+\]\])\s*/\* core id \*/", bundle)
-    plain = re.sub(r"/\*.*?\*/", "", bundle, flags=re.DOTALL)
+    # A DMA whose strides lie in memory says in a remark from where to where it goes.
+    plain = re.sub(r"dma\.general(.*?)/\* (\w+)-to-(\w+) \*/", r"dma.\2_to_\3\1", bundle)
+    plain = re.sub(r"/\*.*?\*/", "", plain, flags=re.DOTALL)
     slots = [s for text in plain.rpartition("}")[0].split(";;") if (s := _decode(text))]
     jump = next((s for s in slots if s.opcode == "sbr.rel"), None)
     region = re.search(r"target\s*=\s*\$region(\d+)", plain)

@@ -1,5 +1,7 @@
 """Running scalar VLIW code, on a made-up kernel whose course is known."""
 
+import re
+
 import numpy as np
 import pytest
 from test_bundles import CODE, DYNAMIC
@@ -65,6 +67,16 @@ def test_prefetched_sizes():
   assert visits[3] == 4 and visits[9] == 4  # a branch's delay slots run in any case
   assert visits[0xA] == visits[0x11] == 9 and visits[0x12] == 3 and visits[0x14] == 4
   assert visits.sum() == 3 + 4 * 7 + 9 * 8 + 3 * 2 + 4 * 6 + 1
+
+
+def test_a_dma_whose_direction_is_a_remark():
+  """As those are whose strides lie in memory."""
+  text = re.sub(r"dma\.hbm_to_vmem(.*) }", r"dma.general\1 /* hbm-to-vmem */ }", RAGGED)
+  assert "dma.general" in text
+  runs = [
+    bundle_run.run(bundles.read_bundles(t), {0: np.array([3, 0, 1, 5])}) for t in (text, RAGGED)
+  ]
+  assert runs[0].moved == runs[1].moved
 
 
 def test_what_cannot_be_told_is_refused():

@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul.tpu import Matrix, over_groups, over_rows, row
+from pallas_kernels.grouped_matmul.tpu import over_groups, over_rows, row
 from pallas_kernels.permute import tpu as permute
 
 f32 = jnp.float32
@@ -23,8 +23,8 @@ f32 = jnp.float32
 
 def rows_times_matrices(x, w_EKN, plan, tile: int, dtype, transposed: bool = False):
   """Returns [P, N] in `dtype` (uint32: words): each row times its expert's matrix."""
-  matrix = Matrix(w_EKN, transposed)
-  return over_rows(lambda y: [y], plan, tile, [x], [matrix], outs=[dtype])[0]
+  body = lambda y: [y]  # noqa: E731
+  return over_rows(body, plan, tile, [x], [w_EKN], outs=[dtype], transposed=transposed)[0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -61,7 +61,7 @@ def _swiglu(x, weight_P, weights, plan, tile, out_dtype, keep: bool):
 
   inner_PF, *kept = over_rows(
     body,
-    *(plan, tile, [x], [Matrix(w_gate_EDF), Matrix(w_up_EDF)]),
+    *(plan, tile, [x], [w_gate_EDF, w_up_EDF]),
     weight=weight_P,
     outs=[dtype] * (3 if keep else 1),
   )
@@ -84,15 +84,16 @@ def _swiglu_gradients(x, dy, weight_P, weights, kept, plan, tile, out_dtype):
 
   dgate_PF, dup_PF, inner_PF, dweight_n1P = over_rows(
     through_activation,
-    *(plan, tile, [dy], [Matrix(w_down_EFD, True)], kept),
+    *(plan, tile, [dy], [w_down_EFD], kept),
     weight=weight_P,
     outs=[dtype] * 3,
+    transposed=True,
     sums=True,
   )
-  matrices = [Matrix(w_gate_EDF, True), Matrix(w_up_EDF, True)]
   add = lambda a, b: [a + b]  # noqa: E731
-  dx = over_rows(add, plan, tile, [dgate_PF, dup_PF], matrices, outs=[out_dtype])[0]
-  dw_gate, dw_up = over_groups(x, [dgate_PF, dup_PF], plan, tile, dtype)
+  matrices, dhidden = [w_gate_EDF, w_up_EDF], [dgate_PF, dup_PF]
+  dx = over_rows(add, plan, tile, dhidden, matrices, outs=[out_dtype], transposed=True)[0]
+  dw_gate, dw_up = over_groups(x, dhidden, plan, tile, dtype)
   (dw_down,) = over_groups(inner_PF, [dy], plan, tile, dtype)
   return dx, jnp.sum(dweight_n1P[:, 0], axis=0), dw_gate, dw_up, dw_down
 

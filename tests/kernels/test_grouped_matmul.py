@@ -20,6 +20,7 @@ from pallas_kernels.grouped_matmul import (
   grouped_matmul,
   grouped_swiglu,
   routed_swiglu,
+  tpu,
 )
 from pallas_kernels.routing import Routed, Rule, ranks, route
 
@@ -272,6 +273,37 @@ def test_routed_rows_in_bfloat16(implementation):
   assert_close(
     (y, dx, dgates, *dweights), (expected_y, expected_dx, expected_dgates, *expected_dw), "bfloat16"
   )
+
+
+@pytest.mark.parametrize("vmem_mib, D", [(56, 200), (5, 256)], ids=["uneven", "cut"])
+def test_columns_in_steps(monkeypatch, vmem_mib, D):
+  """200 columns are no whole number of products; a small memory holds some of 768 at a time."""
+  monkeypatch.setattr(tpu, "VMEM_BYTES", vmem_mib * 2**20)
+  fits = []
+  real_fit = tpu._fit_rows
+
+  def fit(N, tile, **costs):
+    m, n = real_fit(N, tile, **costs)
+    fits.append((m < tile, n < N))
+    return m, n
+
+  monkeypatch.setattr(tpu, "_fit_rows", fit)
+  sizes, P, F = np.array([0, 512, 0, 1024, 500], np.int32), 2048, 768
+  rng = np.random.default_rng(3)
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+  inputs = draw(P, D), draw(P), draw(E, D, F) / 8, draw(E, D, F) / 8, draw(E, F, D) / 8, draw(P, D)
+  inputs[0][2036:] = np.nan  # nobody's
+  inputs[5][2036:] = 0
+
+  @jax.jit
+  def run(*a):
+    y, vjp = jax.vjp(lambda *a: grouped_swiglu(*a, sizes, "mosaic_tpu", alignment=512), *a[:5])
+    dx, dweight, *dweights = vjp(a[5])
+    return y[:2036], (dx[:2036], dweight[:2036], *dweights)
+
+  actual = run(*inputs)
+  assert_close(actual, _by_groups(*(a[:2036] if len(a) == P else a for a in inputs), sizes))
+  assert {any(each) for each in zip(*fits)} == {vmem_mib == 5}
 
 
 @pytest.mark.parametrize("implementation", sorted({*MATMULS} - {"mosaic_gpu"}))
