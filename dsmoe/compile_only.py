@@ -114,8 +114,14 @@ def compile_for(device: jax.Device, fn: Callable, *args) -> Any:
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), args)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # where GPU kernels look for the chip
-    lowered = jax.jit(fn, out_shardings=whole).lower(*args)
-  # The persistent cache can write such executables but not read them back.
+    return compile_lowered(jax.jit(fn, out_shardings=whole).lower(*args))
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """Compiles what was lowered for compile-only devices, past the persistent cache.
+
+  The cache can write such executables but not read them back.
+  """
   cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
   jax.config.update("jax_enable_compilation_cache", False)
   try:

@@ -259,7 +259,7 @@ def make_train_step(config: Config, mesh):
     donate_argnums=0,
     in_shardings=(shardings, sharding.named(mesh, sharding.batch_spec())),
     out_shardings=(shardings, None),
-    compiler_options=host.compiler_options(),
+    compiler_options=host.compiler_options(mesh.devices.flat[0].platform),
   )
 
 
@@ -305,7 +305,7 @@ def make_eval_step(config: Config, mesh):
   )
   return jax.jit(
     lambda state, batch: run(state.params, state.router_bias, batch),
-    compiler_options=host.compiler_options(),
+    compiler_options=host.compiler_options(mesh.devices.flat[0].platform),
   )
 
 

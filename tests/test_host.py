@@ -63,6 +63,7 @@ def test_compiler_options_are_for_cpu_and_this_compiler_knows_them(monkeypatch):
   assert run(x).tolist() == [[7, 10], [15, 22]]
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert host.compiler_options() == {}
+  assert host.compiler_options("cpu") and host.compiler_options("tpu") == {}
 
 
 RELEASE = """
