@@ -7,6 +7,7 @@ numbers of a cached token, C of them the value.
 
 import functools
 import importlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -237,20 +238,64 @@ implementations(
 )
 
 
-@implementation("attention", "splash")
-def _attention_splash(shape: Shape):
-  folder = "jax.experimental.pallas.ops.tpu.splash_attention"
-  kernel = importlib.import_module(f"{folder}.splash_attention_kernel")
-  masks = importlib.import_module(f"{folder}.splash_attention_mask")
-  _, S, H, A, _ = _attention_dims(shape)
-  mask = masks.MultiHeadMask([masks.CausalMask((S, S))] * H)
-  run_HSA = kernel.make_splash_mha_single_device(mask)
+def _splash(folder: str, of_heads: bool, config: Callable) -> Callable:
+  """Builds a splash attention, jax's or the one tokamax goes on with.
 
-  def run(q_BSHA, k_BSHA, v_BSHU):
-    heads_first = [a.swapaxes(1, 2) for a in (q_BSHA * A**-0.5, k_BSHA, v_BSHU)]
-    return jax.vmap(run_HSA)(*heads_first).swapaxes(1, 2)
+  Args:
+    folder: where its modules are.
+    of_heads: whether it takes a mask for each head.
+    config: from its kernel module to its keywords.
+  """
 
-  return run
+  def build(shape: Shape):
+    kernel = importlib.import_module(f"{folder}.splash_attention_kernel")
+    masks = importlib.import_module(f"{folder}.splash_attention_mask")
+    _, S, H, A, _ = _attention_dims(shape)
+    mask = masks.CausalMask((S, S))
+    run_HSA = kernel.make_splash_mha_single_device(
+      masks.MultiHeadMask([mask] * H) if of_heads else mask, **config(kernel, min(S, 1024))
+    )
+
+    def run(q_BSHA, k_BSHA, v_BSHU):
+      heads_first = [a.swapaxes(1, 2) for a in (q_BSHA * A**-0.5, k_BSHA, v_BSHU)]
+      return jax.vmap(run_HSA)(*heads_first).swapaxes(1, 2)
+
+    return run
+
+  return build
+
+
+def _splash_blocks(n: int) -> dict[str, int]:
+  """Blocks of n tokens, and of half as many keys at a time, in both directions."""
+  whole = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), n)
+  return whole | dict.fromkeys(("block_kv_compute", "block_kv_dkv_compute"), max(n // 2, 128))
+
+
+_JAX_SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"
+_TOKAMAX_SPLASH = "tokamax._src.ops.experimental.tpu.splash_attention"
+implementation("attention", "splash")(_splash(_JAX_SPLASH, True, lambda kernel, n: {}))
+implementation("attention", "splash_1024")(
+  _splash(
+    *(_JAX_SPLASH, True),
+    lambda kernel, n: {
+      "block_sizes": kernel.BlockSizes(**_splash_blocks(n), use_fused_bwd_kernel=True)
+    },
+  )
+)
+implementation("attention", "tokamax_1024")(
+  _splash(
+    *(_TOKAMAX_SPLASH, False),
+    lambda kernel, n: {"config": kernel.SplashConfig(**_splash_blocks(n))},
+  )
+)
+implementation("attention", "tokamax_1024_scheduled")(
+  _splash(
+    *(_TOKAMAX_SPLASH, False),
+    lambda kernel, n: {
+      "config": kernel.SplashConfig(**_splash_blocks(n), use_experimental_scheduler=True)
+    },
+  )
+)
 
 
 # Decoding: one new token of each row attends to its row's pages of the latent cache.
