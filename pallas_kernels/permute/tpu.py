@@ -57,11 +57,12 @@ def unpack(words_PW, dtype):
   return jnp.stack([low, high], axis=2).reshape(P, 2 * W).astype(dtype)
 
 
-def _block_tokens(M: int, rows_a_token: int, W: int) -> int:
-  block = 256
-  while block > 16 and 2 * block * rows_a_token * W * 4 > VMEM_BYTES:
+def _block_tokens(M: int, K: int, rows_a_token: int, W: int) -> int:
+  """Returns m, at least K: a token's K copies are waited for as one of K rows."""
+  least, block = pl.cdiv(K, 16) * 16, 256
+  while block > least and 2 * block * rows_a_token * W * 4 > VMEM_BYTES:
     block //= 2
-  return min(block, pl.cdiv(M, 16) * 16)
+  return max(least, min(block, pl.cdiv(M, 16) * 16))
 
 
 def _row_blocks(row_MK, m: int, extra: int = 0):
@@ -127,7 +128,7 @@ def scatter(x_MD, row_MK, num_rows: int):
   K = row_MK.shape[1]
   words = row_words(x_MD.dtype, D)
   (W,) = words.shape
-  m = _block_tokens(M, 1, W)
+  m = _block_tokens(M, K, 1, W)
   grid = (pl.cdiv(M, m),)
   row_spec = _row_spec(m, K)
   x_spec = pl.BlockSpec((m, D), lambda i: (i, 0))
@@ -198,7 +199,7 @@ def gather_sum(words_PW, row_MK, dtype, gate_MK=None):
   M, K = row_MK.shape
   W = words_PW.shape[1]
   D = 2 * W if words_PW.dtype == u32 else W
-  m = _block_tokens(M, K, W)
+  m = _block_tokens(M, K, K, W)
   grid = (pl.cdiv(M, m),)
   row_spec, next_spec = _row_spec(m, K), _row_spec(m, K, ahead=1)
   gate_spec = pl.BlockSpec((m, K), lambda i: (i, 0))

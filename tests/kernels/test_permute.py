@@ -70,9 +70,15 @@ def test_combine_sums_in_float32():
   assert out.dtype == "bfloat16" and float(out[0, 0]) == 1
 
 
-@pytest.mark.parametrize("M", [16, 45])
-@pytest.mark.parametrize("dtype, D", [("float32", 24), ("bfloat16", 512), ("bfloat16", 40)])
-def test_rows_travel_on_tpu_as_they_are(dtype, D, M):
+@pytest.mark.parametrize(
+  "M, K, dtype, D",
+  [
+    *[(M, 3, *row) for M in (16, 45) for row in (("float32", 24), ("bfloat16", 512))],
+    *[(45, 3, "bfloat16", 40), (45, 3, "float16", 256)],
+    (18, 20, "bfloat16", 512),
+  ],
+)
+def test_rows_travel_on_tpu_as_they_are(M, K, dtype, D):
   """Blocks of tokens over several steps, the last one partial; 16-bit rows packed or not."""
   rng = np.random.default_rng(3)
   x = rng.standard_normal((M, D)).astype(dtype)
