@@ -62,6 +62,7 @@ class KernelsConfig:
   attention: str | None = None
   decode_attention: str | None = None
   quantized_matmul: str | None = None
+  tuned: str | None = None
 
   def __post_init__(self):
     choices: dict[str, Iterable[str]] = {

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dsmoe import tuning
 from dsmoe.config import ModelConfig
 from dsmoe.routing import Routing
 from pallas_kernels.grouped_matmul import routed_swiglu
@@ -28,7 +29,9 @@ def local(x_MD, routed: Routing, experts, config: ModelConfig):
   """Takes rows in expert order, applies each expert to its own, sums each token's back."""
   if config.matmul_precision != "compute_dtype":
     return _quantized(x_MD, routed, experts, config)
-  return routed_swiglu(x_MD, routed, experts, config.kernels.grouped_matmul)
+  kernels, (E, D, F) = config.kernels, experts[0].shape
+  tile = tuning.tile(kernels, routed.expert_MK.size, E, D, F, x_MD.dtype)
+  return routed_swiglu(x_MD, routed, experts, kernels.grouped_matmul, tile)
 
 
 def _quantized(x_MD, routed: Routing, experts, config: ModelConfig):

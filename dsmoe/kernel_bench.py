@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import rich.table
 
-from dsmoe import compile_only, host, kernel_cases
+from dsmoe import compile_only, host, kernel_cases, tuning
 from dsmoe.kernel_cases import Shape
-from pallas_kernels.grouped_matmul import grouped_swiglu
+from pallas_kernels.grouped_matmul import TILES, grouped_swiglu
 
 _COLUMNS = {
   "bytes": "MB",
@@ -40,7 +40,12 @@ _COLUMNS = {
   "shared_bytes": "shared B",
   "blocks_per_sm": "blocks/SM",
 }
-_COLUMNS |= {"median_secs": "ms", "gflops_per_sec": "GFLOP/s", "of_dense": "of dense"}
+_COLUMNS |= {
+  "median_secs": "ms",
+  "gflops_per_sec": "GFLOP/s",
+  "of_dense": "of dense",
+  "chosen": "chosen",
+}
 _SCALE = {"bytes": 1e-6, "least_bytes": 1e-6, "vmem_bytes": 1e-6}
 _SCALE |= {"declared_bytes": 1e-6, "flops": 1e-9, "mxu_flops": 1e-9}
 _SCALE |= {"bound_secs": 1e3, "median_secs": 1e3}
@@ -150,6 +155,18 @@ def check(fn: Callable, oracle: Callable, args: tuple) -> None:
     np.testing.assert_allclose(a, b, rtol=0, atol=limit * np.abs(b).max(initial=0))
 
 
+def _in_turns(compiled: dict[Any, tuple], rounds: int) -> dict[Any, list[float]]:
+  """Returns the seconds of each round of each (function, arguments), after two that warm up."""
+  secs: dict[Any, list[float]] = {key: [] for key in compiled}
+  for round_number in range(rounds + 2):
+    for key, (run, args) in compiled.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run(*args))
+      if round_number >= 2:
+        secs[key].append(time.perf_counter() - start)
+  return secs
+
+
 def measure(kernel: str, name: str, shape: Shape, names: Iterable[str], rounds: int) -> list[dict]:
   """Times the implementations of a kernel.
 
@@ -181,13 +198,7 @@ def measure(kernel: str, name: str, shape: Shape, names: Iterable[str], rounds: 
       continue
     for direction, wrap in directions.items():
       compiled[way, direction] = (jax.jit(wrap(fn), compiler_options=options), args)
-  secs: dict[tuple[str, str], list[float]] = {key: [] for key in compiled}
-  for round_number in range(rounds + 2):
-    for key, (run, args) in compiled.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run(*args))
-      if round_number >= 2:
-        secs[key].append(time.perf_counter() - start)
+  secs = _in_turns(compiled, rounds)
   flops = kernel_cases.OPERATIONS[kernel].flops(shape)
   for (way, direction), times in secs.items():
     work = flops * (1 if direction == "forward" else 3)
@@ -201,6 +212,48 @@ def measure(kernel: str, name: str, shape: Shape, names: Iterable[str], rounds: 
         "of_dense": statistics.median(d / t for d, t in zip(dense, times)) if dense else None,
       }
     )
+  return rows
+
+
+def tune(name: str, shape: Shape, names: Iterable[str], rounds: int, path: str) -> list[dict]:
+  """Times each tile of an expert layer, forward and backward; stores the fastest in a table.
+
+  Args:
+    name, shape: the shape and what it is called.
+    names: implementations that have tiles to choose from.
+    rounds: how often each tile is timed.
+    path: of the table, see `tuning`.
+
+  Returns:
+    A row a tile; `chosen` of those stored.
+
+  Raises:
+    ValueError: for an implementation that has none.
+  """
+  if none := [n for n in names if n not in TILES]:
+    raise ValueError(f"only {', '.join(TILES)} have tiles to tune, got {', '.join(none)}")
+  args = kernel_cases.OPERATIONS["routed_swiglu"].draw(shape)
+  oracle = _with_gradient(kernel_cases.IMPLEMENTATIONS["routed_swiglu"]["reference"](shape))
+  _, D, F, E, P = shape.dims
+  rows: list[dict] = []
+  for implementation in names:
+    fns = {}
+    for tile in TILES[implementation]:
+      fn = functools.partial(kernel_cases.routed_swiglu, implementation=implementation, tile=tile)
+      check(_with_gradient(fn), oracle, args)
+      fns[f"tile of {tile}"] = jax.jit(_with_gradient(fn), compiler_options=host.compiler_options())
+    secs = _in_turns({way: (fn, args) for way, fn in fns.items()}, rounds)
+    medians = {way: statistics.median(times) for way, times in secs.items()}
+    best = min(medians, key=medians.__getitem__)
+    for way, median_secs in medians.items():
+      rows.append(
+        {
+          **{"kernel": "routed_swiglu", "shape": name, "implementation": implementation},
+          **{"direction": way, "median_secs": median_secs, "chosen": way == best},
+        }
+      )
+    what = tuning.entry(implementation, P, E, D, F, shape.config.compute_dtype)
+    tuning.store(path, what, int(best.split()[-1]))
   return rows
 
 

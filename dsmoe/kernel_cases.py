@@ -193,12 +193,21 @@ def _routed_args(shape: Shape):
 
 
 def routed_swiglu(
-  x_MD, gate_MK, w_gate_EDF, w_up_EDF, w_down_EFD, expert_MK, rank_MK, counts_E, implementation=None
+  x_MD,
+  gate_MK,
+  w_gate_EDF,
+  w_up_EDF,
+  w_down_EFD,
+  expert_MK,
+  rank_MK,
+  counts_E,
+  implementation=None,
+  tile=None,
 ):
   """`grouped_matmul.routed_swiglu`, what is differentiated in front."""
   routed = routing.Routed(expert_MK, gate_MK, counts_E, rank_MK)
   experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
-  return grouped_matmul.routed_swiglu(x_MD, routed, experts, implementation)
+  return grouped_matmul.routed_swiglu(x_MD, routed, experts, implementation, tile)
 
 
 implementations("routed_swiglu", routed_swiglu, grouped_matmul.IMPLEMENTATIONS)

@@ -75,6 +75,7 @@ def get_config() -> config_dict.ConfigDict:
   k.attention = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
   k.decode_attention = placeholder(str)  # reference | xla | mosaic_tpu
   k.quantized_matmul = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
+  k.tuned = placeholder(str)  # a table `bench_kernels.py --tune` wrote; None: sizes decide on tiles
 
   # Balancing the experts: any of "bias" (V3's sign update) and "sequence" (V3 eq 17-20).
   b = c.balance = config_dict.ConfigDict()

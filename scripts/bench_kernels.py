@@ -2,11 +2,13 @@
 
   python scripts/bench_kernels.py --compile-only --topology=v5p:2x2x1 --plot=roofline.png
   python scripts/bench_kernels.py --config=experiments/bench_small.py --tokens=4096
+  python scripts/bench_kernels.py --config=experiments/bench_small.py --tune=tiles.json
 
 The first compiles each kernel, implementation and shape for a chip (v5p, v6e, tpu7x: needs the
 tpu extra; h100: the cuda13 extra) and reads bytes, bundles, matrix-unit occupancy and spills from
 what the compiler made of it. The second times them on the attached device, checked against the
-reference before.
+reference before. The third times the tiles of an expert layer there and keeps the fastest for
+configs with model.kernels.tuned=tiles.json.
 """
 
 import importlib
@@ -24,6 +26,7 @@ from ml_collections import config_flags
 from dsmoe import compile_only, host, kernel_bench, kernel_cases, plots
 from dsmoe import config as config_lib
 from dsmoe.kernel_cases import Shape
+from pallas_kernels import grouped_matmul
 
 # Experiment, tokens a device routes, sequence length, devices the experts are spread over.
 _SHAPES = {
@@ -44,6 +47,7 @@ _PLOT = flags.DEFINE_string("plot", None, "A PNG to draw the compiled kernels' r
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment whose sizes are timed.")
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens routed when timing.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Times each way is timed.", lower_bound=1)
+_TUNE = flags.DEFINE_string("tune", None, "Time tiles; the fastest go into this table.")
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 
@@ -90,6 +94,9 @@ def timed() -> list[dict]:
   shape = Shape(config.model, tokens, math.gcd(tokens, config.data.sequence_length), 1)
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   on_cpu = jax.default_backend() == "cpu"
+  if _TUNE.value:
+    tiled = _IMPLEMENTATIONS.value or [grouped_matmul.chosen(None)]
+    return kernel_bench.tune(name, shape, tiled, _ROUNDS.value, _TUNE.value)
   rows = []
   for kernel in _KERNELS.value or ["grouped_swiglu"]:
     every = list(kernel_cases.IMPLEMENTATIONS[kernel])
@@ -102,9 +109,12 @@ def _check_flags() -> None:
   for flag, names, known in (
     ("kernels", _KERNELS.value, list(kernel_cases.OPERATIONS)),
     ("shapes", _NAMES.value, list(_SHAPES)),
+    ("tune's implementations", _TUNE.value and _IMPLEMENTATIONS.value, list(grouped_matmul.TILES)),
   ):
-    if unknown := [name for name in names if name not in known]:
+    if unknown := [name for name in names or [] if name not in known]:
       raise app.UsageError(f"--{flag} must be among {', '.join(known)}, got {', '.join(unknown)}")
+  if _COMPILE_ONLY.value and _TUNE.value:
+    raise app.UsageError("--tune times kernels on a device, which --compile-only does not")
   if not _COMPILE_ONLY.value and _CONFIG.value is None:
     raise app.UsageError("--config must name an experiment, or give --compile-only")
   try:

@@ -3,6 +3,8 @@
 from pallas_kernels.grouped_matmul.api import (
   IMPLEMENTATIONS,
   MATMULS,
+  TILES,
+  chosen,
   grouped_matmul,
   grouped_swiglu,
   routed_swiglu,
@@ -12,6 +14,8 @@ from pallas_kernels.grouped_matmul.api import (
 __all__ = [
   "IMPLEMENTATIONS",
   "MATMULS",
+  "TILES",
+  "chosen",
   "grouped_matmul",
   "grouped_swiglu",
   "routed_swiglu",

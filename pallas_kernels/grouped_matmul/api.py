@@ -68,9 +68,20 @@ def _choose(implementation: str | None, choices, default: str) -> str:
   return implementation
 
 
+def _check_tile(implementation: str, tile: int | None) -> None:
+  choices = (None, *TILES.get(implementation, ()))
+  if tile not in choices:
+    raise ValueError(f"tile of {implementation} must be one of {choices}, got {tile}")
+
+
+def chosen(implementation: str | None) -> str:
+  """Returns the implementation of the SwiGLU that None stands for here, or the one given."""
+  return _choose(implementation, IMPLEMENTATIONS, "blocked")
+
+
 def row_alignment(P: int, E: int, implementation: str | None = None) -> int:
   """Returns what E groups of P rows in all should be aligned to, for the implementation's sake."""
-  if _choose(implementation, IMPLEMENTATIONS, "blocked") == "mosaic_tpu":
+  if chosen(implementation) == "mosaic_tpu":
     return tile_rows(P / E)
   return 1
 
@@ -107,10 +118,10 @@ class _Aligned:
     return jnp.where(self.own_P1, combine(y_PN, self.source, self.place_P1), 0)
 
 
-def _tile(P: int, E: int, alignment: int) -> int:
-  """Returns the aligned groups' own tile where that is one a kernel takes."""
+def _tile(P: int, E: int, alignment: int, tile: int | None = None) -> int:
+  """Returns the tile asked for, or the aligned groups' own where that is one a kernel takes."""
   least = tile_rows(0)
-  return alignment if alignment % least == 0 else tile_rows(P / E)
+  return tile or (alignment if alignment % least == 0 else tile_rows(P / E))
 
 
 def _mosaic_matmul(x_PK, w_EKN, sizes_E, starts_E, alignment: int):
@@ -122,10 +133,10 @@ def _mosaic_matmul(x_PK, w_EKN, sizes_E, starts_E, alignment: int):
   return aligned.back(y_PN)
 
 
-def _mosaic_swiglu(x_PD, weight_P, *args, alignment: int):
+def _mosaic_swiglu(x_PD, weight_P, *args, alignment: int, tile: int | None):
   *weights, sizes_E, starts_E = args
   P, E = weight_P.shape[0], sizes_E.shape[0]
-  tile = _tile(P, E, alignment)
+  tile = _tile(P, E, alignment, tile)
   x_PD, weight_P, *weights = traffic.vary_alike(x_PD, weight_P, *weights)
   aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
   y_PD = tpu_swiglu.grouped_swiglu(
@@ -142,6 +153,8 @@ IMPLEMENTATIONS: dict[str, Callable | None] = {
   "mosaic_tpu": None,
   "mosaic_gpu": gpu.grouped_swiglu,
 }
+# Rows that an implementation can take at once; it chooses among these itself unless told.
+TILES: dict[str, tuple[int, ...]] = {"mosaic_tpu": (128, 256, 512), "blocked": (64, 128, 256, 512)}
 MATMULS = ("reference", "ragged_dot", "mosaic_tpu", "mosaic_gpu")
 
 
@@ -202,6 +215,7 @@ def grouped_swiglu(
   order=None,
   alignment: int = 1,
   group_starts_E=None,
+  tile: int | None = None,
 ):
   """Applies each expert's SwiGLU to its own rows, weighted: w * down(silu(gate x) * up x).
 
@@ -217,6 +231,7 @@ def grouped_swiglu(
       from tokens; an implementation may do that on the way and never store them.
     alignment: what divides every expert's first row.
     group_starts_E: as in `grouped_matmul`.
+    tile: rows taken at once, of the implementation's `TILES`; None: by the sizes.
 
   Returns:
     [P, D] in x's dtype; rows of no expert hold anything. Differentiable in everything but the
@@ -236,7 +251,8 @@ def grouped_swiglu(
     "group_sizes_E": (group_sizes_E, (E,)),
   }
   _check_operands(expected, x_PD, group_sizes_E)
-  implementation = _choose(implementation, IMPLEMENTATIONS, "blocked")
+  implementation = chosen(implementation)
+  _check_tile(implementation, tile)
   # Loops index them by traced numbers, which NumPy's own arrays refuse.
   x_PD, order, weight_P, *weights, sizes_E = jax.tree.map(
     jnp.asarray, (x_PD, order, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
@@ -245,10 +261,11 @@ def grouped_swiglu(
     group_starts_E = group_starts(sizes_E, alignment)
   starts_E = jnp.asarray(group_starts_E)
   if implementation == "blocked":
-    return cpu.grouped_swiglu(x_PD, weight_P, *weights, sizes_E, starts_E, order)
+    return cpu.grouped_swiglu(x_PD, weight_P, *weights, sizes_E, starts_E, order, tile or cpu.ROWS)
   rows_PD = x_PD if order is None else permute(x_PD, *order)
   if implementation == "mosaic_tpu":
-    return _mosaic_swiglu(rows_PD, weight_P, *weights, sizes_E, starts_E, alignment=alignment)
+    operands = (rows_PD, weight_P, *weights, sizes_E, starts_E)
+    return _mosaic_swiglu(*operands, alignment=alignment, tile=tile)
   way = IMPLEMENTATIONS[implementation]
   assert way is not None
   return way(rows_PD, weight_P, *weights, sizes_E, starts_E)
@@ -264,14 +281,16 @@ def _mosaic_gpu_routed(x_MD, routed: Routed, experts):
   return permute_gpu.from_rows(y_PD, row_MK)
 
 
-def routed_swiglu(x_MD, routed: Routed, experts, implementation: str | None = None):
+def routed_swiglu(
+  x_MD, routed: Routed, experts, implementation: str | None = None, tile: int | None = None
+):
   """Sends tokens to their experts, applies each one's SwiGLU, and sums what comes back.
 
   Args:
     x_MD: tokens.
     routed: of `routing.route`: experts, gates, counts and ranks.
     experts: (w_gate_EDF, w_up_EDF, w_down_EFD) in x's dtype.
-    implementation: as in `grouped_swiglu`.
+    implementation, tile: as in `grouped_swiglu`.
 
   Returns:
     [M, D] in x's dtype. Differentiable in x, gates and weights.
@@ -279,9 +298,10 @@ def routed_swiglu(x_MD, routed: Routed, experts, implementation: str | None = No
   expert_MK, gate_MK, counts_E, rank_MK = routed
   w_gate_EDF, w_up_EDF, w_down_EFD = experts
   P, E = expert_MK.size, w_gate_EDF.shape[0]
-  implementation = _choose(implementation, IMPLEMENTATIONS, "blocked")
+  implementation = chosen(implementation)
+  _check_tile(implementation, tile)
   if implementation == "mosaic_tpu":
-    tile = tile_rows(P / E)
+    tile = tile or tile_rows(P / E)
     starts_E = group_starts(counts_E, tile)
     x_MD, gate_MK, *weights = traffic.vary_alike(x_MD, gate_MK, *experts)
     return tpu_swiglu.routed_swiglu(
@@ -295,7 +315,9 @@ def routed_swiglu(x_MD, routed: Routed, experts, implementation: str | None = No
     weight_P = gate_MK.reshape(-1)[order[0]]
   with jax.named_scope("experts"):
     y_PD = grouped_swiglu(
-      *(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, counts_E), implementation, order
+      *(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, counts_E),
+      *(implementation, order),
+      tile=tile,
     )
   with jax.named_scope("combine"):
     return combine(y_PD, *order)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.permute import sum_rows
 
-ROWS = 256  # a block's rows
+ROWS = 256  # a block's rows, unless told
 BLOCKS = 8  # blocks a step
 
 f32 = jnp.float32
@@ -28,14 +28,14 @@ def _zeros(shape, dtype, operands):
   return jax.lax.pcast(jnp.zeros(shape, dtype), tuple(axes), to="varying")
 
 
-def _schedule(group_sizes_E, group_starts_E, num_rows: int):
+def _schedule(group_sizes_E, group_starts_E, num_rows: int, rows: int):
   """Cuts the groups into blocks.
 
   Returns:
     A function from a step's number to (expert_b, first_b, mine_br): each block's expert,
     first row, and which of its rows belong to it; the number of steps; and a block's rows.
   """
-  R = min(ROWS, num_rows)
+  R = min(rows, num_rows)
   blocks_E = (group_sizes_E + R - 1) // R
   last_E = jnp.cumsum(blocks_E)
   end_E = group_starts_E + group_sizes_E
@@ -93,17 +93,19 @@ def _token_of_row(order, num_rows: int):
   return jnp.minimum(pair_P // K, M - 1)  # where no pair lies, any token
 
 
-@jax.custom_vjp
-def grouped_swiglu(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def grouped_swiglu(
+  x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order, rows: int
+):
   """See `api.grouped_swiglu`."""
-  return _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order)[0]
+  return _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order, rows)[0]
 
 
-def _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order):
+def _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order, rows):
   P, D = weight_P.shape[0], x_MD.shape[1]
   w_in_EDI = jnp.concatenate([w_gate_EDF, w_up_EDF], axis=-1)
   token_P = _token_of_row(order, P)
-  step, num_steps, R = _schedule(sizes_E, starts_E, P)
+  step, num_steps, R = _schedule(sizes_E, starts_E, P, rows)
 
   def body(i, carry):
     y_PD, hidden_PI = carry
@@ -121,14 +123,14 @@ def _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, or
   return y_PD, saved
 
 
-def _bwd(saved, dy_PD):
+def _bwd(rows, saved, dy_PD):
   x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order, hidden_PI = saved
   P, D = dy_PD.shape
   dtype = x_MD.dtype
   w_in_EDI = jnp.concatenate([w_gate_EDF, w_up_EDF], axis=-1)
   w_in_EID, w_down_EDF = _transposed(w_in_EDI), _transposed(w_down_EFD)
   token_P = _token_of_row(order, P)
-  step, num_steps, R = _schedule(sizes_E, starts_E, P)
+  step, num_steps, R = _schedule(sizes_E, starts_E, P, rows)
 
   def body(i, carry):
     dx_PD, dweight_P, dw_in_EDI, dw_down_EFD = carry

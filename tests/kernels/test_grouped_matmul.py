@@ -242,8 +242,10 @@ def test_unknown_implementation_is_refused():
     grouped_swiglu(**_shapes(), implementation="fastest")
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "mosaic_tpu"])
-def test_routed_rows_in_bfloat16(implementation):
+@pytest.mark.parametrize(
+  "implementation, tile", [("blocked", 64), ("mosaic_tpu", None), ("mosaic_tpu", 256)]
+)
+def test_routed_rows_in_bfloat16(implementation, tile):
   """On TPU, rows of whole pairs of 128 columns travel packed."""
   M, K, E, D, F = 37, 2, 3, 512, 24
   rng = np.random.default_rng(0)
@@ -257,7 +259,8 @@ def test_routed_rows_in_bfloat16(implementation):
 
   @jax.jit
   def run(x, gates, weights, dy):
-    fn = lambda x, g, w: routed_swiglu(x, Routed(experts, g, counts, rank), w, implementation)  # noqa: E731
+    routed = lambda g: Routed(experts, g, counts, rank)  # noqa: E731
+    fn = lambda x, g, w: routed_swiglu(x, routed(g), w, implementation, tile)  # noqa: E731
     y, vjp = jax.vjp(fn, x, gates, weights)
     return y, vjp(dy)
 
