@@ -32,7 +32,7 @@ from dsmoe.kernel_registry import (
 )
 from pallas_kernels import grouped_matmul, mla_attention, permute, quantized_matmul, routing
 from pallas_kernels.grouped_matmul.api import MATMULS
-from pallas_kernels.grouped_matmul.tpu import tile_rows
+from pallas_kernels.grouped_matmul.tpu_tiles import tile_rows
 
 __all__ = ["IMPLEMENTATIONS", "OPERATIONS", "Case", "Shape", "case", "known_args"]
 

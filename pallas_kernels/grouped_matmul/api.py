@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import traffic
-from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu_swiglu
-from pallas_kernels.grouped_matmul.tpu import tile_rows
+from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
+from pallas_kernels.grouped_matmul.tpu_tiles import tile_rows
 from pallas_kernels.permute import combine, expert_order, group_starts, num_rows, permute
 from pallas_kernels.permute import gpu as permute_gpu
 from pallas_kernels.routing import Routed
@@ -129,7 +129,7 @@ def _mosaic_matmul(x_PK, w_EKN, sizes_E, starts_E, alignment: int):
   tile = _tile(P, E, alignment)
   x_PK, w_EKN = traffic.vary_alike(x_PK, w_EKN)
   aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
-  y_PN = tpu_swiglu.grouped_matmul(aligned.rows(x_PK), w_EKN, sizes_E, aligned.starts_E, tile)
+  y_PN = tpu.grouped_matmul(aligned.rows(x_PK), w_EKN, sizes_E, aligned.starts_E, tile)
   return aligned.back(y_PN)
 
 
@@ -139,7 +139,7 @@ def _mosaic_swiglu(x_PD, weight_P, *args, alignment: int, tile: int | None):
   tile = _tile(P, E, alignment, tile)
   x_PD, weight_P, *weights = traffic.vary_alike(x_PD, weight_P, *weights)
   aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
-  y_PD = tpu_swiglu.grouped_swiglu(
+  y_PD = tpu.grouped_swiglu(
     *(aligned.rows(x_PD), aligned.numbers(weight_P), tuple(weights)),
     *(sizes_E, aligned.starts_E, tile),
   )
@@ -275,7 +275,7 @@ def _mosaic_gpu_routed(x_MD, routed: Routed, experts):
   expert_MK, gate_MK, counts_E, rank_MK = routed
   starts_E = group_starts(counts_E)
   row_MK = starts_E[expert_MK] + rank_MK
-  weight_P = tpu_swiglu.weights_of_rows(gate_MK, row_MK, row_MK.size)
+  weight_P = tpu.weights_of_rows(gate_MK, row_MK, row_MK.size)
   x_PD = permute_gpu.to_rows(x_MD, row_MK, row_MK.size)
   y_PD = gpu.grouped_swiglu(x_PD, weight_P, *experts, counts_E, starts_E)
   return permute_gpu.from_rows(y_PD, row_MK)
@@ -304,7 +304,7 @@ def routed_swiglu(
     tile = tile or tile_rows(P / E)
     starts_E = group_starts(counts_E, tile)
     x_MD, gate_MK, *weights = traffic.vary_alike(x_MD, gate_MK, *experts)
-    return tpu_swiglu.routed_swiglu(
+    return tpu.routed_swiglu(
       *(x_MD, gate_MK, tuple(weights), starts_E[expert_MK] + rank_MK),
       *(counts_E, starts_E, num_rows(P, E, tile), tile),
     )

@@ -21,7 +21,8 @@ from pallas_kernels.grouped_matmul import (
   grouped_matmul,
   grouped_swiglu,
   routed_swiglu,
-  tpu,
+  tpu_rows,
+  tpu_tiles,
 )
 from pallas_kernels.routing import Routed, Rule, ranks, route
 
@@ -282,16 +283,16 @@ def test_routed_rows_in_bfloat16(implementation, tile):
 @pytest.mark.parametrize("vmem_mib, D", [(56, 200), (5, 256)], ids=["uneven", "cut"])
 def test_columns_in_steps(monkeypatch, vmem_mib, D):
   """200 columns are no whole number of products; a small memory holds some of 768 at a time."""
-  monkeypatch.setattr(tpu, "VMEM_BYTES", vmem_mib * 2**20)
+  monkeypatch.setattr(tpu_tiles, "VMEM_BYTES", vmem_mib * 2**20)
   fits = []
-  real_fit = tpu._fit_rows
+  real_fit = tpu_rows._fit_rows
 
   def fit(N, tile, **costs):
     m, n = real_fit(N, tile, **costs)
     fits.append((m < tile, n < N))
     return m, n
 
-  monkeypatch.setattr(tpu, "_fit_rows", fit)
+  monkeypatch.setattr(tpu_rows, "_fit_rows", fit)
   sizes, P, F = np.array([0, 512, 0, 1024, 500], np.int32), 2048, 768
   rng = np.random.default_rng(3)
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
