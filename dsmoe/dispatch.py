@@ -69,31 +69,42 @@ def dense(x_MD, routed: Routing, experts, config: ModelConfig):
 def few(x_MD, routed: Routing, experts, real_M):
   """Takes the chosen experts one after the other, each on all tokens: for decoding.
 
-  Reads the weights of experts that a real token chose, once, and of no others. Multiplying all
-  M tokens with each costs no time while M is small, since then the weights' way from memory is
-  what takes it. Not differentiable. `real_M` is bool; of several tokens, others get zeros.
+  Reads the weights of experts that a real token chose, once, and of no others; where all are
+  chosen, without the copy that taking one out makes. Multiplying all M tokens with each costs no
+  time while M is small, since then the weights' way from memory is what takes it. Not
+  differentiable. `real_M` is bool; of several tokens, others get zeros.
   """
   expert_MK, gate_MK = routed.expert_MK, routed.gate_MK
-  y_MD = jnp.zeros(x_MD.shape, jnp.float32)
-
-  def add_expert(y_MD, expert, gate_M):
-    w_gate_DF, w_up_DF, w_down_FD = (
-      jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in experts
-    )
-    inner_MF = jax.nn.silu(x_MD @ w_gate_DF) * (x_MD @ w_up_DF)
-    inner_MF = (inner_MF.astype(jnp.float32) * gate_M[:, None]).astype(x_MD.dtype)
-    return y_MD + jnp.matmul(inner_MF, w_down_FD, preferred_element_type=jnp.float32)
-
   M, K = expert_MK.shape
   if M == 1:
+    y_MD = jnp.zeros(x_MD.shape, jnp.float32)
     for k in range(K):
-      y_MD = add_expert(y_MD, expert_MK[0, k], gate_MK[:, k])
+      y_MD += _expert(x_MD, experts, expert_MK[0, k], gate_MK[:, k])
     return y_MD.astype(x_MD.dtype)
   E = experts[0].shape[0]
   expert_MK = jnp.where(real_M[:, None], expert_MK, E)  # dropped
   gate_ME = jnp.zeros((M, E), jnp.float32)
   gate_ME = gate_ME.at[jnp.arange(M)[:, None], expert_MK].set(gate_MK, mode="drop")
   chosen_E = jnp.zeros(E, bool).at[expert_MK].set(True, mode="drop")
+  each = functools.partial(_each_chosen, x_MD, experts, gate_ME, chosen_E)
+  if M * K < 2 * E:  # all of them hardly ever are
+    return each().astype(x_MD.dtype)
+  every = functools.partial(_every_expert, x_MD, experts, gate_ME)
+  return jax.lax.cond(jnp.all(chosen_E), every, each).astype(x_MD.dtype)
+
+
+def _expert(x_MD, experts, expert, gate_M):
+  """Returns one expert's share of every token's output, float32."""
+  w_gate_DF, w_up_DF, w_down_FD = (
+    jax.lax.dynamic_index_in_dim(w, expert, keepdims=False) for w in experts
+  )
+  inner_MF = jax.nn.silu(x_MD @ w_gate_DF) * (x_MD @ w_up_DF)
+  inner_MF = (inner_MF.astype(jnp.float32) * gate_M[:, None]).astype(x_MD.dtype)
+  return jnp.matmul(inner_MF, w_down_FD, preferred_element_type=jnp.float32)
+
+
+def _each_chosen(x_MD, experts, gate_ME, chosen_E):
+  """Sums the chosen experts' shares, float32."""
   order_E = jnp.argsort(~chosen_E, stable=True)  # the chosen ones first
   num_chosen = jnp.sum(chosen_E)
   at_once = LOOPS * EXPERTS_A_STEP
@@ -103,12 +114,22 @@ def few(x_MD, routed: Routing, experts, real_M):
       for i in range(EXPERTS_A_STEP):
         place = step * at_once + i * LOOPS + number
         expert = order_E[jnp.minimum(place, num_chosen - 1)]  # past the end: the last, for nothing
-        y_MD = add_expert(y_MD, expert, jnp.where(place < num_chosen, gate_ME[:, expert], 0))
+        y_MD += _expert(x_MD, experts, expert, jnp.where(place < num_chosen, gate_ME[:, expert], 0))
       return y_MD
 
+    y_MD = jnp.zeros(x_MD.shape, jnp.float32)
     return jax.lax.fori_loop(0, (num_chosen + at_once - 1) // at_once, add_some, y_MD)
 
-  return sum(loop(number) for number in range(LOOPS)).astype(x_MD.dtype)
+  return sum(loop(number) for number in range(LOOPS))
+
+
+def _every_expert(x_MD, experts, gate_ME):
+  """Sums all experts' shares, float32, as batched matmuls."""
+  w_gate_EDF, w_up_EDF, w_down_EFD = experts
+  x_EMD = jnp.broadcast_to(x_MD[None], (gate_ME.shape[1], *x_MD.shape))
+  inner_EMF = jax.nn.silu(x_EMD @ w_gate_EDF) * (x_EMD @ w_up_EDF)
+  inner_EMF = (inner_EMF.astype(jnp.float32) * gate_ME.T[..., None]).astype(x_MD.dtype)
+  return jnp.sum(jnp.matmul(inner_EMF, w_down_EFD, preferred_element_type=jnp.float32), axis=0)
 
 
 # Those that training may use, by their names in the config.

@@ -114,20 +114,30 @@ def expanded(mla, weights: Absorbed, q_BSHA, new_BSW, pages_NTW, place: Place):
   return out_BHSU.swapaxes(1, 2)
 
 
+def _by_head(x_BSHX, w_HXY):
+  """Multiplies each head's numbers by its own matrix: [B, S, H, X] x [H, X, Y] -> [B, S, H, Y].
+
+  As one batched matmul, heads first: on CPU four times faster than an einsum of a few tokens.
+  """
+  B, S, H, X = x_BSHX.shape
+  x_HMX = x_BSHX.reshape(B * S, H, X).swapaxes(0, 1)
+  return jnp.matmul(x_HMX, w_HXY).swapaxes(0, 1).reshape(B, S, H, -1)
+
+
 def in_latent_space(mla, weights: Absorbed, q_BSHA, new_BSW, pages_NTW, place: Place):
   """Attention to the latents themselves, all heads at once: for one or a few new tokens."""
   config = mla.config
   C, N = config.kv_lora_rank, config.qk_nope_head_dim
   B, S, H, _ = q_BSHA.shape
   W = pages_NTW.shape[-1]
-  q_BSHC = jnp.einsum("bshn,hnc->bshc", q_BSHA[..., :N], weights.k_HNC)
+  q_BSHC = _by_head(q_BSHA[..., :N], weights.k_HNC)
   q_BSHW = jnp.concatenate([q_BSHC, q_BSHA[..., N:]], axis=-1)
   q_BSHW = jnp.pad(q_BSHW, ((0, 0), (0, 0), (0, 0), (0, W - q_BSHW.shape[3])))
   end_BS, scale = place.position_BS(S) + 1, rope.softmax_scale(config)
   implementation = config.kernels.decode_attention
   if implementation is not None or jax.default_backend() == "tpu":
     args = (q_BSHW, pages_NTW, place.table_BP, end_BS, scale, C, implementation)
-    return jnp.einsum("bshc,hcu->bshu", decode_attention(*args), weights.v_HCU)
+    return _by_head(decode_attention(*args), weights.v_HCU)
 
   def as_they_are(latents_BTW):
     # The rotated key is carried along in the values: cutting it off would copy the latents.
@@ -145,4 +155,4 @@ def in_latent_space(mla, weights: Absorbed, q_BSHA, new_BSW, pages_NTW, place: P
     *(pages_NTW, place.table_BP, end_BX, jnp.max(place.first_B) + S),
   )
   out_BSHC = out.reshape(B, S, H, W)[..., :C].astype(q_BSHA.dtype)
-  return jnp.einsum("bshc,hcu->bshu", out_BSHC, weights.v_HCU)
+  return _by_head(out_BSHC, weights.v_HCU)

@@ -143,7 +143,9 @@ class Transformer(nnx.Module):
     """
     config = self.config
     embed_VD = self.gathered_embed()
-    cos_sin = rope.cos_sin(positions_BS, config)
+    # A row at a time: what a loop yields is kept, where XLA:CPU would otherwise compute each cos
+    # and sin anew for every head and layer that rotates by it.
+    cos_sin = jax.lax.map(lambda positions_S: rope.cos_sin(positions_S, config), positions_BS)
     args = (*cos_sin, segments_BS, balancer)
     x_BSD = embed_VD[tokens_BS]
     stats: list[MoEStats] = []

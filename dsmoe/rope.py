@@ -51,16 +51,16 @@ def softmax_scale(config: ModelConfig) -> float:
   return scale
 
 
-def cos_sin(positions_BS, config: ModelConfig):
-  """Returns cos and sin of every position's angles, float32 [B, S, R / 2] each.
+def cos_sin(positions, config: ModelConfig):
+  """Returns cos and sin of every position's angles, float32 [..., R / 2] each.
 
   With both `mscale` and `mscale_all_dim` given they are scaled by the ratio of the two
   (1 in DeepSeek's releases), else by YaRN's own 0.1 ln(factor) + 1.
   """
   scaling = config.rope_scaling
-  angles = positions_BS[..., None].astype(jnp.float32) * jnp.asarray(
+  angles = positions[..., None].astype(jnp.float32) * jnp.asarray(
     frequencies(config.qk_rope_head_dim, config.rope_theta, scaling)
-  ).reshape(1, 1, -1)
+  ).reshape(*[1] * positions.ndim, -1)
   if scaling.mscale and scaling.mscale_all_dim:
     ratio = _mscale(scaling.factor, scaling.mscale) / _mscale(
       scaling.factor, scaling.mscale_all_dim

@@ -59,10 +59,19 @@ def limit_groups(biased_ME, rule: Rule):
   return jnp.where(keep_MG[:, :, None], grouped_MGe, -jnp.inf).reshape(M, E)
 
 
+def _by_expert(expert_P, num_experts: int):
+  """Returns the pairs in order of their experts, as a stable argsort does."""
+  P = expert_P.size
+  if num_experts * P >= 2**31:
+    return jnp.argsort(expert_P, stable=True)
+  # One array of distinct numbers: XLA:CPU sorts it four times faster than keys with places.
+  return jnp.sort(expert_P * P + jnp.arange(P, dtype=jnp.int32)) % P
+
+
 def ranks(expert_MK, num_experts: int):
   """Returns (rank_MK, counts_E) of chosen experts, by a stable sort."""
   flat_P = expert_MK.reshape(-1)
-  pair_P = jnp.argsort(flat_P, stable=True)
+  pair_P = _by_expert(flat_P, num_experts)
   place_P = jnp.arange(flat_P.size, dtype=jnp.int32)
   row_P = jnp.zeros_like(place_P).at[pair_P].set(place_P, unique_indices=True)
   counts_E = jnp.bincount(flat_P, length=num_experts).astype(jnp.int32)
