@@ -329,16 +329,27 @@ def draw_roofline(
   picture = figure.Figure(figsize=(11, 6), layout="constrained")
   ax = picture.subplots()
   ax.plot([low, ridge, high], [low * bandwidth, peak_flops, peak_flops], color="black")
-  kernels = list(dict.fromkeys((row["kernel"], row["shape"]) for row in rows))
-  names = list(dict.fromkeys(row["implementation"] for row in rows))
+  # A color an implementation, a marker a kernel, hollow its gradient, a size a shape.
+  columns = ("implementation", "kernel", "shape")
+  names, kernels, shapes = (
+    list(dict.fromkeys(str(row[c]).removesuffix("_gradient") for row in rows)) for c in columns
+  )
+  colors = {name: f"C{i % 10}" for i, name in enumerate(names)}
+  markers = {kernel: "osD^vP*X<>hp"[i % 12] for i, kernel in enumerate(kernels)}
+  sizes = {shape: max(11 - 3 * i, 3) for i, shape in enumerate(shapes)}
   for row, x, y in zip(rows, intensity, rate):
-    color = f"C{names.index(row['implementation']) % 10}"
-    marker = "osD^vP*X<>hp"[kernels.index((row["kernel"], row["shape"])) % 12]
-    ax.plot(x, y, marker, color=color, markersize=8, alpha=0.8)
-  for i, name in enumerate(names):
-    ax.plot([], [], "s", color=f"C{i % 10}", label=name)
-  for i, (kernel, shape) in enumerate(kernels):
-    ax.plot([], [], "osD^vP*X<>hp"[i % 12], color="grey", label=f"{kernel}, {shape}")
+    kernel = row["kernel"].removesuffix("_gradient")
+    fill = "full" if kernel == row["kernel"] else "none"
+    color, size = colors[row["implementation"]], sizes[row["shape"]]
+    ax.plot(x, y, markers[kernel], color=color, markersize=size, fillstyle=fill, alpha=0.8)
+  for name, color in colors.items():
+    ax.plot([], [], "s", color=color, label=name)
+  for kernel, marker in markers.items():
+    ax.plot([], [], marker, color="grey", label=kernel)
+  if any(row["kernel"].endswith("_gradient") for row in rows):
+    ax.plot([], [], "o", color="grey", fillstyle="none", label="hollow: its gradient")
+  for shape, size in sizes.items():
+    ax.plot([], [], "o", color="lightgrey", markersize=size, label=shape)
   ax.set(xscale="log", yscale="log", xlabel="FLOP per byte of HBM traffic")
   ax.set_ylabel("FLOP/s, of the operation, that code and chip allow")
   ax.set_title(
