@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
+import rich.progress
 import rich.table
 
 from dsmoe import compile_only, host, kernel_cases, tuning
@@ -158,7 +160,8 @@ def check(fn: Callable, oracle: Callable, args: tuple) -> None:
 def _in_turns(compiled: dict[Any, tuple], rounds: int) -> dict[Any, list[float]]:
   """Returns the seconds of each round of each (function, arguments), after two that warm up."""
   secs: dict[Any, list[float]] = {key: [] for key in compiled}
-  for round_number in range(rounds + 2):
+  to = rich.console.Console(stderr=True)
+  for round_number in rich.progress.track(range(rounds + 2), "timing", console=to, transient=True):
     for key, (run, args) in compiled.items():
       start = time.perf_counter()
       jax.block_until_ready(run(*args))
