@@ -22,8 +22,8 @@ $(VENV)/.tpu: $(VENV)/.installed
 	$(PIP_INSTALL) --editable .[test,tpu]
 	touch $@
 
-$(VENV)/.cuda13: $(VENV)/.installed
-	$(PIP_INSTALL) --editable .[test,cuda13]
+$(VENV)/.cuda13: $(VENV)/.installed constraints-cuda13.txt
+	$(PIP_INSTALL) --constraint constraints-cuda13.txt --editable .[test,cuda13]
 	touch $@
 
 train: setup
