@@ -240,23 +240,23 @@ def tune(name: str, shape: Shape, names: Iterable[str], rounds: int, path: str) 
   _, D, F, E, P = shape.dims
   rows: list[dict] = []
   for implementation in names:
-    fns = {}
+    ways = {}
     for tile in TILES[implementation]:
       fn = functools.partial(kernel_cases.routed_swiglu, implementation=implementation, tile=tile)
       check(_with_gradient(fn), oracle, args)
-      fns[f"tile of {tile}"] = jax.jit(_with_gradient(fn), compiler_options=host.compiler_options())
-    secs = _in_turns({way: (fn, args) for way, fn in fns.items()}, rounds)
-    medians = {way: statistics.median(times) for way, times in secs.items()}
+      run = jax.jit(_with_gradient(fn), compiler_options=host.compiler_options())
+      ways[tile] = (run, args)
+    medians = {t: statistics.median(times) for t, times in _in_turns(ways, rounds).items()}
     best = min(medians, key=medians.__getitem__)
-    for way, median_secs in medians.items():
+    for tile, median_secs in medians.items():
       rows.append(
         {
           **{"kernel": "routed_swiglu", "shape": name, "implementation": implementation},
-          **{"direction": way, "median_secs": median_secs, "chosen": way == best},
+          **{"direction": f"tile of {tile}", "median_secs": median_secs, "chosen": tile == best},
         }
       )
     what = tuning.entry(implementation, P, E, D, F, shape.config.compute_dtype)
-    tuning.store(path, what, int(best.split()[-1]))
+    tuning.store(path, what, best)
   return rows
 
 

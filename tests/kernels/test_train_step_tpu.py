@@ -58,5 +58,5 @@ def test_a_step_over_a_mesh_of_tpus_compiles(topology, precision, kernels):
     for s in summed
     for dims in re.findall(r"\[([\d,]*)\]", s)
   ]
-  assert "reduce-scatter" in text or "all-reduce-scatter" in text
+  assert "reduce-scatter" in text
   assert max(sizes, default=0) < 256 * 128
