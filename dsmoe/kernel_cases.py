@@ -331,7 +331,9 @@ def _decode_results(shape: Shape):
 @operation("decode_attention", _decode_results, _decode_flops)
 def _decode_args(shape: Shape):
   B, H, tokens, W, _ = _decode_dims(shape)
-  W = mla_attention.decode_width(W, "mosaic_tpu")  # as a TPU's cache is laid out
+  on_gpu = jax.default_backend() == "gpu"
+  laid_out_for = shape.config.kernels.decode_attention or ("xla" if on_gpu else "mosaic_tpu")
+  W = mla_attention.decode_width(W, laid_out_for)
   table_BP = jax.random.permutation(jax.random.key(0), B * -(-tokens // PAGE_TOKENS))
   pages_NTW = normal(shape, table_BP.size, PAGE_TOKENS, W)
   end_BS = jnp.full((B, 1), tokens, jnp.int32)

@@ -73,7 +73,7 @@ def get_config() -> config_dict.ConfigDict:
   # reference | ragged_dot | blocked (CPU) | mosaic_tpu | mosaic_gpu
   k.grouped_matmul = placeholder(str)
   k.attention = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
-  k.decode_attention = placeholder(str)  # reference | xla | mosaic_tpu
+  k.decode_attention = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
   k.quantized_matmul = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
   k.tuned = placeholder(str)  # a table `bench_kernels.py --tune` wrote; None: sizes decide on tiles
 

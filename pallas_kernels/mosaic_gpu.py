@@ -13,6 +13,7 @@ def call(
   scratch=(),
   warpgroups: int = 1,
   reduction_bytes: int = 2048,
+  cluster: dict[str, int] | None = None,
 ):
   """Runs a kernel on operands.
 
@@ -24,6 +25,7 @@ def call(
     scratch: memory on chip and barriers of a block.
     warpgroups: of a block; more than one call their axis "wg".
     reduction_bytes: room for sums across warps.
+    cluster: thread blocks at each place of the grid that run together, by name of axis.
   """
   outs = plgpu.kernel(
     kernel,
@@ -31,6 +33,8 @@ def call(
     scratch_types=list(scratch),
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
+    cluster=tuple((cluster or {}).values()),
+    cluster_names=tuple(cluster or {}),
     # Layouts of registers are chosen by the kernels; jax 0.12 would infer them.
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=reduction_bytes

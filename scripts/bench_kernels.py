@@ -51,9 +51,12 @@ _TUNE = flags.DEFINE_string("tune", None, "Time tiles; the fastest go into this 
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
 
 
-def load_shape(experiment: str, tokens: int, sequence_length: int, expert_devices: int) -> Shape:
-  """Returns a shape of an experiment's model."""
+def load_shape(
+  experiment: str, tokens: int, sequence_length: int, expert_devices: int, decode_attention: str
+) -> Shape:
+  """Returns a shape of an experiment's model, its cache laid out for a kernel."""
   config = importlib.import_module(f"experiments.{experiment}").get_config()
+  config.model.kernels.decode_attention = decode_attention
   model = config_lib.from_config_dict(config).model
   return Shape(model, tokens, sequence_length, expert_devices)
 
@@ -68,8 +71,10 @@ def compiled() -> list[dict]:
   """Returns a row a case, each compiled in a process of its own."""
   jax.config.update("jax_platforms", "cpu")  # no search for the device that is not there
   chip = compile_only.CHIPS[compile_only.chip_name(_TOPOLOGY.value)]
-  shapes = {name: load_shape(*_SHAPES[name]) for name in _NAMES.value}
-  other = "mosaic_tpu" if _TOPOLOGY.value.startswith("h100") else "mosaic_gpu"
+  ours, other = "mosaic_tpu", "mosaic_gpu"
+  if _TOPOLOGY.value.startswith("h100"):
+    ours, other = other, ours
+  shapes = {name: load_shape(*_SHAPES[name], ours) for name in _NAMES.value}
   cases = [
     (kernel, implementation, name)
     for kernel in _KERNELS.value or kernel_cases.OPERATIONS

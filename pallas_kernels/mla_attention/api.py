@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import traffic
-from pallas_kernels.mla_attention import cpu, gpu, reference, tpu, tpu_decode
+from pallas_kernels.mla_attention import cpu, gpu, gpu_decode, reference, tpu, tpu_decode
 
 CAUSAL_IMPLEMENTATIONS: dict[str, Callable] = {
   "reference": reference.causal_attention,
@@ -24,6 +24,7 @@ DECODE_IMPLEMENTATIONS: dict[str, Callable] = {
   "reference": reference.decode_attention,
   "xla": cpu.decode_attention,
   "mosaic_tpu": tpu_decode.decode_attention,
+  "mosaic_gpu": gpu_decode.decode_attention,
 }
 
 

@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsmoe import compile_only
@@ -105,6 +106,16 @@ def _transfer(original, **call):
   return original(**call)
 
 
+def _run_state(body):
+  """`pl.run_state` of an accumulator, for a body that only adds products to it."""
+
+  def run(init):
+    scope = lambda ref: (body(ref), ref[...])[1]  # noqa: E731
+    return init._init + pl.run_scoped(scope, plgpu.ACC(init.shape, init.dtype))
+
+  return run
+
+
 class _CompiledOnce:
   """Runs the warpgroups' programs, which the interpreter would compile for each thread block."""
 
@@ -130,10 +141,10 @@ def interpreted():
   registers mean nothing here. A thread block's warpgroups wait for each other in XLA's threads:
   there must be as many, which the 8 devices of conftest.py see to.
   """
+  run_state = mock.patch.object(pl, "run_state", _run_state)  # which it does not know
   if hasattr(plgpu, "force_gpu_interpret_mode"):  # jax 0.12
-    with plgpu.force_gpu_interpret_mode(
-      plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized")
-    ):
+    params = plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized")
+    with plgpu.force_gpu_interpret_mode(params), run_state:
       yield
     return
   from jax._src.interpreters import mlir
@@ -152,7 +163,8 @@ def interpreted():
     mock.patch.object(gpu_callbacks, "wgmma", wgmma),
     mock.patch.object(gpu_callbacks, copy_name, transfer),
     mock.patch.object(thread_map, "_run_jaxpr", _CompiledOnce()),
-    mock.patch.object(plgpu, "load", load),  # which the interpreter lacks
+    mock.patch.object(plgpu, "load", load),  # nor this
+    run_state,
     params.force_gpu_interpret_mode(interpret),
   ):
     yield
