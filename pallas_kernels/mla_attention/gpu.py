@@ -115,8 +115,8 @@ def _stages(room: int, stage: int) -> int:
 
 def _run(kernel, name: str, operands, out_types, scratch_types, tiles: int, B: int, H: int):
   grid = {"tile": tiles, "row": B, "head": H}
-  rest = {"warpgroups": WGS + 1, "reduction_bytes": 0}  # no sum crosses warps
-  return call(kernel, name, operands, out_types, grid, scratch_types, **rest)
+  # No sum crosses warps.
+  return call(kernel, name, operands, out_types, grid, scratch_types, WGS + 1, reduction_bytes=0)
 
 
 def _at():

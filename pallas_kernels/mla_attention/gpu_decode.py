@@ -1,16 +1,18 @@
 """Decoding in latent space for H100 (Mosaic GPU): a row's pages are read once for 128 queries.
 
 A thread block holds 64 queries of a row and goes over the row's tokens, 64 at a time, whose
-latents are keys, whole, and values, their first C numbers, from one copy on chip. Of its four
-warpgroups one brings the pages, through the page table, a block ahead; one makes the logits and
-the softmax; two sum the values, half the columns each, a block behind. So the tensor cores are
-at work on the values of one block during the softmax of the next.
+latents are keys, whole, and values, their first C numbers, from one copy on chip. Of its three
+warpgroups one brings the pages, through the page table, and makes the logits and the softmax; two
+sum the values, half the columns each, a block behind. So the tensor cores work on the values of
+one block during the softmax of the next. A slot is filled again as soon as its values are summed,
+during the logits of the other.
 
-A row of more than 64 queries takes two thread blocks, a cluster, that stay on the same tokens:
+A row of more than 64 queries takes clusters of two thread blocks that stay on the same tokens:
 each fetches half of every page and the copy engine hands it to both. The cache is thus read once
-for 128 queries; more (several new tokens at V3's 128 heads) read it once every 128. A row's
-tokens are split over several clusters where rows alone would leave multiprocessors idle; the
-parts are then put together by XLA, as FlashMLA does in a second kernel.
+by 128 queries, such as V3's heads; S new tokens of them read it S times. The loop is as long as
+the row's own tokens, its last block filled up with a page read again. A row's tokens are split
+over several clusters where rows alone would leave multiprocessors idle; XLA puts the parts
+together, float32 [B, n, X, C] written and read.
 
 Shapes: B rows, S new tokens, H heads, X = S H queries filled up to tiles of ROWS, N pages of T
 tokens, W numbers a token, C numbers of a value, P pages of a row, n parts of a row.
@@ -18,6 +20,7 @@ tokens, W numbers a token, C numbers of a value, P pages of a row, n parts of a 
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +81,8 @@ def decode_attention(
     q_BSHW, pages_NTW, table_BP, end_BS, scale, value_width: as there; 16 tokens a page, or 32, 64.
     parts: how many thread blocks, or clusters, share a row's tokens; None: `num_parts`.
 
-  Source: FlashMLA (github.com/deepseek-ai/FlashMLA) for the tiles and the parts of a row; the
-    roles of the warpgroups are FlashAttention-3's (arXiv:2407.08608), one further.
+  Source: the tiles and parts are FlashMLA's (github.com/deepseek-ai/FlashMLA); its warpgroups
+    differ: there both, of two, make logits and sum values, and thread blocks do not share copies.
   """
   (B, S, H, W), (_, T, _), C = q_BSHW.shape, pages_NTW.shape, value_width
   if q_BSHW.dtype != jnp.bfloat16:
@@ -160,9 +163,7 @@ def decode_attention(
         return acc[...]
 
       logits = pl.run_scoped(product, plgpu.ACC((ROWS, BLOCK), f32)) * (scale * LOG2E)
-      logits = jax.lax.cond(
-        begin + BLOCK > shortest, lambda x: hide(x, begin), lambda x: x, logits
-      )
+      logits = jax.lax.cond(begin + BLOCK > shortest, lambda x: hide(x, begin), lambda x: x, logits)
       before, top = top, jnp.maximum(top, jnp.max(logits, axis=1))
       p = jnp.exp2(logits - _along(top, logits.shape))
       fade = jnp.exp2(before - top)
@@ -220,7 +221,9 @@ def decode_attention(
 
   tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
   smem = lambda *shape: plgpu.SMEM(shape, dtype, transforms=tiled)  # noqa: E731
-  free = {"num_arrivals": VALUE_WGS, "num_barriers": SLOTS}
+  freed_type: Callable = plgpu.Barrier
+  if cluster > 1:
+    freed_type = functools.partial(plgpu.ClusterBarrier, collective_axes=("half",))
   out_BnXC, sums_BnX = call(
     kernel,
     "mla_decode",
@@ -237,9 +240,7 @@ def decode_attention(
       plgpu.SMEM((ROWS,), f32),
       plgpu.Barrier(),
       plgpu.Barrier(num_arrivals=block_pages, num_barriers=SLOTS),
-      plgpu.ClusterBarrier(collective_axes=("half",), **free)
-      if cluster > 1
-      else plgpu.Barrier(**free),
+      freed_type(num_arrivals=VALUE_WGS, num_barriers=SLOTS),
       plgpu.Barrier(),
       plgpu.Barrier(num_arrivals=VALUE_WGS),
     ],

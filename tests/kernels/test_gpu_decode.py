@@ -4,13 +4,17 @@ jax 0.10's interpreter knows no clusters: there, rows of more than 64 queries ar
 blocks that each fetch for themselves, and what a cluster shares has its values untested.
 """
 
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from gpu_topology import compile_for_h100, interpreted
-from helpers import assert_close
+from helpers import assert_close, small_config
 
+from dsmoe import cache, latent_attention
 from dsmoe.gpu_resources import h100_resources
 from pallas_kernels.mla_attention import decode_attention, gpu_decode
 
@@ -104,7 +108,7 @@ def test_two_tiles_of_queries_and_large_logits(monkeypatch, page_tokens):
   for b in range(B):
     rising = 30 * np.sin(np.arange(P * page_tokens) / 40 + b).reshape(P, page_tokens, 1)
     pages[table[b]] = (rising + pages[table[b]].astype(np.float32)).astype(b16)
-  ends = np.array([[70, 71], [200, 199], [3, 2], [P * page_tokens, 130]], np.int32)
+  ends = np.array([[70, 71], [200, 199], [3, 2], [250, 130]], np.int32)
   out = _decode(1.0, 2)(q, pages, table, ends)
   assert_close(out, _loops(q, pages, table, ends, 1.0), "bfloat16")
 
@@ -120,6 +124,31 @@ def test_equal_logits_give_a_mean_by_the_api():
     own = pages[table[b]].reshape(-1, W)[: max(ends[b, s], 0), :C].astype(np.float64)
     mean = own.mean(axis=0) if len(own) else np.zeros(C)
     assert_close(out[b, s], np.broadcast_to(mean, (H, C)), "bfloat16")
+
+
+def test_a_model_decodes_with_it():
+  """Named in the config: a cache without padding, queries absorbed, values expanded."""
+  names = {"kv_lora_rank": C, "qk_rope_head_dim": W - C, "compute_dtype": "bfloat16"}
+  overrides = {f"model.{name}": value for name, value in names.items()}
+
+  def run(implementation):
+    kernels = {"model.kernels.decode_attention": implementation}
+    config = small_config(**overrides, **kernels).model
+    assert cache.width(config) == W
+    N, U, heads = config.qk_nope_head_dim, config.v_head_dim, config.num_attention_heads
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: rng.standard_normal(shape).astype(b16)  # noqa: E731
+    weights = latent_attention.Absorbed(draw(heads, N, C), draw(heads, C, U))
+    q, pages = draw(B, S, heads, N + W - C), draw(B * P, cache.PAGE_TOKENS, W)
+    table = rng.permutation(B * P).reshape(B, P).astype(np.int32)
+    place = latent_attention.Place(table, np.arange(B, dtype=np.int32) * 37, np.full(B, S))
+    step = functools.partial(latent_attention.in_latent_space, types.SimpleNamespace(config=config))
+    return np.asarray(jax.jit(lambda q, pages: step(weights, q, None, pages, place))(q, pages))
+
+  with interpreted():
+    out = run("mosaic_gpu")
+  assert out.shape == (B, S, 3, 10) and out.dtype == b16
+  assert_close(out, run("reference"), "bfloat16")
 
 
 def test_parts_fill_the_chip_and_no_more():
