@@ -213,6 +213,25 @@ def routed_swiglu(
 implementations("routed_swiglu", routed_swiglu, grouped_matmul.IMPLEMENTATIONS)
 
 
+# The same in FP8.
+
+operation("quantized_routed_swiglu", *OPERATIONS["routed_swiglu"][1:])(_routed_args)
+
+
+def quantized_routed_swiglu(
+  x_MD, gate_MK, w_gate_EDF, w_up_EDF, w_down_EFD, expert_MK, rank_MK, counts_E, implementation
+):
+  """`quantized_matmul.quantized_routed_swiglu`, what is differentiated in front."""
+  routed = routing.Routed(expert_MK, gate_MK, counts_E, rank_MK)
+  experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
+  return quantized_matmul.quantized_routed_swiglu(x_MD, routed, experts, implementation)
+
+
+implementations(
+  "quantized_routed_swiglu", quantized_routed_swiglu, quantized_matmul.GROUPED_IMPLEMENTATIONS
+)
+
+
 # Attention of training: causal, queries and keys wider than values.
 
 
@@ -387,5 +406,6 @@ def _swiglu_gradient_flops(shape: Shape) -> int:
 
 add_gradient("grouped_swiglu", 5, _swiglu_gradient_flops)
 add_gradient("routed_swiglu", 5, _swiglu_gradient_flops)
+add_gradient("quantized_routed_swiglu", 5, _swiglu_gradient_flops)
 add_gradient("attention", 3, _attention_gradient_flops)
 add_gradient("quantized_matmul", 2, lambda s: 2 * OPERATIONS["quantized_matmul"].flops(s))

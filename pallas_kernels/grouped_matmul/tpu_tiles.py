@@ -108,7 +108,7 @@ def chip_product() -> Product:
   return Product(128 if chip.generation == 6 else 256, 256)
 
 
-def _blocks(length: int, size: int, body: Callable, unroll: int = 1) -> None:
+def blocks(length: int, size: int, body: Callable, unroll: int = 1) -> None:
   """Calls body(slice) on slices of one size, and on what is left."""
   whole, rest = divmod(length, size)
 
@@ -129,9 +129,9 @@ def each_block(
   """Calls product(rows, columns) on blocks of one product's size."""
 
   def row_block(rows):
-    _blocks(num_columns, size.columns, functools.partial(product, rows), unroll)
+    blocks(num_columns, size.columns, functools.partial(product, rows), unroll)
 
-  _blocks(num_rows, size.rows, row_block)
+  blocks(num_rows, size.rows, row_block)
 
 
 def width(rows) -> int:

@@ -77,7 +77,7 @@ def _row_spec(m: int, K: int, ahead: int = 0):
   return pl.BlockSpec((None, 1, m * K), lambda i: (i + ahead, 0, 0), memory_space=pltpu.SMEM)
 
 
-def _scatter(M: int, K: int, row_ref, x_ref, out_ref, words_ref, sems):
+def _scatter(M: int, K: int, pack, row_ref, x_ref, out_ref, words_ref, sems):
   """Packs a block of tokens, then sends each row to its K places."""
   i, steps = pl.program_id(0), pl.num_programs(0)
   m = x_ref.shape[0]
@@ -98,14 +98,7 @@ def _scatter(M: int, K: int, row_ref, x_ref, out_ref, words_ref, sems):
   def _():
     wait(i - 2, slot)
 
-  if words_ref.dtype == u32:
-    for c in range(words_ref.shape[2] // LANES):
-      low, high = (
-        x_ref[:, (2 * c + h) * LANES : (2 * c + h + 1) * LANES].astype(f32) for h in range(2)
-      )
-      words_ref[slot, :, c * LANES : (c + 1) * LANES] = pack_halves(low, high)
-  else:
-    words_ref[slot] = x_ref[...].astype(f32)
+  pack(x_ref, words_ref.at[slot])
 
   def send(r, _):
     for k in range(K):
@@ -122,11 +115,27 @@ def _scatter(M: int, K: int, row_ref, x_ref, out_ref, words_ref, sems):
     wait(i, slot)
 
 
+def _pack_row(x_ref, words_ref):
+  """Rows as `row_words` has them."""
+  if words_ref.dtype == f32:
+    words_ref[...] = x_ref[...].astype(f32)
+    return
+  for c in range(words_ref.shape[1] // LANES):
+    low, high = (
+      x_ref[:, (2 * c + h) * LANES : (2 * c + h + 1) * LANES].astype(f32) for h in range(2)
+    )
+    words_ref[:, c * LANES : (c + 1) * LANES] = pack_halves(low, high)
+
+
 def scatter(x_MD, row_MK, num_rows: int):
   """Copies each token's row to its K places: words [P, W]; rows no token has hold anything."""
+  return scatter_as(row_words(x_MD.dtype, x_MD.shape[1]), _pack_row, x_MD, row_MK, num_rows)
+
+
+def scatter_as(words: jax.ShapeDtypeStruct, pack, x_MD, row_MK, num_rows: int, name="permute"):
+  """`scatter` of rows as words [W] that `pack(x_ref, words_ref)` makes of some tokens' rows."""
   M, D = x_MD.shape
   K = row_MK.shape[1]
-  words = row_words(x_MD.dtype, D)
   (W,) = words.shape
   m = _block_tokens(M, K, 1, W)
   grid = (pl.cdiv(M, m),)
@@ -135,7 +144,7 @@ def scatter(x_MD, row_MK, num_rows: int):
   rows = _row_blocks(row_MK, m)
   moved = traffic.bytes_moved(grid, [(rows, row_spec), (x_MD, x_spec)])
   return pl.pallas_call(
-    functools.partial(_scatter, M, K),
+    functools.partial(_scatter, M, K, pack),
     grid=grid,
     in_specs=[row_spec, x_spec],
     out_specs=pl.BlockSpec(memory_space=pl.ANY),
@@ -145,7 +154,7 @@ def scatter(x_MD, row_MK, num_rows: int):
       dimension_semantics=("arbitrary",), vmem_limit_bytes=4 * VMEM_BYTES
     ),
     cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=moved + M * K * W * 4, transcendentals=0),
-    name="permute",
+    name=name,
   )(rows, x_MD)
 
 

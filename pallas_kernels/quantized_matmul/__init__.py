@@ -10,6 +10,7 @@ from pallas_kernels.quantized_matmul.api import (
   quantized_matmul,
 )
 from pallas_kernels.quantized_matmul.e4m3 import Quantized
+from pallas_kernels.quantized_matmul.routed import quantized_routed_swiglu
 
 __all__ = [
   "GROUPED_IMPLEMENTATIONS",
@@ -20,4 +21,5 @@ __all__ = [
   "quantize_rows",
   "quantized_grouped_matmul",
   "quantized_matmul",
+  "quantized_routed_swiglu",
 ]

@@ -29,7 +29,8 @@ GROUPED_IMPLEMENTATIONS: dict[str, ModuleType] = {
 }
 
 
-def _module(table: dict[str, ModuleType], implementation: str | None) -> ModuleType:
+def module_of(table: dict[str, ModuleType], implementation: str | None) -> ModuleType:
+  """Returns the implementation named, or the platform's own."""
   if implementation is None:
     implementation = "mosaic_tpu" if jax.default_backend() == "tpu" else "xla"
   if implementation not in table:
@@ -62,7 +63,7 @@ def quantize_rows(
     ValueError: for an x that is no floating point matrix, or an unknown implementation.
   """
   _check_operand("x_MD", x_MD, 2)
-  return _module(IMPLEMENTATIONS, implementation).quantize_rows(x_MD, power_of_two_scales)
+  return module_of(IMPLEMENTATIONS, implementation).quantize_rows(x_MD, power_of_two_scales)
 
 
 def quantize_columns(
@@ -79,7 +80,7 @@ def quantize_columns(
     codes [M, D], or [D, M] if `transposed`; scale [ceil(M / 128), D].
   """
   _check_operand("x_MD", x_MD, 2)
-  module = _module(IMPLEMENTATIONS, implementation)
+  module = module_of(IMPLEMENTATIONS, implementation)
   return module.quantize_columns(x_MD, power_of_two_scales, transposed)
 
 
@@ -92,7 +93,7 @@ def quantize_blocks(
     codes [D, F], scale [ceil(D / 128), ceil(F / 128)].
   """
   _check_operand("w_DF", w_DF, 2)
-  return _module(IMPLEMENTATIONS, implementation).quantize_blocks(w_DF, power_of_two_scales)
+  return module_of(IMPLEMENTATIONS, implementation).quantize_blocks(w_DF, power_of_two_scales)
 
 
 def quantized_matmul(
@@ -125,7 +126,7 @@ def quantized_matmul(
       f"x_MD and w_DF must agree on D, got {x_MD.shape[1]} in {x_MD.shape} and "
       f"{w_DF.shape[0]} in {w_DF.shape}"
     )
-  module = _module(IMPLEMENTATIONS, implementation)
+  module = module_of(IMPLEMENTATIONS, implementation)
   return _matmul(module, power_of_two_scales, jnp.asarray(x_MD), jnp.asarray(w_DF))
 
 
@@ -190,7 +191,7 @@ def quantized_grouped_matmul(
       f"group_sizes_E must be integers of shape {(E,)}, got {group_sizes_E.dtype} of shape "
       f"{group_sizes_E.shape}"
     )
-  module = _module(GROUPED_IMPLEMENTATIONS, implementation)
+  module = module_of(GROUPED_IMPLEMENTATIONS, implementation)
   operands = map(jnp.asarray, (x_PD, w_EDF, group_sizes_E))
   return _grouped_matmul(module, power_of_two_scales, *operands)
 

@@ -58,6 +58,7 @@ def call(
   parallel: int = 2,
   scalars=(),
   assumed=None,
+  vmem_bytes: int = VMEM_BYTES,
 ):
   """Runs a kernel and counts what it costs.
 
@@ -82,7 +83,7 @@ def call(
       scratch_shapes=list(scratch),
     ),
     out_shape=outputs,
-    compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=VMEM_BYTES),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=vmem_bytes),
     cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
     name=name,
   )(*scalars, *operands)
@@ -93,10 +94,23 @@ def _upto(size: int, most: int) -> int:
   return min(most, pl.cdiv(size, TILE) * TILE)
 
 
-def _inside(x, axis: int, first, size: int):
+def inside(x, axis: int, first, size: int):
   """Zeroes what lies behind an array's end, where a block holds anything."""
   index = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
   return jnp.where(index < size, x, 0)
+
+
+def scales_of_tiles(tile_of: Callable, m: int, tiles: int, power_of_two: bool):
+  """Returns the scales of m rows' tiles, at most 128 of them, [m, 128] with one lane a tile.
+
+  So the arithmetic of all scales is done at once. `tile_of` takes a number to [m, 128] float32.
+  """
+  lane = jax.lax.broadcasted_iota(jnp.int32, (m, TILE), 1)
+  largest_mt = jnp.zeros((m, TILE), f32)
+  for t in range(tiles):
+    largest_m1 = largest_magnitude(tile_of(t), axis=1, keepdims=True)
+    largest_mt = jnp.where(lane == t, largest_m1, largest_mt)
+  return scale_of(largest_mt, power_of_two)
 
 
 def quantize_rows(x_MK, power_of_two_scales: bool = False) -> Quantized:
@@ -109,15 +123,9 @@ def quantize_rows(x_MK, power_of_two_scales: bool = False) -> Quantized:
   def kernel(x_ref, codes_ref, scale_ref):
     def tile_of(t):
       x_mk = x_ref[:, t * TILE : (t + 1) * TILE].astype(f32)
-      return _inside(x_mk, 1, pl.program_id(1) * k + t * TILE, K) if K % TILE else x_mk
+      return inside(x_mk, 1, pl.program_id(1) * k + t * TILE, K) if K % TILE else x_mk
 
-    # One lane a tile, so that the arithmetic of all scales is done at once.
-    lane = jax.lax.broadcasted_iota(jnp.int32, (m, TILE), 1)
-    largest_mt = jnp.zeros((m, TILE), f32)
-    for t in range(tiles):
-      largest_m1 = largest_magnitude(tile_of(t), axis=1, keepdims=True)
-      largest_mt = jnp.where(lane == t, largest_m1, largest_mt)
-    scale_mt = scale_of(largest_mt, power_of_two_scales)
+    scale_mt = scales_of_tiles(tile_of, m, tiles, power_of_two_scales)
     scale_ref[...] = scale_mt.T[:tiles]
     inverse_mt = 1 / scale_mt
     for t in range(tiles):
@@ -149,9 +157,9 @@ def quantize_down(x_KN, power_of_two: bool, blocks: bool, transposed: bool = Fal
       tile = slice(t * TILE, (t + 1) * TILE)
       x_kn = x_ref[tile].astype(f32)
       if K % TILE:
-        x_kn = _inside(x_kn, 0, pl.program_id(0) * k + t * TILE, K)
+        x_kn = inside(x_kn, 0, pl.program_id(0) * k + t * TILE, K)
       if blocks and N % TILE:
-        x_kn = _inside(x_kn, 1, pl.program_id(1) * n, N)
+        x_kn = inside(x_kn, 1, pl.program_id(1) * n, N)
       largest_1n = largest_magnitude(x_kn, axis=0, keepdims=True)
       if blocks:
         parts = [largest_1n[:, i : i + TILE] for i in range(0, n, TILE)]

@@ -23,13 +23,13 @@ def step_rows(P: int, E: int) -> int:
   return max(TILE, min(512, P // E // 4 // TILE * TILE))
 
 
-def _assumed_experts(P: int, E: int, m: int) -> np.ndarray:
+def assumed_experts(P: int, E: int, m: int) -> np.ndarray:
   """Those that costs are counted for: equal loads, whole steps."""
   S = pl.cdiv(P, m)
   return np.arange(S, dtype=np.int32) * E // S
 
 
-def _lay_out(x_PK, row_A):
+def lay_out(x_PK, row_A):
   """Takes rows to their places, zeros where there is none."""
   return x_PK.at[row_A].get(mode="fill", fill_value=0)
 
@@ -47,7 +47,7 @@ def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
 
   x = tpu.quantize_rows(x_PK, power_of_two_scales)
   # As integers: not every compiler gathers FP8.
-  codes_AK = _lay_out(jax.lax.bitcast_convert_type(x.codes, jnp.int8), row_A)
+  codes_AK = lay_out(jax.lax.bitcast_convert_type(x.codes, jnp.int8), row_A)
   codes_AK = jax.lax.bitcast_convert_type(codes_AK, x.codes.dtype)
   codes_AK = jnp.pad(codes_AK, ((0, 0), (0, T * TILE - K)))
   # One matrix, whose blocks belong to one expert each.
@@ -61,7 +61,7 @@ def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
   ]
 
   grid = (pl.cdiv(N, n), steps, pl.cdiv(T, tiles))
-  experts = _assumed_experts(P, E, m)
+  experts = assumed_experts(P, E, m)
   assumed_grid = (grid[0], len(experts), grid[2])
   [y_AN] = tpu.call(
     tpu.product_kernel(T, tiles, dtype, power_of_two_scales, scalars=1),
@@ -83,19 +83,37 @@ def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
     assumed=(assumed_grid, [experts]),
   )
   place_P = jnp.full((P,), A, jnp.int32).at[row_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
-  return _lay_out(y_AN, place_P)
+  return lay_out(y_AN, place_P)
 
 
 def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype):
   """See `reference.grouped_weights`."""
-  (P, D), F, E = x_PD.shape, dy_PF.shape[1], group_sizes_E.shape[0]
+  P, E = x_PD.shape[0], group_sizes_E.shape[0]
   rows = step_rows(P, E)
-  tiles = rows // TILE
-  d, f, _ = tpu.step_of(D, F, tiles, jnp.dtype(dtype).itemsize)
   expert_S, row_Sm, steps = row_tiles(group_sizes_E, P, rows)
   row_A = row_Sm.reshape(-1)
-  x = tpu.quantize_columns(_lay_out(x_PD, row_A), power_of_two_scales, transposed=True)
-  dy = tpu.quantize_columns(_lay_out(dy_PF, row_A), power_of_two_scales)
+  x = tpu.quantize_columns(lay_out(x_PD, row_A), power_of_two_scales, transposed=True)
+  dy = tpu.quantize_columns(lay_out(dy_PF, row_A), power_of_two_scales)
+  plan = (expert_S, steps, rows, P, group_sizes_E > 0)
+  return weights_of_steps(x, dy, *plan, power_of_two_scales, dtype)
+
+
+def weights_of_steps(x, dy, expert_S, steps, rows: int, P: int, any_E, power_of_two: bool, dtype):
+  """Multiplies x^T by dy of each expert's steps.
+
+  Args:
+    x, dy: codes [D, A] and [A, F], scales [A / 128, D] and [A / 128, F].
+    expert_S, steps: each step's expert, and how many steps there are.
+    rows: of a step.
+    P: rows of experts in all, for the cost.
+    any_E: bool, whether an expert has rows.
+
+  Returns:
+    [E, D, F] in `dtype`.
+  """
+  D, F, E = x.codes.shape[0], dy.codes.shape[1], any_E.shape[0]
+  tiles = rows // TILE
+  d, f, _ = tpu.step_of(D, F, tiles, jnp.dtype(dtype).itemsize)
   native = tpu.multiplies_e4m3()
 
   def kernel(expert_S, lhs_ref, lhs_scale_ref, rhs_ref, rhs_scale_ref, out_ref, sum_ref):
@@ -108,7 +126,7 @@ def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype
 
     scales = lhs_scale_ref[...], rhs_scale_ref[...]
     refs = lhs_ref, rhs_ref, sum_ref
-    tpu.add_products(refs, scales, 0, tiles, native, power_of_two_scales)
+    tpu.add_products(refs, scales, 0, tiles, native, power_of_two)
 
     @pl.when((s == num_steps - 1) | (expert_S[jnp.minimum(s + 1, num_steps - 1)] != expert))
     def _():
@@ -121,7 +139,7 @@ def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype
     dy.scale.reshape(-1, tiles, F),
   ]
   grid = (pl.cdiv(D, d), pl.cdiv(F, f), jnp.maximum(steps, 1))
-  experts = _assumed_experts(P, E, rows)
+  experts = assumed_experts(P, E, rows)
   [dw_EDF] = tpu.call(
     kernel,
     "quantized_grouped_matmul_weights",
@@ -141,4 +159,4 @@ def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype
     assumed=((*grid[:2], len(experts)), [experts]),
   )
   # No step visits an empty group.
-  return jnp.where((group_sizes_E > 0)[:, None, None], dw_EDF, 0)
+  return jnp.where(any_E[:, None, None], dw_EDF, 0)

@@ -1,0 +1,63 @@
+"""Tokens to experts in FP8 and back: validation, choice of implementation, the plain way.
+
+Shapes: M tokens, D hidden, F inner, E experts, K experts a token, P = M K rows.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import traffic
+from pallas_kernels.permute import combine, expert_order, group_starts, permute
+from pallas_kernels.quantized_matmul import tpu_grouped, tpu_routed
+from pallas_kernels.quantized_matmul.api import (
+  GROUPED_IMPLEMENTATIONS,
+  module_of,
+  quantized_grouped_matmul,
+)
+from pallas_kernels.routing import Routed
+
+
+def quantized_routed_swiglu(
+  x_MD,
+  routed: Routed,
+  experts,
+  implementation: str | None = None,
+  power_of_two_scales: bool = False,
+):
+  """`grouped_matmul.routed_swiglu` with its matmuls in FP8, the activation in float32.
+
+  Args:
+    x_MD: tokens, any floating point.
+    routed: of `routing.route`: experts, gates, counts and ranks.
+    experts: (w_gate_EDF, w_up_EDF, w_down_EFD), any floating point.
+    implementation, power_of_two_scales: as in `quantized_grouped_matmul`.
+
+  Returns:
+    [M, D] in x's dtype. Differentiable in x, gates and weights.
+  """
+  expert_MK, gate_MK, counts_E, rank_MK = routed
+  if module_of(GROUPED_IMPLEMENTATIONS, implementation) is tpu_grouped:
+    return _mosaic_tpu(x_MD, routed, experts, power_of_two_scales)
+  multiply = lambda x, w: quantized_grouped_matmul(  # noqa: E731
+    x, w, counts_E, implementation, power_of_two_scales
+  )
+  with jax.named_scope("dispatch"):
+    order = expert_order(expert_MK, rank_MK, counts_E)
+    x_PD, weight_P = permute(x_MD, *order), gate_MK.reshape(-1)[order[0]]
+  with jax.named_scope("experts"):
+    gate_PF, up_PF = (multiply(x_PD, w).astype(jnp.float32) for w in experts[:2])
+    inner_PF = jax.nn.silu(gate_PF) * up_PF * weight_P[:, None]
+    y_PD = multiply(inner_PF.astype(x_MD.dtype), experts[2])
+  with jax.named_scope("combine"):
+    return combine(y_PD, *order)
+
+
+def _mosaic_tpu(x_MD, routed: Routed, experts, power_of_two_scales: bool):
+  expert_MK, gate_MK, counts_E, rank_MK = routed
+  m = tpu_grouped.step_rows(expert_MK.size, counts_E.shape[0])
+  starts_E = group_starts(counts_E, m)
+  plan = tpu_routed.plan_of(counts_E, starts_E, expert_MK.size, m)
+  x_MD, gate_MK, *experts = traffic.vary_alike(x_MD, gate_MK, *experts)
+  return tpu_routed.routed_swiglu(
+    *(power_of_two_scales, x_MD, gate_MK, tuple(experts), starts_E[expert_MK] + rank_MK, plan)
+  )

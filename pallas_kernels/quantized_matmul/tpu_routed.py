@@ -1,0 +1,365 @@
+"""Tokens to experts in FP8 and back for TPU (Mosaic): rows lie in whole steps from the first on.
+
+Tokens are quantised once and travel as words of four codes; what follows takes them apart on chip.
+A grid step holds whole contractions of m rows of one expert and n of its columns; what a product
+is made into (an activation, codes for the next product) is made there too.
+
+Shapes: M tokens, K choices a token (or a contraction, beside N columns), A rows of whole steps,
+D hidden, F inner, E experts, S steps of m rows, T = K / 128 tiles.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.grouped_matmul import tpu_tiles as tiles
+from pallas_kernels.grouped_matmul.tpu import weights_of_rows
+from pallas_kernels.permute import num_rows
+from pallas_kernels.permute import tpu as permute
+from pallas_kernels.quantized_matmul import tpu, tpu_grouped, tpu_words
+from pallas_kernels.quantized_matmul.e4m3 import CODE, TILE, Quantized, encode, f32
+
+u32 = jnp.uint32
+FINISH = tiles.Product(128, 2 * TILE)  # rows and columns that are finished at once
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["expert_S", "rows_S", "steps", "any_E"],
+  meta_fields=["m", "P"],
+)
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Which steps of m rows there are; how many do is data."""
+
+  expert_S: Any  # int32, each step's expert
+  rows_S: Any  # int32, how many of the step's rows are the expert's
+  steps: Any  # int32 scalar
+  any_E: Any  # bool, whether an expert has rows
+  m: int
+  P: int  # the experts' rows in all
+
+  @property
+  def A(self) -> int:
+    return self.expert_S.shape[0] * self.m
+
+
+def plan_of(sizes_E, starts_E, P: int, m: int) -> Plan:
+  """Returns the plan of groups that start at multiples of m, one after the other."""
+  A = num_rows(P, sizes_E.shape[0], m)
+  steps = tiles.schedule(sizes_E, starts_E, A, m)
+  return Plan(steps.expert_T, steps.end_T - steps.tile_T * m, steps.num_steps, sizes_E > 0, m, P)
+
+
+def _fit(N: int, m: int, column_bytes: int, block_bytes: int, fixed: int, multiple: int):
+  """Returns (n, columns multiplied at once): least padding, then fewest steps, of what fits."""
+  half = pl.cdiv(N, 2)  # two cores of a chip share the columns
+
+  def at_once(n):
+    sizes = [c for c in range(TILE, n + 1, TILE) if n % c == 0 and m * c <= tpu.STEP_SUMS]
+    return max(sizes)
+
+  def fits(n):
+    partial = m * at_once(n) * 4
+    return fixed + n * column_bytes + m * n * block_bytes + partial <= tiles.VMEM_BYTES
+
+  widths = range(multiple, pl.cdiv(half, multiple) * multiple + 1, multiple)
+  n = min(filter(fits, widths), key=lambda n: (pl.cdiv(half, n) * n, -n), default=None)
+  if n is None:
+    raise ValueError(
+      f"{m} rows and {multiple} columns of {N} must fit VMEM ({tiles.VMEM_BYTES} bytes)"
+    )
+  return n, at_once(n)
+
+
+def over_rows(
+  name: str,
+  body: Callable,
+  plan: Plan,
+  rows,
+  matrices,
+  outs,
+  power_of_two: bool,
+  extras=(),
+  weight_A=None,
+  sums: bool = False,
+):
+  """Multiplies each step's rows by its expert's matrices, in FP8, and runs `body` on products.
+
+  Args:
+    body: (each product, extras, weight_m1) -> the outputs' values, float32, and with `sums` a
+      number a row and column to be summed over columns.
+    rows: words uint32 [A, W] or codes [A, K] with scales [T, A], one for each matrix or one for all.
+    matrices: codes [E, K, N], scales [E, T, N].
+    outs: the dtype of each output [A, N], zeros in rows of no expert; uint32 stands for words of
+      two bfloat16, E4M3 for codes with scales [N / 128, A], and these hold anything there.
+    extras: arrays [A, N].
+    weight_A: float32 or None.
+    sums: whether an output [N / n, 1, A] float32 follows.
+  """
+  (E, K, N), T, m = matrices[0].codes.shape, matrices[0].scale.shape[1], plan.m
+  in_words = [not isinstance(x, Quantized) for x in rows]
+  A = plan.A
+  num_sums = max(len(matrices), outs.count(CODE))
+  out_bytes = sum(np.dtype(d).itemsize // (2 if d == u32 else 1) for d in outs)
+  row_bytes = sum(2 * 4 * x.shape[1] + K if w else 2 * K for x, w in zip(rows, in_words))
+  n, at_once = _fit(
+    *(N, m),
+    column_bytes=2 * len(matrices) * (K + 4 * T),
+    block_bytes=4 * num_sums + 2 * (out_bytes + sum(a.dtype.itemsize for a in extras)),
+    fixed=m * (row_bytes + 2 * 4 * T * len(rows)),
+    multiple=FINISH.columns if u32 in outs else TILE,
+  )
+  whole, width, native = divmod(T, tpu.LOOP_TILES), n // TILE, tpu.multiplies_e4m3()
+
+  def kernel(_, rows_S, *refs):
+    left = iter(refs)
+    take = lambda count: [next(left) for _ in range(count)]  # noqa: E731
+    row_refs = [take(1 if words else 2) for words in in_words]
+    matrix_refs = [take(2) for _ in matrices]
+    extra_refs, weight_refs = take(len(extras)), take(weight_A is not None)
+    out_refs = [take(2 if d == CODE else 1) for d in outs]
+    dot_refs, sum_refs = take(sums), take(num_sums)
+    for i, words in enumerate(in_words):
+      if words:
+        (words_ref,), row_refs[i] = row_refs[i], take(2)
+        tpu_words.unpack_into(*row_refs[i], words_ref)
+
+    def multiply(i):
+      (lhs_ref, lhs_scale_ref), (rhs_ref, rhs_scale_ref) = (
+        row_refs[min(i, len(rows) - 1)],
+        matrix_refs[i],
+      )
+      sum_refs[i][...] = jnp.zeros_like(sum_refs[i])
+
+      def columns(own):
+        def add(first, count):
+          scales = lhs_scale_ref[pl.ds(first, count)], rhs_scale_ref[pl.ds(first, count), own]
+          refs = lhs_ref, rhs_ref.at[:, own], sum_refs[i].at[:, own]
+          tpu.add_products(refs, scales, first, count, native, power_of_two)
+
+        if whole[0]:
+          pl.loop(0, whole[0])(
+            lambda t: add(pl.multiple_of(t * tpu.LOOP_TILES, tpu.LOOP_TILES), tpu.LOOP_TILES)
+          )
+        if whole[1]:
+          add(whole[0] * tpu.LOOP_TILES, whole[1])
+
+      tiles.blocks(n, at_once, columns)
+
+    for i in range(len(matrices)):
+      multiply(i)
+
+    own = rows_S[pl.program_id(1)]
+
+    def finish(own_rows, own_columns):
+      values = [ref[own_rows, own_columns] for ref in (*sum_refs[: len(matrices)], *extra_refs)]
+      values += [tiles.column_of(ref[:, own_rows]) for ref in weight_refs]
+      results, quantised = body(*values), iter(sum_refs)
+      for dtype, refs, value in zip(outs, out_refs, results):
+        if dtype == CODE:  # once all of a row is there
+          next(quantised)[own_rows, own_columns] = value
+        elif dtype == u32:
+          first = jax.lax.div(own_columns.start, 2)
+          words = permute.pack_halves(value[:, :TILE], value[:, TILE:])
+          refs[0][own_rows, pl.ds(pl.multiple_of(first, TILE), TILE)] = words
+        else:
+          refs[0][own_rows, own_columns] = tpu.inside(value, 0, own_rows.start, own).astype(dtype)
+      if sums:
+        value = tpu.inside(results[-1], 1, pl.program_id(0) * n + own_columns.start, N)
+        dot_refs[0][:, own_rows] += tiles.row(jnp.sum(value, axis=1, keepdims=True))
+
+    if sums:
+      dot_refs[0][...] = jnp.zeros_like(dot_refs[0])
+    tiles.each_block(m, n, finish, FINISH._replace(columns=min(n, FINISH.columns)))
+    for (codes_ref, scale_ref), value_ref in zip((r for r in out_refs if len(r) == 2), sum_refs):
+
+      def quantise(own, codes_ref=codes_ref, scale_ref=scale_ref, value_ref=value_ref):
+        tile_of = lambda t: value_ref[own, t * TILE : (t + 1) * TILE]  # noqa: E731
+        scale_mt = tpu.scales_of_tiles(tile_of, FINISH.rows, width, power_of_two)
+        scale_ref[:, own] = scale_mt.T[:width]
+        inverse_mt = 1 / scale_mt
+        for t in range(width):
+          codes_ref[own, t * TILE : (t + 1) * TILE] = encode(tile_of(t), inverse_mt[:, t : t + 1])
+
+      tiles.blocks(m, FINISH.rows, quantise)
+
+  whole_row = lambda x: pl.BlockSpec((m, x.shape[1]), lambda j, i, e, _: (i, 0))  # noqa: E731
+  block = lambda columns: pl.BlockSpec((m, columns), lambda j, i, e, _: (i, j))  # noqa: E731
+  scale_spec = pl.BlockSpec((None, width, m), lambda j, i, e, _: (j, 0, i))
+  of_expert = [pl.BlockSpec((None, size, n), lambda j, i, e, _: (e[i], 0, j)) for size in (K, T)]
+  operands, in_specs, scratch = [], [], [pltpu.VMEM((m, n), f32)] * num_sums
+  for x, words in zip(rows, in_words):
+    if words:
+      operands, in_specs = [*operands, x], [*in_specs, whole_row(x)]
+      scratch += [pltpu.VMEM((m, K), CODE), pltpu.VMEM((pl.cdiv(T, TILE) * TILE, m), f32)]
+    else:
+      operands += x
+      in_specs += [whole_row(x.codes), pl.BlockSpec((T, m), lambda j, i, e, _: (0, i))]
+  operands += [a for w in matrices for a in w]
+  in_specs += of_expert * len(matrices)
+  operands, in_specs = [*operands, *extras], in_specs + [block(n)] * len(extras)
+  if weight_A is not None:
+    operands.append(weight_A[None])
+    in_specs.append(pl.BlockSpec((1, m), lambda j, i, e, _: (0, i)))
+  blocks = pl.cdiv(N, n)
+  outputs, out_specs, varying = [], [], (plan.expert_S, *operands)
+  for dtype in outs:
+    share = 2 if dtype == u32 else 1
+    outputs.append(tpu.out((A, N // share), dtype, *varying))
+    out_specs.append(block(n // share))
+    if dtype == CODE:
+      outputs.append(tpu.out((blocks, width, A), f32, *varying))
+      out_specs.append(scale_spec)
+  if sums:
+    outputs.append(tpu.out((blocks, 1, A), f32, *varying))
+    out_specs.append(pl.BlockSpec((None, 1, m), lambda j, i, e, _: (j, 0, i)))
+  experts = tpu_grouped.assumed_experts(plan.P, E, m)
+  results = iter(
+    tpu.call(
+      kernel,
+      name,
+      (blocks, plan.steps),
+      operands,
+      outputs,
+      in_specs,
+      out_specs,
+      flops=2 * len(experts) * m * blocks * n * T * TILE * len(matrices),
+      scratch=scratch,
+      parallel=1,
+      scalars=[plan.expert_S, plan.rows_S],
+      assumed=((blocks, len(experts)), [experts, experts]),
+      vmem_bytes=tiles.VMEM_BYTES + 2**22,
+    )
+  )
+  found = []
+  for dtype in outs:
+    found.append(next(results))
+    if dtype == CODE:
+      scale_TA = next(results).reshape(-1, A)[: N // TILE]
+      found[-1] = Quantized(found[-1], scale_TA)
+  return [*found, *results]
+
+
+def matrices_of(w_EKN, power_of_two: bool, multiple_K: int, multiple_N: int) -> Quantized:
+  """Quantises experts' weights, sides padded: codes [E, K, N], each column's scales [E, T, N]."""
+  E, K, N = w_EKN.shape
+  w_EKN = jnp.pad(w_EKN, ((0, 0), (0, -K % multiple_K), (0, -N % multiple_N)))
+  K, N = w_EKN.shape[1:]
+  w = tpu.quantize_down(w_EKN.reshape(-1, N), power_of_two, blocks=True)
+  return Quantized(w.codes.reshape(E, K, N), w.scale.reshape(E, K // TILE, N))
+
+
+def transposed(w: Quantized) -> Quantized:
+  """Turns `matrices_of` around."""
+  scale_ENT = jnp.repeat(w.scale[:, :, ::TILE].swapaxes(1, 2), TILE, axis=2)
+  return Quantized(w.codes.swapaxes(1, 2), scale_ENT)
+
+
+def _all_matrices(experts, power_of_two: bool):
+  """D a multiple of what travels, F of a tile."""
+  w_gate_EDF, w_up_EDF, w_down_EFD = experts
+  into = [matrices_of(w, power_of_two, tpu_words.COLUMNS, TILE) for w in (w_gate_EDF, w_up_EDF)]
+  return *into, matrices_of(w_down_EFD, power_of_two, TILE, tpu_words.COLUMNS)
+
+
+def _wide(x_MD):
+  return jnp.pad(x_MD, ((0, 0), (0, -x_MD.shape[1] % tpu_words.COLUMNS)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def routed_swiglu(power_of_two, x_MD, gate_MK, experts, row_MK, plan):
+  """See `routed.quantized_routed_swiglu`."""
+  return _forward(power_of_two, x_MD, gate_MK, experts, row_MK, plan, keep=False)[0]
+
+
+def _forward(power_of_two, x_MD, gate_MK, experts, row_MK, plan, keep: bool):
+  """Returns the output, and with `keep` gate and up [A, F]."""
+  dtype, x_MD, D = x_MD.dtype, _wide(x_MD), x_MD.shape[1]
+  A = plan.A
+  rounded = lambda a: a.astype(dtype).astype(f32)  # noqa: E731
+
+  def activation(gate, up, weight_m1):
+    gate, up = rounded(gate), rounded(up)
+    return [rounded(jax.nn.silu(gate) * up * weight_m1), gate, up]
+
+  w_gate, w_up, w_down = _all_matrices(experts, power_of_two)
+  x = tpu_words.scatter(x_MD, row_MK, A, power_of_two)
+  inner, *kept = over_rows(
+    "quantized_swiglu_in",
+    *(activation, plan, [x], [w_gate, w_up], [CODE, *[dtype] * 2 * keep], power_of_two),
+    weight_A=weights_of_rows(gate_MK, row_MK, A),
+  )
+  words = permute.row_words(dtype, x_MD.shape[1]).dtype
+  (y,) = over_rows(
+    "quantized_swiglu_out",
+    *(lambda y: [rounded(y)], plan, [inner], [w_down], [words], power_of_two),
+  )
+  return permute.gather_sum(y, row_MK, dtype)[:, :D], kept
+
+
+def _fwd(power_of_two, x_MD, gate_MK, experts, row_MK, plan):
+  saved = (x_MD, gate_MK, experts, row_MK, plan)
+  y_MD, kept = _forward(power_of_two, *saved, keep=True)
+  return y_MD, (*saved, kept)
+
+
+def _bwd(power_of_two, saved, dy_MD):
+  x_MD, gate_MK, experts, row_MK, plan, (gate_AF, up_AF) = saved
+  dtype, D = x_MD.dtype, x_MD.shape[1]
+  F = experts[0].shape[2]
+  rounded = lambda a: a.astype(dtype).astype(f32)  # noqa: E731
+  x_MD, dy_MD = _wide(x_MD), _wide(dy_MD)
+
+  def through_activation(dinner, gate, up, weight_m1):
+    dinner, gate, up = rounded(dinner), gate.astype(f32), up.astype(f32)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    dact = dinner * weight_m1
+    dgate = rounded(dact * up * (sigmoid + silu * (1 - sigmoid)))
+    dup = rounded(dact * silu)
+    return [dgate, dup, dgate, dup, silu * up * weight_m1, dinner * silu * up]
+
+  w_gate, w_up, w_down = map(transposed, _all_matrices(experts, power_of_two))
+  dy = tpu_words.scatter(dy_MD, row_MK, plan.A, power_of_two)
+  dgate, dup, *columns, dweight_n1A = over_rows(
+    "quantized_swiglu_out_gradient",
+    *(through_activation, plan, [dy], [w_down], [CODE, CODE, *[dtype] * 3], power_of_two),
+    extras=[gate_AF, up_AF],
+    weight_A=weights_of_rows(gate_MK, row_MK, plan.A),
+    sums=True,
+  )
+  words = permute.row_words(dtype, x_MD.shape[1]).dtype
+  (dx,) = over_rows(
+    "quantized_swiglu_in_gradient",
+    *(lambda a, b: [rounded(rounded(a) + rounded(b))], plan, [dgate, dup], [w_gate, w_up]),
+    *([words], power_of_two),
+  )
+  dx_MD = permute.gather_sum(dx, row_MK, dtype)[:, :D]
+  token_A = jnp.full(plan.A, x_MD.shape[0], jnp.int32)
+  tokens_M1 = jnp.arange(x_MD.shape[0], dtype=jnp.int32)[:, None]
+  token_A = token_A.at[row_MK].set(tokens_M1, unique_indices=True)
+  x_AD, dy_AD = (tpu_grouped.lay_out(a, token_A) for a in (x_MD, dy_MD))
+  dgate_AF, dup_AF, inner_AF = columns
+  product = functools.partial(tpu_grouped.weights_of_steps, power_of_two=power_of_two)
+  steps = (plan.expert_S, plan.steps, plan.m, plan.P, plan.any_E)
+  of_columns = functools.partial(tpu.quantize_columns, power_of_two_scales=power_of_two)
+  x = of_columns(x_AD, transposed=True)
+  dw_gate, dw_up = (
+    product(x, of_columns(a), *steps, dtype=w.dtype)[:, :D, :F]
+    for a, w in zip((dgate_AF, dup_AF), experts)
+  )
+  inner, dy = of_columns(inner_AF, transposed=True), of_columns(dy_AD)
+  dw_down = product(inner, dy, *steps, dtype=experts[2].dtype)[:, :F, :D]
+  dweight_A = jnp.sum(dweight_n1A[:, 0], axis=0)
+  return dx_MD, dweight_A[row_MK], (dw_gate, dw_up, dw_down), None, None
+
+
+routed_swiglu.defvjp(_fwd, _bwd)
