@@ -56,7 +56,7 @@ def _mosaic_tpu(x_MD, routed: Routed, experts, power_of_two_scales: bool):
   expert_MK, gate_MK, counts_E, rank_MK = routed
   m = tpu_grouped.step_rows(expert_MK.size, counts_E.shape[0])
   starts_E = group_starts(counts_E, m)
-  plan = tpu_routed.plan_of(counts_E, starts_E, expert_MK.size, m)
+  plan = tpu_routed.Plan(counts_E, starts_E, m, expert_MK.size)
   x_MD, gate_MK, *experts = traffic.vary_alike(x_MD, gate_MK, *experts)
   return tpu_routed.routed_swiglu(
     *(power_of_two_scales, x_MD, gate_MK, tuple(experts), starts_E[expert_MK] + rank_MK, plan)

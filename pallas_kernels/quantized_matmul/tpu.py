@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import traffic
+from pallas_kernels.permute import tpu as permute
 from pallas_kernels.quantized_matmul.e4m3 import (
   CODE,
   TILE,
@@ -145,21 +147,40 @@ def quantize_rows(x_MK, power_of_two_scales: bool = False) -> Quantized:
   return Quantized(codes, scale)
 
 
-def quantize_down(x_KN, power_of_two: bool, blocks: bool, transposed: bool = False) -> Quantized:
-  """Quantises tiles of 128 x 1, or blocks of 128 x 128, each block's scale standing 128 times."""
-  K, N = x_KN.shape
+def quantize_down(
+  x_EKN, power_of_two: bool, blocks: bool, transposed: bool = False, rows_T=None
+) -> Quantized:
+  """Quantises tiles of 128 x 1, or blocks of 128 x 128, each block's scale standing 128 times.
+
+  Of each matrix [K, N]: codes as it lies or transposed, scales [E, T, N]. With `rows_T`, int32, tiles of 128 rows have so many; others count as zeros, whatever they hold.
+  Words of two bfloat16 (`permute.tpu`) are taken apart.
+  """
+  words = x_EKN.dtype == jnp.uint32
+  E, K, N = x_EKN.shape
+  N *= 2 if words else 1
   T = pl.cdiv(K, TILE)
   n, tiles = _upto(N, QUANTIZE_ROWS), min(LOOP_TILES, T)
   k = tiles * TILE
+  scalars = [] if rows_T is None else [jnp.pad(rows_T, (0, -T % tiles))]
 
-  def kernel(x_ref, codes_ref, scale_ref):
+  def kernel(*refs):
+    *scalar_refs, x_ref, codes_ref, scale_ref = refs
+
+    def tile_of(tile):
+      if not words:
+        return x_ref[tile].astype(f32)
+      pieces = [x_ref[tile, c : c + TILE] for c in range(0, n // 2, TILE)]
+      return jnp.concatenate([half for p in pieces for half in permute.unpack_halves(p)], axis=1)
+
     for t in range(tiles):
       tile = slice(t * TILE, (t + 1) * TILE)
-      x_kn = x_ref[tile].astype(f32)
-      if K % TILE:
-        x_kn = inside(x_kn, 0, pl.program_id(0) * k + t * TILE, K)
+      x_kn = tile_of(tile)
+      if scalars:
+        x_kn = inside(x_kn, 0, 0, scalar_refs[0][pl.program_id(1) * tiles + t])
+      elif K % TILE:
+        x_kn = inside(x_kn, 0, pl.program_id(1) * k + t * TILE, K)
       if blocks and N % TILE:
-        x_kn = inside(x_kn, 1, pl.program_id(1) * n, N)
+        x_kn = inside(x_kn, 1, pl.program_id(2) * n, N)
       largest_1n = largest_magnitude(x_kn, axis=0, keepdims=True)
       if blocks:
         parts = [largest_1n[:, i : i + TILE] for i in range(0, n, TILE)]
@@ -172,18 +193,25 @@ def quantize_down(x_KN, power_of_two: bool, blocks: bool, transposed: bool = Fal
       else:
         codes_ref[tile] = encode(x_kn, 1 / scale_1n)
 
-  codes_spec = pl.BlockSpec((k, n), lambda i, j: (i, j))
-  if transposed:
-    codes_spec = pl.BlockSpec((n, k), lambda i, j: (j, i))
+  def spec(rows: int, columns: int, turned: bool = False):
+    if turned:
+      return pl.BlockSpec((None, columns, rows), lambda e, i, j, *_: (e, j, i))
+    return pl.BlockSpec((None, rows, columns), lambda e, i, j, *_: (e, i, j))
+
+  grid = (E, pl.cdiv(T, tiles), pl.cdiv(N, n))
+  varying = (x_EKN, *scalars)
   codes, scale = call(
     kernel,
     "quantize_blocks" if blocks else "quantize_columns",
-    (pl.cdiv(T, tiles), pl.cdiv(N, n)),
-    [x_KN],
-    [out((N, K) if transposed else (K, N), CODE, x_KN), out((T, N), f32, x_KN)],
-    [pl.BlockSpec((k, n), lambda i, j: (i, j))],
-    [codes_spec, pl.BlockSpec((tiles, n), lambda i, j: (i, j))],
-    flops=2 * K * N,
+    grid,
+    [x_EKN],
+    [out((E, N, K) if transposed else (E, K, N), CODE, *varying), out((E, T, N), f32, *varying)],
+    [spec(k, n // 2 if words else n)],
+    [spec(k, n, transposed), spec(tiles, n)],
+    flops=2 * E * K * N,
+    parallel=3,
+    scalars=scalars,
+    assumed=(grid, [np.zeros(a.shape, np.int32) for a in scalars]),
   )
   return Quantized(codes, scale)
 
@@ -192,13 +220,14 @@ def quantize_columns(
   x_KN, power_of_two_scales: bool = False, transposed: bool = False
 ) -> Quantized:
   """See `api.quantize_columns`."""
-  return quantize_down(x_KN, power_of_two_scales, False, transposed)
+  codes, scale = quantize_down(x_KN[None], power_of_two_scales, False, transposed)
+  return Quantized(codes[0], scale[0])
 
 
 def quantize_blocks(w_KN, power_of_two_scales: bool = False) -> Quantized:
   """See `api.quantize_blocks`."""
-  codes, scale_TN = quantize_down(w_KN, power_of_two_scales, True)
-  return Quantized(codes, scale_TN[:, ::TILE])
+  codes, scale = quantize_down(w_KN[None], power_of_two_scales, True)
+  return Quantized(codes[0], scale[0, :, ::TILE])
 
 
 def multiplies_e4m3() -> bool:

@@ -13,8 +13,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.grouped_matmul.tpu_tiles import schedule
+from pallas_kernels.permute import group_starts
 from pallas_kernels.quantized_matmul import tpu
-from pallas_kernels.quantized_matmul.e4m3 import TILE, f32
+from pallas_kernels.quantized_matmul.e4m3 import TILE, Quantized, f32
 from pallas_kernels.quantized_matmul.xla import row_tiles
 
 
@@ -50,14 +52,12 @@ def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
   codes_AK = lay_out(jax.lax.bitcast_convert_type(x.codes, jnp.int8), row_A)
   codes_AK = jax.lax.bitcast_convert_type(codes_AK, x.codes.dtype)
   codes_AK = jnp.pad(codes_AK, ((0, 0), (0, T * TILE - K)))
-  # One matrix, whose blocks belong to one expert each.
   w_EKN = jnp.pad(w_EKN, ((0, 0), (0, T * TILE - K), (0, 0)))
-  w = tpu.quantize_down(w_EKN.reshape(-1, N), power_of_two_scales, blocks=True)
+  w = tpu.quantize_down(w_EKN, power_of_two_scales, blocks=True)
   operands = [
     codes_AK,
     x.scale[:, row_A],  # indices are clamped
-    w.codes.reshape(E, T * TILE, N),
-    w.scale.reshape(E, T, N),
+    *w,
   ]
 
   grid = (pl.cdiv(N, n), steps, pl.cdiv(T, tiles))
@@ -90,33 +90,35 @@ def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype
   """See `reference.grouped_weights`."""
   P, E = x_PD.shape[0], group_sizes_E.shape[0]
   rows = step_rows(P, E)
-  expert_S, row_Sm, steps = row_tiles(group_sizes_E, P, rows)
-  row_A = row_Sm.reshape(-1)
+  row_A = row_tiles(group_sizes_E, P, rows)[1].reshape(-1)
   x = tpu.quantize_columns(lay_out(x_PD, row_A), power_of_two_scales, transposed=True)
   dy = tpu.quantize_columns(lay_out(dy_PF, row_A), power_of_two_scales)
-  plan = (expert_S, steps, rows, P, group_sizes_E > 0)
-  return weights_of_steps(x, dy, *plan, power_of_two_scales, dtype)
+  starts_E = group_starts(group_sizes_E, rows)
+  return weights_of_steps(x, dy, group_sizes_E, starts_E, rows, P, power_of_two_scales, dtype)
 
 
-def weights_of_steps(x, dy, expert_S, steps, rows: int, P: int, any_E, power_of_two: bool, dtype):
-  """Multiplies x^T by dy of each expert's steps.
+def weights_of_steps(
+  x: Quantized, dy: Quantized, sizes_E, starts_E, rows: int, P: int, power_of_two: bool, dtype
+):
+  """Multiplies x^T by dy within each group, whose rows fill steps and zeros the rest of the last.
 
   Args:
     x, dy: codes [D, A] and [A, F], scales [A / 128, D] and [A / 128, F].
-    expert_S, steps: each step's expert, and how many steps there are.
+    sizes_E, starts_E: each group's rows and its first, a multiple of `rows`.
     rows: of a step.
-    P: rows of experts in all, for the cost.
-    any_E: bool, whether an expert has rows.
+    P: of all groups, for the cost.
 
   Returns:
     [E, D, F] in `dtype`.
   """
-  D, F, E = x.codes.shape[0], dy.codes.shape[1], any_E.shape[0]
+  (D, A), F, E = x.codes.shape, dy.codes.shape[1], sizes_E.shape[0]
   tiles = rows // TILE
   d, f, _ = tpu.step_of(D, F, tiles, jnp.dtype(dtype).itemsize)
   native = tpu.multiplies_e4m3()
+  steps = schedule(sizes_E, starts_E, A, rows, every_group=True)
 
-  def kernel(expert_S, lhs_ref, lhs_scale_ref, rhs_ref, rhs_scale_ref, out_ref, sum_ref):
+  def kernel(expert_S, _, sizes_ref, *refs):
+    lhs_ref, lhs_scale_ref, rhs_ref, rhs_scale_ref, out_ref, sum_ref = refs
     s, num_steps = pl.program_id(2), pl.num_programs(2)
     expert = expert_S[s]
 
@@ -124,9 +126,11 @@ def weights_of_steps(x, dy, expert_S, steps, rows: int, P: int, any_E, power_of_
     def _():
       sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    scales = lhs_scale_ref[...], rhs_scale_ref[...]
-    refs = lhs_ref, rhs_ref, sum_ref
-    tpu.add_products(refs, scales, 0, tiles, native, power_of_two)
+    @pl.when(sizes_ref[expert] > 0)
+    def _():
+      scales = lhs_scale_ref[...], rhs_scale_ref[...]
+      refs = lhs_ref, rhs_ref, sum_ref
+      tpu.add_products(refs, scales, 0, tiles, native, power_of_two)
 
     @pl.when((s == num_steps - 1) | (expert_S[jnp.minimum(s + 1, num_steps - 1)] != expert))
     def _():
@@ -138,25 +142,26 @@ def weights_of_steps(x, dy, expert_S, steps, rows: int, P: int, any_E, power_of_
     dy.codes,
     dy.scale.reshape(-1, tiles, F),
   ]
-  grid = (pl.cdiv(D, d), pl.cdiv(F, f), jnp.maximum(steps, 1))
+  grid = (pl.cdiv(D, d), pl.cdiv(F, f), steps.num_steps)
+  scalars = [steps.expert_T, steps.tile_T, sizes_E.astype(jnp.int32)]
   experts = assumed_experts(P, E, rows)
+  assumed = [experts, np.arange(len(experts), dtype=np.int32), np.zeros(E, np.int32)]
   [dw_EDF] = tpu.call(
     kernel,
     "quantized_grouped_matmul_weights",
     grid,
     operands,
-    [tpu.out((E, D, F), dtype, expert_S, *operands)],
+    [tpu.out((E, D, F), dtype, sizes_E, *operands)],
     [
-      pl.BlockSpec((d, rows), lambda i, j, s, e: (i, s)),
-      pl.BlockSpec((None, tiles, d), lambda i, j, s, e: (s, 0, i)),
-      pl.BlockSpec((rows, f), lambda i, j, s, e: (s, j)),
-      pl.BlockSpec((None, tiles, f), lambda i, j, s, e: (s, 0, j)),
+      pl.BlockSpec((d, rows), lambda i, j, s, e, r, _: (i, r[s])),
+      pl.BlockSpec((None, tiles, d), lambda i, j, s, e, r, _: (r[s], 0, i)),
+      pl.BlockSpec((rows, f), lambda i, j, s, e, r, _: (r[s], j)),
+      pl.BlockSpec((None, tiles, f), lambda i, j, s, e, r, _: (r[s], 0, j)),
     ],
-    [pl.BlockSpec((None, d, f), lambda i, j, s, e: (e[s], i, j))],
+    [pl.BlockSpec((None, d, f), lambda i, j, s, e, *_: (e[s], i, j))],
     flops=2 * grid[0] * d * grid[1] * f * len(experts) * rows,
     scratch=[pltpu.VMEM((d, f), f32)],
-    scalars=[expert_S],
-    assumed=((*grid[:2], len(experts)), [experts]),
+    scalars=scalars,
+    assumed=((*grid[:2], len(experts)), assumed),
   )
-  # No step visits an empty group.
-  return jnp.where(any_E[:, None, None], dw_EDF, 0)
+  return dw_EDF

@@ -32,30 +32,26 @@ FINISH = tiles.Product(128, 2 * TILE)  # rows and columns that are finished at o
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["expert_S", "rows_S", "steps", "any_E"],
+  data_fields=["sizes_E", "starts_E"],
   meta_fields=["m", "P"],
 )
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Which steps of m rows there are; how many do is data."""
+  """Where groups of rows lie: one after the other, each from a multiple of m."""
 
-  expert_S: Any  # int32, each step's expert
-  rows_S: Any  # int32, how many of the step's rows are the expert's
-  steps: Any  # int32 scalar
-  any_E: Any  # bool, whether an expert has rows
+  sizes_E: Any  # int32
+  starts_E: Any  # int32
   m: int
-  P: int  # the experts' rows in all
+  P: int  # rows in all
 
   @property
   def A(self) -> int:
-    return self.expert_S.shape[0] * self.m
+    return num_rows(self.P, self.sizes_E.shape[0], self.m)
 
-
-def plan_of(sizes_E, starts_E, P: int, m: int) -> Plan:
-  """Returns the plan of groups that start at multiples of m, one after the other."""
-  A = num_rows(P, sizes_E.shape[0], m)
-  steps = tiles.schedule(sizes_E, starts_E, A, m)
-  return Plan(steps.expert_T, steps.end_T - steps.tile_T * m, steps.num_steps, sizes_E > 0, m, P)
+  def steps(self):
+    """Returns the expert of each step, how many of its rows are the expert's, and their number."""
+    steps = tiles.schedule(self.sizes_E, self.starts_E, self.A, self.m)
+    return steps.expert_T, steps.end_T - steps.tile_T * self.m, steps.num_steps
 
 
 def _fit(N: int, m: int, column_bytes: int, block_bytes: int, fixed: int, multiple: int):
@@ -98,15 +94,15 @@ def over_rows(
       number a row and column to be summed over columns.
     rows: words uint32 [A, W] or codes [A, K] with scales [T, A], one for each matrix or one for all.
     matrices: codes [E, K, N], scales [E, T, N].
-    outs: the dtype of each output [A, N], zeros in rows of no expert; uint32 stands for words of
-      two bfloat16, E4M3 for codes with scales [N / 128, A], and these hold anything there.
+    outs: the dtype of each output [A, N]; uint32 stands for words of two bfloat16, E4M3 for codes
+      with scales [N / 128, A]. Rows of no expert hold anything.
     extras: arrays [A, N].
     weight_A: float32 or None.
     sums: whether an output [N / n, 1, A] float32 follows.
   """
   (E, K, N), T, m = matrices[0].codes.shape, matrices[0].scale.shape[1], plan.m
   in_words = [not isinstance(x, Quantized) for x in rows]
-  A = plan.A
+  A, (expert_S, _, steps) = plan.A, plan.steps()
   num_sums = max(len(matrices), outs.count(CODE))
   out_bytes = sum(np.dtype(d).itemsize // (2 if d == u32 else 1) for d in outs)
   row_bytes = sum(2 * 4 * x.shape[1] + K if w else 2 * K for x, w in zip(rows, in_words))
@@ -119,7 +115,7 @@ def over_rows(
   )
   whole, width, native = divmod(T, tpu.LOOP_TILES), n // TILE, tpu.multiplies_e4m3()
 
-  def kernel(_, rows_S, *refs):
+  def kernel(_, *refs):
     left = iter(refs)
     take = lambda count: [next(left) for _ in range(count)]  # noqa: E731
     row_refs = [take(1 if words else 2) for words in in_words]
@@ -157,8 +153,6 @@ def over_rows(
     for i in range(len(matrices)):
       multiply(i)
 
-    own = rows_S[pl.program_id(1)]
-
     def finish(own_rows, own_columns):
       values = [ref[own_rows, own_columns] for ref in (*sum_refs[: len(matrices)], *extra_refs)]
       values += [tiles.column_of(ref[:, own_rows]) for ref in weight_refs]
@@ -171,7 +165,7 @@ def over_rows(
           words = permute.pack_halves(value[:, :TILE], value[:, TILE:])
           refs[0][own_rows, pl.ds(pl.multiple_of(first, TILE), TILE)] = words
         else:
-          refs[0][own_rows, own_columns] = tpu.inside(value, 0, own_rows.start, own).astype(dtype)
+          refs[0][own_rows, own_columns] = value.astype(dtype)
       if sums:
         value = tpu.inside(results[-1], 1, pl.program_id(0) * n + own_columns.start, N)
         dot_refs[0][:, own_rows] += tiles.row(jnp.sum(value, axis=1, keepdims=True))
@@ -191,10 +185,10 @@ def over_rows(
 
       tiles.blocks(m, FINISH.rows, quantise)
 
-  whole_row = lambda x: pl.BlockSpec((m, x.shape[1]), lambda j, i, e, _: (i, 0))  # noqa: E731
-  block = lambda columns: pl.BlockSpec((m, columns), lambda j, i, e, _: (i, j))  # noqa: E731
-  scale_spec = pl.BlockSpec((None, width, m), lambda j, i, e, _: (j, 0, i))
-  of_expert = [pl.BlockSpec((None, size, n), lambda j, i, e, _: (e[i], 0, j)) for size in (K, T)]
+  whole_row = lambda x: pl.BlockSpec((m, x.shape[1]), lambda j, i, e: (i, 0))  # noqa: E731
+  block = lambda columns: pl.BlockSpec((m, columns), lambda j, i, e: (i, j))  # noqa: E731
+  scale_spec = pl.BlockSpec((None, width, m), lambda j, i, e: (j, 0, i))
+  of_expert = [pl.BlockSpec((None, size, n), lambda j, i, e: (e[i], 0, j)) for size in (K, T)]
   operands, in_specs, scratch = [], [], [pltpu.VMEM((m, n), f32)] * num_sums
   for x, words in zip(rows, in_words):
     if words:
@@ -202,15 +196,15 @@ def over_rows(
       scratch += [pltpu.VMEM((m, K), CODE), pltpu.VMEM((pl.cdiv(T, TILE) * TILE, m), f32)]
     else:
       operands += x
-      in_specs += [whole_row(x.codes), pl.BlockSpec((T, m), lambda j, i, e, _: (0, i))]
+      in_specs += [whole_row(x.codes), pl.BlockSpec((T, m), lambda j, i, e: (0, i))]
   operands += [a for w in matrices for a in w]
   in_specs += of_expert * len(matrices)
   operands, in_specs = [*operands, *extras], in_specs + [block(n)] * len(extras)
   if weight_A is not None:
     operands.append(weight_A[None])
-    in_specs.append(pl.BlockSpec((1, m), lambda j, i, e, _: (0, i)))
+    in_specs.append(pl.BlockSpec((1, m), lambda j, i, e: (0, i)))
   blocks = pl.cdiv(N, n)
-  outputs, out_specs, varying = [], [], (plan.expert_S, *operands)
+  outputs, out_specs, varying = [], [], (expert_S, *operands)
   for dtype in outs:
     share = 2 if dtype == u32 else 1
     outputs.append(tpu.out((A, N // share), dtype, *varying))
@@ -220,13 +214,13 @@ def over_rows(
       out_specs.append(scale_spec)
   if sums:
     outputs.append(tpu.out((blocks, 1, A), f32, *varying))
-    out_specs.append(pl.BlockSpec((None, 1, m), lambda j, i, e, _: (j, 0, i)))
+    out_specs.append(pl.BlockSpec((None, 1, m), lambda j, i, e: (j, 0, i)))
   experts = tpu_grouped.assumed_experts(plan.P, E, m)
   results = iter(
     tpu.call(
       kernel,
       name,
-      (blocks, plan.steps),
+      (blocks, steps),
       operands,
       outputs,
       in_specs,
@@ -234,8 +228,8 @@ def over_rows(
       flops=2 * len(experts) * m * blocks * n * T * TILE * len(matrices),
       scratch=scratch,
       parallel=1,
-      scalars=[plan.expert_S, plan.rows_S],
-      assumed=((blocks, len(experts)), [experts, experts]),
+      scalars=[expert_S],
+      assumed=((blocks, len(experts)), [experts]),
       vmem_bytes=tiles.VMEM_BYTES + 2**22,
     )
   )
@@ -248,26 +242,19 @@ def over_rows(
   return [*found, *results]
 
 
-def matrices_of(w_EKN, power_of_two: bool, multiple_K: int, multiple_N: int) -> Quantized:
-  """Quantises experts' weights, sides padded: codes [E, K, N], each column's scales [E, T, N]."""
-  E, K, N = w_EKN.shape
-  w_EKN = jnp.pad(w_EKN, ((0, 0), (0, -K % multiple_K), (0, -N % multiple_N)))
-  K, N = w_EKN.shape[1:]
-  w = tpu.quantize_down(w_EKN.reshape(-1, N), power_of_two, blocks=True)
-  return Quantized(w.codes.reshape(E, K, N), w.scale.reshape(E, K // TILE, N))
+def _matrices(w_EKN, power_of_two: bool, turned: bool = False) -> Quantized:
+  """Quantises experts' weights: codes [E, K, N], each column's scales [E, T, N]; or [E, N, K]."""
+  codes, scale = tpu.quantize_down(w_EKN, power_of_two, blocks=True, transposed=turned)
+  if turned:  # a block's scale stands once a column
+    scale = jnp.repeat(scale[:, :, ::TILE].swapaxes(1, 2), TILE, axis=2)
+  return Quantized(codes, scale)
 
 
-def transposed(w: Quantized) -> Quantized:
-  """Turns `matrices_of` around."""
-  scale_ENT = jnp.repeat(w.scale[:, :, ::TILE].swapaxes(1, 2), TILE, axis=2)
-  return Quantized(w.codes.swapaxes(1, 2), scale_ENT)
-
-
-def _all_matrices(experts, power_of_two: bool):
-  """D a multiple of what travels, F of a tile."""
-  w_gate_EDF, w_up_EDF, w_down_EFD = experts
-  into = [matrices_of(w, power_of_two, tpu_words.COLUMNS, TILE) for w in (w_gate_EDF, w_up_EDF)]
-  return *into, matrices_of(w_down_EFD, power_of_two, TILE, tpu_words.COLUMNS)
+def _whole(experts):
+  """Pads experts' weights: D to a multiple of what travels, F to one of a tile."""
+  pad_D, pad_F = (0, -experts[0].shape[1] % tpu_words.COLUMNS), (0, -experts[0].shape[2] % TILE)
+  sides = [(pad_D, pad_F), (pad_D, pad_F), (pad_F, pad_D)]
+  return [jnp.pad(w, ((0, 0), *side)) for w, side in zip(experts, sides)]
 
 
 def _wide(x_MD):
@@ -290,7 +277,7 @@ def _forward(power_of_two, x_MD, gate_MK, experts, row_MK, plan, keep: bool):
     gate, up = rounded(gate), rounded(up)
     return [rounded(jax.nn.silu(gate) * up * weight_m1), gate, up]
 
-  w_gate, w_up, w_down = _all_matrices(experts, power_of_two)
+  w_gate, w_up, w_down = (_matrices(w, power_of_two) for w in _whole(experts))
   x = tpu_words.scatter(x_MD, row_MK, A, power_of_two)
   inner, *kept = over_rows(
     "quantized_swiglu_in",
@@ -314,7 +301,6 @@ def _fwd(power_of_two, x_MD, gate_MK, experts, row_MK, plan):
 def _bwd(power_of_two, saved, dy_MD):
   x_MD, gate_MK, experts, row_MK, plan, (gate_AF, up_AF) = saved
   dtype, D = x_MD.dtype, x_MD.shape[1]
-  F = experts[0].shape[2]
   rounded = lambda a: a.astype(dtype).astype(f32)  # noqa: E731
   x_MD, dy_MD = _wide(x_MD), _wide(dy_MD)
 
@@ -327,7 +313,7 @@ def _bwd(power_of_two, saved, dy_MD):
     dup = rounded(dact * silu)
     return [dgate, dup, dgate, dup, silu * up * weight_m1, dinner * silu * up]
 
-  w_gate, w_up, w_down = map(transposed, _all_matrices(experts, power_of_two))
+  w_gate, w_up, w_down = (_matrices(w, power_of_two, turned=True) for w in _whole(experts))
   dy = tpu_words.scatter(dy_MD, row_MK, plan.A, power_of_two)
   dgate, dup, *columns, dweight_n1A = over_rows(
     "quantized_swiglu_out_gradient",
@@ -343,21 +329,24 @@ def _bwd(power_of_two, saved, dy_MD):
     *([words], power_of_two),
   )
   dx_MD = permute.gather_sum(dx, row_MK, dtype)[:, :D]
-  token_A = jnp.full(plan.A, x_MD.shape[0], jnp.int32)
-  tokens_M1 = jnp.arange(x_MD.shape[0], dtype=jnp.int32)[:, None]
-  token_A = token_A.at[row_MK].set(tokens_M1, unique_indices=True)
-  x_AD, dy_AD = (tpu_grouped.lay_out(a, token_A) for a in (x_MD, dy_MD))
   dgate_AF, dup_AF, inner_AF = columns
-  product = functools.partial(tpu_grouped.weights_of_steps, power_of_two=power_of_two)
-  steps = (plan.expert_S, plan.steps, plan.m, plan.P, plan.any_E)
-  of_columns = functools.partial(tpu.quantize_columns, power_of_two_scales=power_of_two)
-  x = of_columns(x_AD, transposed=True)
-  dw_gate, dw_up = (
-    product(x, of_columns(a), *steps, dtype=w.dtype)[:, :D, :F]
-    for a, w in zip((dgate_AF, dup_AF), experts)
-  )
-  inner, dy = of_columns(inner_AF, transposed=True), of_columns(dy_AD)
-  dw_down = product(inner, dy, *steps, dtype=experts[2].dtype)[:, :F, :D]
+  first_T = jnp.arange(0, plan.A, TILE, dtype=jnp.int32)
+  rows_T = plan.steps()[1][first_T // plan.m] - first_T % plan.m
+
+  def down(a, transposed=False):
+    codes, scale = tpu.quantize_down(a[None], power_of_two, False, transposed, rows_T)
+    return Quantized(codes[0], scale[0])
+
+  def product(x, dy, w):
+    dw = tpu_grouped.weights_of_steps(
+      *(x, dy, plan.sizes_E, plan.starts_E, plan.m, plan.P, power_of_two, w.dtype)
+    )
+    return dw[:, : w.shape[1], : w.shape[2]]
+
+  x, dy = (permute.scatter(a, row_MK, plan.A) for a in (x_MD, dy_MD))
+  x, dy = down(x, transposed=True), down(dy)
+  dw_gate, dw_up = (product(x, down(a), w) for a, w in zip((dgate_AF, dup_AF), experts))
+  dw_down = product(down(inner_AF, transposed=True), dy, experts[2])
   dweight_A = jnp.sum(dweight_n1A[:, 0], axis=0)
   return dx_MD, dweight_A[row_MK], (dw_gate, dw_up, dw_down), None, None
 
