@@ -16,8 +16,7 @@ from dsmoe import tuning
 from dsmoe.config import ModelConfig
 from dsmoe.routing import Routing
 from pallas_kernels.grouped_matmul import routed_swiglu
-from pallas_kernels.permute import combine, expert_order, permute
-from pallas_kernels.quantized_matmul import quantized_grouped_matmul
+from pallas_kernels.quantized_matmul import quantized_routed_swiglu
 
 # When few tokens meet few experts. XLA:CPU gives part of what is ready to run to another core once
 # more than eight operations are, and an expert is three to begin with: the copies of its matrices.
@@ -27,27 +26,10 @@ EXPERTS_AT_ONCE = 5
 def local(x_MD, routed: Routing, experts, config: ModelConfig):
   """Takes rows in expert order, applies each expert to its own, sums each token's back."""
   if config.matmul_precision != "compute_dtype":
-    return _quantized(x_MD, routed, experts, config)
+    return quantized_routed_swiglu(x_MD, routed, experts, *config.quantization)
   kernels, (E, D, F) = config.kernels, experts[0].shape
   tile = tuning.tile(kernels, routed.expert_MK.size, E, D, F, x_MD.dtype)
   return routed_swiglu(x_MD, routed, experts, kernels.grouped_matmul, tile)
-
-
-def _quantized(x_MD, routed: Routing, experts, config: ModelConfig):
-  """`local` with the experts' matmuls in FP8, the activation between them in float32."""
-  multiply = functools.partial(
-    lambda sizes_E, x, w: quantized_grouped_matmul(x, w, sizes_E, *config.quantization),
-    routed.counts_E,
-  )
-  with jax.named_scope("dispatch"):
-    order = expert_order(routed.expert_MK, routed.rank_MK, routed.counts_E)
-    x_PD, weight_P = permute(x_MD, *order), routed.gate_MK.reshape(-1)[order[0]]
-  with jax.named_scope("experts"):
-    gate_PF, up_PF = (multiply(x_PD, w).astype(jnp.float32) for w in experts[:2])
-    inner_PF = jax.nn.silu(gate_PF) * up_PF * weight_P[:, None]
-    y_PD = multiply(inner_PF.astype(x_MD.dtype), experts[2])
-  with jax.named_scope("combine"):
-    return combine(y_PD, *order)
 
 
 def dense(x_MD, routed: Routing, experts, config: ModelConfig):

@@ -101,10 +101,14 @@ def test_local_makes_nothing_of_tokens_times_experts():
   assert size(dispatch.dense) >= M * E * D
 
 
-@pytest.mark.parametrize("precision, power_of_two", [("fp8", False), ("fp8_ue8m0", True)])
-def test_experts_in_fp8_match_a_loop_over_experts(precision, power_of_two):
+@pytest.mark.parametrize(
+  "precision, power_of_two, implementation",
+  [("fp8", False, "xla"), ("fp8_ue8m0", True, "xla"), ("fp8", False, "mosaic_tpu")],
+)
+def test_experts_in_fp8_match_a_loop_over_experts(precision, power_of_two, implementation):
   x, experts, gates, weights, dy = _inputs("empty")
-  config = _config(matmul_precision=precision)
+  kernels = KernelsConfig(quantized_matmul=implementation)
+  config = _config(matmul_precision=precision, kernels=kernels)
   matmul = functools.partial(
     quantized_matmul, implementation="xla", power_of_two_scales=power_of_two
   )
@@ -122,7 +126,8 @@ def test_experts_in_fp8_match_a_loop_over_experts(precision, power_of_two):
     y, vjp = jax.vjp(fn, *jax.tree.map(jnp.asarray, (x, gates, weights)))
     return y, vjp(dy)
 
-  actual = value_and_gradients(
-    jax.jit(lambda x, g, w: dispatch.local(x, _routed(experts, g), w, config))
-  )
+  with pltpu.force_tpu_interpret_mode():
+    actual = value_and_gradients(
+      jax.jit(lambda x, g, w: dispatch.local(x, _routed(experts, g), w, config))
+    )
   assert_close(actual, value_and_gradients(jax.jit(expected)))

@@ -38,7 +38,8 @@ def module_of(table: dict[str, ModuleType], implementation: str | None) -> Modul
   return table[implementation]
 
 
-def _check_operand(name: str, array, rank: int) -> None:
+def check_operand(name: str, array, rank: int) -> None:
+  """Raises ValueError unless the array is floating point, of a rank, and not empty."""
   if array.ndim != rank or 0 in array.shape:
     raise ValueError(f"{name} must have {rank} dimensions, none of them 0, got {array.shape}")
   if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -62,7 +63,7 @@ def quantize_rows(
   Raises:
     ValueError: for an x that is no floating point matrix, or an unknown implementation.
   """
-  _check_operand("x_MD", x_MD, 2)
+  check_operand("x_MD", x_MD, 2)
   return module_of(IMPLEMENTATIONS, implementation).quantize_rows(x_MD, power_of_two_scales)
 
 
@@ -79,7 +80,7 @@ def quantize_columns(
   Returns:
     codes [M, D], or [D, M] if `transposed`; scale [ceil(M / 128), D].
   """
-  _check_operand("x_MD", x_MD, 2)
+  check_operand("x_MD", x_MD, 2)
   module = module_of(IMPLEMENTATIONS, implementation)
   return module.quantize_columns(x_MD, power_of_two_scales, transposed)
 
@@ -92,7 +93,7 @@ def quantize_blocks(
   Returns:
     codes [D, F], scale [ceil(D / 128), ceil(F / 128)].
   """
-  _check_operand("w_DF", w_DF, 2)
+  check_operand("w_DF", w_DF, 2)
   return module_of(IMPLEMENTATIONS, implementation).quantize_blocks(w_DF, power_of_two_scales)
 
 
@@ -119,8 +120,8 @@ def quantized_matmul(
   Raises:
     ValueError: for shapes or dtypes that do not fit, or an unknown implementation.
   """
-  _check_operand("x_MD", x_MD, 2)
-  _check_operand("w_DF", w_DF, 2)
+  check_operand("x_MD", x_MD, 2)
+  check_operand("w_DF", w_DF, 2)
   if x_MD.shape[1] != w_DF.shape[0]:
     raise ValueError(
       f"x_MD and w_DF must agree on D, got {x_MD.shape[1]} in {x_MD.shape} and "
@@ -178,8 +179,8 @@ def quantized_grouped_matmul(
   Raises:
     ValueError: for shapes or dtypes that do not fit, or an unknown implementation.
   """
-  _check_operand("x_PD", x_PD, 2)
-  _check_operand("w_EDF", w_EDF, 3)
+  check_operand("x_PD", x_PD, 2)
+  check_operand("w_EDF", w_EDF, 3)
   E, D, _ = w_EDF.shape
   if x_PD.shape[1] != D:
     raise ValueError(

@@ -11,6 +11,7 @@ from pallas_kernels.permute import combine, expert_order, group_starts, permute
 from pallas_kernels.quantized_matmul import tpu_grouped, tpu_routed
 from pallas_kernels.quantized_matmul.api import (
   GROUPED_IMPLEMENTATIONS,
+  check_operand,
   module_of,
   quantized_grouped_matmul,
 )
@@ -34,8 +35,12 @@ def quantized_routed_swiglu(
 
   Returns:
     [M, D] in x's dtype. Differentiable in x, gates and weights.
+
+  Raises:
+    ValueError: for shapes or dtypes that do not fit, or an unknown implementation.
   """
   expert_MK, gate_MK, counts_E, rank_MK = routed
+  _check(x_MD, expert_MK, experts)
   if module_of(GROUPED_IMPLEMENTATIONS, implementation) is tpu_grouped:
     return _mosaic_tpu(x_MD, routed, experts, power_of_two_scales)
   multiply = lambda x, w: quantized_grouped_matmul(  # noqa: E731
@@ -50,6 +55,20 @@ def quantized_routed_swiglu(
     y_PD = multiply(inner_PF.astype(x_MD.dtype), experts[2])
   with jax.named_scope("combine"):
     return combine(y_PD, *order)
+
+
+def _check(x_MD, expert_MK, experts) -> None:
+  names = ("w_gate_EDF", "w_up_EDF", "w_down_EFD")
+  check_operand("x_MD", x_MD, 2)
+  for name, w in zip(names, experts):
+    check_operand(name, w, 3)
+  E, _, F = experts[0].shape
+  M, D = x_MD.shape
+  for name, w, shape in zip(names, experts, ((E, D, F), (E, D, F), (E, F, D))):
+    if w.shape != shape:
+      raise ValueError(f"{name} must have shape {shape}, got {w.shape}")
+  if expert_MK.ndim != 2 or expert_MK.shape[0] != M:
+    raise ValueError(f"expert_MK must have a row for each of {M} tokens, got {expert_MK.shape}")
 
 
 def _mosaic_tpu(x_MD, routed: Routed, experts, power_of_two_scales: bool):

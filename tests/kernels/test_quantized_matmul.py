@@ -7,9 +7,9 @@ import re
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
+from fp8_loops import E4M3, draw, quantize, values
 from helpers import assert_close, equations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,6 @@ from dsmoe import compile_only, hf_fp8
 from pallas_kernels import quantized_matmul as q
 from pallas_kernels.quantized_matmul import tpu
 
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 M, D, F = 150, 300, 200  # two, three and two tiles, the last ones partial
 SHAPES = [
   (150, 300, 200),
@@ -48,64 +47,20 @@ def interpreted(request):
       yield
 
 
-def _draw(seed, *shape):
-  """Magnitudes over many binades, exact ties; zeros by element, row, column and block."""
-  rng = np.random.default_rng(seed)
-  x = rng.standard_normal(shape) * np.exp(2 * rng.standard_normal(shape))
-  x = x.astype(ml_dtypes.bfloat16).astype(np.float32)  # few digits: ties are frequent
-  x[rng.random(shape) < 0.1] = 0
-  if min(shape) > 128:
-    x[..., 1, :] = x[..., 3] = x[..., :128, :128] = 0
-  return x
-
-
-def _scale(block, power_of_two):
-  largest = np.abs(block).max().astype(np.float32)
-  if largest == 0:
-    return np.float32(1)
-  if not power_of_two:
-    return largest * np.float32(1 / 448)
-  fraction, exponent = math.frexp(float(largest) / 448)
-  return np.float32(2.0 ** (exponent - (fraction == 0.5)))
-
-
-def _quantize(x, height, width, power_of_two):
-  """Codes and one scale a block of height x width, a block at a time."""
-  codes = np.zeros(x.shape, E4M3)
-  scales = np.zeros((-(-x.shape[0] // height), -(-x.shape[1] // width)), np.float32)
-  for i in range(scales.shape[0]):
-    for j in range(scales.shape[1]):
-      block = np.s_[i * height : (i + 1) * height, j * width : (j + 1) * width]
-      scales[i, j] = _scale(x[block], power_of_two)
-      codes[block] = (x[block].astype(np.float32) * (1 / scales[i, j])).astype(E4M3)
-  codes[codes == 0] = 0  # no negative zeros
-  return codes, scales
-
-
-def _values(x, height, width, power_of_two):
-  """What the codes and scales stand for, float64."""
-  codes, scales = _quantize(np.asarray(x, np.float32), height, width, power_of_two)
-  result = codes.astype(np.float64)
-  for r in range(x.shape[0]):
-    for c in range(x.shape[1]):
-      result[r, c] *= scales[r // height, c // width]
-  return result
-
-
 @functools.cache
 def _problem(shape, power_of_two):
   """Inputs (x, w, dy), the value and the gradients, by loops over blocks."""
   M, D, F = shape
-  x, w, dy = _draw(1, M, D), _draw(2, D, F), _draw(3, M, F)
+  x, w, dy = draw(1, M, D), draw(2, D, F), draw(3, M, F)
   return (x, w, dy), _by_loops(x, w, dy, power_of_two)
 
 
 def _by_loops(x, w, dy, power_of_two):
-  values = functools.partial(_values, power_of_two=power_of_two)
-  w_values = values(w, 128, 128)
-  y = values(x, 1, 128) @ w_values
-  dx = values(dy, 1, 128) @ w_values.T
-  return y, (dx, values(x, 128, 1).T @ values(dy, 128, 1))
+  numbers = functools.partial(values, power_of_two=power_of_two)
+  w_numbers = numbers(w, 128, 128)
+  y = numbers(x, 1, 128) @ w_numbers
+  dx = numbers(dy, 1, 128) @ w_numbers.T
+  return y, (dx, numbers(x, 128, 1).T @ numbers(dy, 128, 1))
 
 
 def _run(implementation, power_of_two, x, w, dy):
@@ -124,9 +79,9 @@ def test_codes_and_scales_match_loops_exactly(implementation, power_of_two, kind
   height, width = {"rows": (1, 128), "blocks": (128, 128)}.get(kind, (128, 1))
   fn = {"rows": q.quantize_rows, "blocks": q.quantize_blocks}.get(kind, q.quantize_columns)
   options = {"transposed": True} if kind == "transposed columns" else {}
-  x = _draw(0, M, D)
+  x = draw(0, M, D)
   actual = jax.jit(lambda x: fn(x, implementation, power_of_two, **options))(x)
-  codes, scales = _quantize(x, height, width, power_of_two)
+  codes, scales = quantize(x, height, width, power_of_two)
   assert actual.codes.dtype == E4M3 and actual.scale.dtype == np.float32
   # Scales come with the tile first.
   np.testing.assert_array_equal(actual.scale, scales.T if kind == "rows" else scales)
@@ -235,7 +190,7 @@ def test_numbers_too_small_for_a_normal_scale(implementation):
 @either_scale
 def test_blocks_are_those_of_checkpoints(power_of_two):
   """Weights that were published in FP8 keep their codes."""
-  codes, scale = hf_fp8.quantise(_draw(5, F, D), power_of_two)
+  codes, scale = hf_fp8.quantise(draw(5, F, D), power_of_two)
   weight = hf_fp8.dequantise(codes, scale)
   actual = jax.jit(lambda w: q.quantize_blocks(w, "xla", power_of_two))(weight)
   np.testing.assert_array_equal(np.asarray(actual.codes).astype(np.float32), codes + 0.0)
@@ -250,7 +205,7 @@ def test_fine_scales_beat_one_scale_a_tensor_on_outliers():
   x, w = x.astype(np.float32), w.astype(np.float32)
   exact = x.astype(np.float64) @ w.astype(np.float64)
   fine = np.asarray(jax.jit(lambda x, w: q.quantized_matmul(x, w, "xla"))(x, w), np.float64)
-  coarse = _values(x, *x.shape, False) @ _values(w, *w.shape, False)
+  coarse = values(x, *x.shape, False) @ values(w, *w.shape, False)
   error = lambda y: np.linalg.norm(np.delete(y - exact, 5, axis=0))  # noqa: E731
   size = np.linalg.norm(np.delete(exact, 5, axis=0))
   # Half a step of 3 mantissa bits is at most 2**-4 of a number, uniformly distributed errors of
@@ -280,7 +235,7 @@ def _both_halves(y_dx_dw):
 
 @every_implementation
 def test_inside_shard_map(implementation):
-  x, w, dy = _draw(7, 300, 140), _draw(8, 140, 130), _draw(9, 300, 130)
+  x, w, dy = draw(7, 300, 140), draw(8, 140, 130), draw(9, 300, 130)
   matmul = lambda x, w: q.quantized_matmul(x, w, implementation)  # noqa: E731
   halves = [_by_loops(x[s], w, dy[s], False) for s in (slice(0, 150), slice(150, 300))]
   assert_close(_over_two_devices(matmul, x, w, dy), _both_halves(halves))
@@ -331,7 +286,7 @@ def _grouped(implementation, power_of_two):
 )
 def test_groups_match_loops(implementation, power_of_two, sizes):
   P, D, F = 300, 150, 140
-  x, w, dy = _draw(10, P, D), _draw(11, E, D, F), _draw(12, P, F)
+  x, w, dy = draw(10, P, D), draw(11, E, D, F), draw(12, P, F)
   actual = _grouped(implementation, power_of_two)(x, w, dy, np.asarray(sizes, np.int32))
   assert_close(actual, _grouped_by_loops(x, w, dy, sizes, power_of_two))
 
@@ -359,7 +314,7 @@ def test_groups_inside_shard_map(implementation):
 
   The interpreter of TPU kernels refuses scalars that vary over a mesh; those are compiled below.
   """
-  x, w, dy = _draw(7, 300, 140), _draw(8, E, 140, 130), _draw(9, 300, 130)
+  x, w, dy = draw(7, 300, 140), draw(8, E, 140, 130), draw(9, 300, 130)
   sizes = np.array([[20, 0, 130, 0], [0, 100, 30, 20]], np.int32)
 
   def matmul(x, w, sizes):
@@ -374,7 +329,7 @@ def test_groups_inside_shard_map(implementation):
 
 @every_grouped
 def test_a_nan_stays_in_its_group(implementation):
-  x, w, dy = _draw(10, 300, 150), _draw(11, E, 150, 140), _draw(12, 300, 140)
+  x, w, dy = draw(10, 300, 150), draw(11, E, 150, 140), draw(12, 300, 140)
   x[140] = np.nan
   y, (_, dw) = _grouped(implementation, False)(x, w, dy, np.asarray((130, 30, 0, 60), np.int32))
   assert np.isnan(y[140]).all() and np.isfinite(np.delete(y, 140, axis=0)).all()

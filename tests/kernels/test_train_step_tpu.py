@@ -14,7 +14,9 @@ pytestmark = pytest.mark.tpu
 
 OWN = ["routing", "routing_gradient", "mla_forward", "mla_backward"]
 LOCAL = ["permute", "combine", "grouped_matmul_rows", "grouped_matmul_weights"]
-FP8 = ["quantized_matmul", "quantized_grouped_matmul_rows", "quantized_grouped_matmul_weights"]
+FP8 = ["quantized_matmul", "quantized_permute", "combine", "quantized_grouped_matmul_weights"]
+FP8 += ["quantized_swiglu_in", "quantized_swiglu_out"]
+FP8 += ["quantized_swiglu_in_gradient", "quantized_swiglu_out_gradient"]
 
 
 @pytest.mark.parametrize(
