@@ -75,6 +75,45 @@ def _fit(N: int, m: int, column_bytes: int, block_bytes: int, fixed: int, multip
   return n, at_once(n)
 
 
+def _multiply(lhs_refs, rhs_refs, sum_ref, at_once: int, power_of_two: bool) -> None:
+  """Sets sum_ref [m, n] to the product of codes [m, K] and [K, n], so many columns at once."""
+  (lhs_ref, lhs_scale_ref), (rhs_ref, rhs_scale_ref) = lhs_refs, rhs_refs
+  whole, rest = divmod(rhs_scale_ref.shape[0], tpu.LOOP_TILES)
+  native = tpu.multiplies_e4m3()
+  sum_ref[...] = jnp.zeros_like(sum_ref)
+
+  def columns(own):
+    def add(first, count: int):
+      scales = lhs_scale_ref[pl.ds(first, count)], rhs_scale_ref[pl.ds(first, count), own]
+      refs = lhs_ref, rhs_ref.at[:, own], sum_ref.at[:, own]
+      tpu.add_products(refs, scales, first, count, native, power_of_two)
+
+    def loop(t):
+      add(pl.multiple_of(t * tpu.LOOP_TILES, tpu.LOOP_TILES), tpu.LOOP_TILES)
+
+    if whole:
+      pl.loop(0, whole)(loop)
+    if rest:
+      add(whole * tpu.LOOP_TILES, rest)
+
+  tiles.blocks(sum_ref.shape[1], at_once, columns)
+
+
+def _quantise(value_ref, codes_ref, scale_ref, power_of_two: bool) -> None:
+  """Makes codes [m, n] and scales [n / 128, m] of float32 [m, n]."""
+  m, n = value_ref.shape
+
+  def rows(own):
+    tile_of = lambda t: value_ref[own, t * TILE : (t + 1) * TILE]  # noqa: E731
+    scale_mt = tpu.scales_of_tiles(tile_of, FINISH.rows, n // TILE, power_of_two)
+    scale_ref[:, own] = scale_mt.T[: n // TILE]
+    inverse_mt = 1 / scale_mt
+    for t in range(n // TILE):
+      codes_ref[own, t * TILE : (t + 1) * TILE] = encode(tile_of(t), inverse_mt[:, t : t + 1])
+
+  tiles.blocks(m, FINISH.rows, rows)
+
+
 def over_rows(
   name: str,
   body: Callable,
@@ -113,7 +152,6 @@ def over_rows(
     fixed=m * (row_bytes + 2 * 4 * T * len(rows)),
     multiple=FINISH.columns if u32 in outs else TILE,
   )
-  whole, width, native = divmod(T, tpu.LOOP_TILES), n // TILE, tpu.multiplies_e4m3()
 
   def kernel(_, *refs):
     left = iter(refs)
@@ -125,33 +163,13 @@ def over_rows(
     dot_refs, sum_refs = take(sums), take(num_sums)
     for i, words in enumerate(in_words):
       if words:
-        (words_ref,), row_refs[i] = row_refs[i], take(2)
-        tpu_words.unpack_into(*row_refs[i], words_ref)
+        codes_ref, scale_ref = take(2)
+        tpu_words.unpack_into(codes_ref, scale_ref, row_refs[i][0])
+        row_refs[i] = [codes_ref, scale_ref]
 
-    def multiply(i):
-      (lhs_ref, lhs_scale_ref), (rhs_ref, rhs_scale_ref) = (
-        row_refs[min(i, len(rows) - 1)],
-        matrix_refs[i],
-      )
-      sum_refs[i][...] = jnp.zeros_like(sum_refs[i])
-
-      def columns(own):
-        def add(first, count):
-          scales = lhs_scale_ref[pl.ds(first, count)], rhs_scale_ref[pl.ds(first, count), own]
-          refs = lhs_ref, rhs_ref.at[:, own], sum_refs[i].at[:, own]
-          tpu.add_products(refs, scales, first, count, native, power_of_two)
-
-        if whole[0]:
-          pl.loop(0, whole[0])(
-            lambda t: add(pl.multiple_of(t * tpu.LOOP_TILES, tpu.LOOP_TILES), tpu.LOOP_TILES)
-          )
-        if whole[1]:
-          add(whole[0] * tpu.LOOP_TILES, whole[1])
-
-      tiles.blocks(n, at_once, columns)
-
-    for i in range(len(matrices)):
-      multiply(i)
+    for i, sum_ref in enumerate(sum_refs[: len(matrices)]):
+      lhs_refs = row_refs[min(i, len(rows) - 1)]
+      _multiply(lhs_refs, matrix_refs[i], sum_ref, at_once, power_of_two)
 
     def finish(own_rows, own_columns):
       values = [ref[own_rows, own_columns] for ref in (*sum_refs[: len(matrices)], *extra_refs)]
@@ -173,33 +191,27 @@ def over_rows(
     if sums:
       dot_refs[0][...] = jnp.zeros_like(dot_refs[0])
     tiles.each_block(m, n, finish, FINISH._replace(columns=min(n, FINISH.columns)))
-    for (codes_ref, scale_ref), value_ref in zip((r for r in out_refs if len(r) == 2), sum_refs):
-
-      def quantise(own, codes_ref=codes_ref, scale_ref=scale_ref, value_ref=value_ref):
-        tile_of = lambda t: value_ref[own, t * TILE : (t + 1) * TILE]  # noqa: E731
-        scale_mt = tpu.scales_of_tiles(tile_of, FINISH.rows, width, power_of_two)
-        scale_ref[:, own] = scale_mt.T[:width]
-        inverse_mt = 1 / scale_mt
-        for t in range(width):
-          codes_ref[own, t * TILE : (t + 1) * TILE] = encode(tile_of(t), inverse_mt[:, t : t + 1])
-
-      tiles.blocks(m, FINISH.rows, quantise)
+    coded = (refs for refs in out_refs if len(refs) == 2)
+    for (codes_ref, scale_ref), value_ref in zip(coded, sum_refs):
+      _quantise(value_ref, codes_ref, scale_ref, power_of_two)
 
   whole_row = lambda x: pl.BlockSpec((m, x.shape[1]), lambda j, i, e: (i, 0))  # noqa: E731
   block = lambda columns: pl.BlockSpec((m, columns), lambda j, i, e: (i, j))  # noqa: E731
-  scale_spec = pl.BlockSpec((None, width, m), lambda j, i, e: (j, 0, i))
-  of_expert = [pl.BlockSpec((None, size, n), lambda j, i, e: (e[i], 0, j)) for size in (K, T)]
-  operands, in_specs, scratch = [], [], [pltpu.VMEM((m, n), f32)] * num_sums
+  operands: list[Any] = []
+  in_specs: list[pl.BlockSpec] = []
+  scratch = [pltpu.VMEM((m, n), f32)] * num_sums
   for x, words in zip(rows, in_words):
+    operands += [x] if words else x
     if words:
-      operands, in_specs = [*operands, x], [*in_specs, whole_row(x)]
+      in_specs.append(whole_row(x))
       scratch += [pltpu.VMEM((m, K), CODE), pltpu.VMEM((pl.cdiv(T, TILE) * TILE, m), f32)]
     else:
-      operands += x
       in_specs += [whole_row(x.codes), pl.BlockSpec((T, m), lambda j, i, e: (0, i))]
-  operands += [a for w in matrices for a in w]
-  in_specs += of_expert * len(matrices)
-  operands, in_specs = [*operands, *extras], in_specs + [block(n)] * len(extras)
+  for w in matrices:
+    operands += w
+    in_specs += [pl.BlockSpec((None, k, n), lambda j, i, e: (e[i], 0, j)) for k in (K, T)]
+  operands += extras
+  in_specs += [block(n)] * len(extras)
   if weight_A is not None:
     operands.append(weight_A[None])
     in_specs.append(pl.BlockSpec((1, m), lambda j, i, e: (0, i)))
@@ -210,8 +222,8 @@ def over_rows(
     outputs.append(tpu.out((A, N // share), dtype, *varying))
     out_specs.append(block(n // share))
     if dtype == CODE:
-      outputs.append(tpu.out((blocks, width, A), f32, *varying))
-      out_specs.append(scale_spec)
+      outputs.append(tpu.out((blocks, n // TILE, A), f32, *varying))
+      out_specs.append(pl.BlockSpec((None, n // TILE, m), lambda j, i, e: (j, 0, i)))
   if sums:
     outputs.append(tpu.out((blocks, 1, A), f32, *varying))
     out_specs.append(pl.BlockSpec((None, 1, m), lambda j, i, e: (j, 0, i)))
