@@ -39,7 +39,7 @@ def test_tokens_travel_as_codes_and_scales(M, D, dtype, power_of_two):
     np.testing.assert_array_equal(row[D // 4 :][: D // 128].view(np.float32), scales[m])
 
 
-M, K, E, D, F = 140, 2, 5, 600, 300  # sides padded to 1,024 and 384, columns in blocks of 256
+M, K, E, D, F = 132, 2, 5, 400, 300  # sides padded to 512 and 384, columns in blocks of 256
 
 
 def _experts():
