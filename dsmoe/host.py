@@ -35,7 +35,12 @@ def keep_memory() -> None:
   huge pages alone. (One arena for all threads, `arena_max=1`, faults in nothing at all and yet
   costs a sixth more time.) glibc reads these settings only when a process starts. A
   GLIBC_TUNABLES of the user's is left alone.
+
+  Computations on CPU run on the thread that asks for them: only the main thread's heap holds
+  blocks above 64 MiB, and a step's buffers, were another thread to ask for them, would be mapped
+  and cleared anew at each step.
   """
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{k}={v}" for k, v in _MALLOC.items())
     sys.stdout.flush()

@@ -89,3 +89,27 @@ def test_freed_memory_is_kept_until_released():
   ).stdout
   freed_at_once, released = map(float, out.split())
   assert freed_at_once < 20 and released > 200
+
+
+STEPS = """
+from dsmoe import host
+host.keep_memory()
+import resource
+import jax, jax.numpy as jnp
+run = jax.jit(lambda x: (x @ x.T) @ x)  # 256 MiB in between
+x = jnp.ones((2**13, 16))
+def faults():
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  run(x).block_until_ready()
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), min(faults() for _ in range(10)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc is on Linux")
+def test_a_steps_buffers_are_mapped_once():
+  command = [sys.executable, "-c", STEPS]
+  out = subprocess.run(command, check=True, text=True, capture_output=True).stdout
+  first, later = map(int, out.split())
+  huge_pages = 2**28 // 2**21
+  assert first >= huge_pages and later < huge_pages / 4
