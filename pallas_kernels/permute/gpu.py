@@ -23,7 +23,8 @@ BLOCK_BYTES = 36 * 1024  # of a block of `combine`: six share a multiprocessor
 f32 = jnp.float32
 
 
-def _chunks(D: int) -> int:
+def num_chunks(D: int) -> int:
+  """Returns how many times 128 numbers a row has, as copies take it."""
   if D % LANES or not 0 < D // LANES <= 256:
     raise ValueError(f"D must be a multiple of {LANES}, at most {256 * LANES}, got {D}")
   return D // LANES
@@ -42,7 +43,7 @@ def permute(x_MD, row_MK, num_rows: int):
   """
   M, D = x_MD.shape
   K = row_MK.shape[1]
-  chunks = _chunks(D)
+  chunks = num_chunks(D)
 
   def kernel(x_hbm, row_hbm, y_hbm, row_smem, arrived):
     m = jax.lax.axis_index("token")
@@ -79,7 +80,7 @@ def combine(y_PD, row_MK, weight_MK=None):
   """
   P, D = y_PD.shape
   M, K = row_MK.shape
-  chunks = _chunks(D)
+  chunks = num_chunks(D)
   most = max(BLOCK_BYTES // (K * LANES * y_PD.dtype.itemsize), 1)
   part = max(c for c in range(1, most + 1) if chunks % c == 0)
   weights = [] if weight_MK is None else [weight_MK]

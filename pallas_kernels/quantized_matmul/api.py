@@ -202,12 +202,15 @@ def _grouped_matmul(module, power_of_two, x_PD, w_EDF, group_sizes_E):
   return module.grouped_rows(x_PD, w_EDF, group_sizes_E, power_of_two, x_PD.dtype)
 
 
-def _grouped_matmul_bwd(module, power_of_two, saved, dy_PF):
-  x_PD, w_EDF, sizes_E = saved
+def grouped_gradients(module, power_of_two, x_PD, w_EDF, sizes_E, dy_PF):
+  """Returns the gradients of `quantized_grouped_matmul` to x and w."""
   w_EFD = w_EDF.swapaxes(1, 2)  # its blocks are w's, transposed
   dx_PD = module.grouped_rows(dy_PF, w_EFD, sizes_E, power_of_two, x_PD.dtype)
   dw_EDF = module.grouped_weights(x_PD, dy_PF, sizes_E, power_of_two, w_EDF.dtype)
-  return dx_PD, dw_EDF, None
+  return dx_PD, dw_EDF
 
 
-_grouped_matmul.defvjp(lambda *args: (_grouped_matmul(*args), args[2:]), _grouped_matmul_bwd)
+_grouped_matmul.defvjp(
+  lambda *args: (_grouped_matmul(*args), args[2:]),
+  lambda *args: (*grouped_gradients(*args[:2], *args[2], args[3]), None),
+)

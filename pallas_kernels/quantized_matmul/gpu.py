@@ -31,7 +31,7 @@ quantize_columns = xla.quantize_columns
 quantize_blocks = xla.quantize_blocks
 
 
-def _whole(a, **multiples: int):
+def whole(a, **multiples: int):
   """Fills axes up with zeros to multiples; a copy where one is not."""
   more = [(0, -size % multiples.get(f"axis{i}", 1)) for i, size in enumerate(a.shape)]
   return jnp.pad(a, more) if any(after for _, after in more) else a
@@ -111,11 +111,11 @@ def _run(kernel, name: str, operands, out_type, grid):
 def _rows_times(x: Quantized, codes_ENK, scale_ETN, sizes_E, starts_E, dtype):
   """Returns [P, N], each row times its expert's matrix; rows of no expert hold anything."""
   num_rows, N = x.codes.shape[0], codes_ENK.shape[1]
-  codes_PK = _whole(x.codes, axis0=EIGHT, axis1=TILE)
-  scale_TP = _whole(x.scale, axis1=EIGHT)
-  codes_ENK = _whole(codes_ENK, axis1=COLUMNS, axis2=TILE)
-  scale_ETN = _whole(scale_ETN, axis2=COLUMNS)
-  P, steps = codes_PK.shape[0], scale_TP.shape[0]
+  codes_PK = whole(x.codes, axis0=EIGHT, axis1=TILE)
+  scale_TP = whole(x.scale, axis1=EIGHT)
+  codes_ENK = whole(codes_ENK, axis1=COLUMNS, axis2=TILE)
+  scale_ETN = whole(scale_ETN, axis2=COLUMNS)
+  P, steps = codes_PK.shape[0], codes_PK.shape[1] // TILE
   columns = codes_ENK.shape[1] // COLUMNS
   plan = tiles(sizes_E, starts_E, P)
   T = plan.expert_T.shape[0]
@@ -165,11 +165,16 @@ def product(lhs: Quantized, rhs: Quantized, dtype, power_of_two_scales: bool = F
 def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
   """See `reference.grouped_rows`."""
   x = quantize_rows(x_PK, power_of_two_scales)
+  return grouped_codes(x, w_EKN, group_sizes_E, power_of_two_scales, dtype)
+
+
+def grouped_codes(x: Quantized, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
+  """`grouped_rows` of rows quantised already; their scales may have more tiles than they."""
   w = jax.vmap(lambda w_KN: columns_of(quantize_blocks(w_KN, power_of_two_scales)))(w_EKN)
   ends_E = jnp.cumsum(group_sizes_E)
   starts_E = ends_E - group_sizes_E
   y_PN = _rows_times(x, w.codes.swapaxes(1, 2), w.scale, group_sizes_E, starts_E, dtype)
-  own_P = jnp.arange(x_PK.shape[0]) < ends_E[-1]
+  own_P = jnp.arange(x.codes.shape[0]) < ends_E[-1]
   return jnp.where(own_P[:, None], y_PN, 0)
 
 
@@ -184,7 +189,7 @@ def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype
   def columns(a, size):  # each group's rows from the beginning of a tile
     a = a.at[row_R].get(mode="fill", fill_value=0)
     codes, scale = quantize_columns(a, power_of_two_scales, transposed=True)
-    return _whole(codes, axis0=size), _whole(scale, axis1=size)
+    return whole(codes, axis0=size), whole(scale, axis1=size)
 
   x, dy = columns(x_PD, ROWS), columns(dy_PF, COLUMNS)
   shape = (x[0].shape[0] // ROWS, dy[0].shape[0] // COLUMNS)

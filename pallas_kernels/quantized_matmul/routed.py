@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import traffic
 from pallas_kernels.permute import combine, expert_order, group_starts, permute
-from pallas_kernels.quantized_matmul import tpu_grouped, tpu_routed
+from pallas_kernels.quantized_matmul import gpu, gpu_routed, tpu_grouped, tpu_routed
 from pallas_kernels.quantized_matmul.api import (
   GROUPED_IMPLEMENTATIONS,
   check_operand,
@@ -41,8 +41,11 @@ def quantized_routed_swiglu(
   """
   expert_MK, gate_MK, counts_E, rank_MK = routed
   _check(x_MD, expert_MK, experts)
-  if module_of(GROUPED_IMPLEMENTATIONS, implementation) is tpu_grouped:
+  module = module_of(GROUPED_IMPLEMENTATIONS, implementation)
+  if module is tpu_grouped:
     return _mosaic_tpu(x_MD, routed, experts, power_of_two_scales)
+  if module is gpu:
+    return gpu_routed.routed_swiglu(power_of_two_scales, x_MD, routed, experts)
   multiply = lambda x, w: quantized_grouped_matmul(  # noqa: E731
     x, w, counts_E, implementation, power_of_two_scales
   )

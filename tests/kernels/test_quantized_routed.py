@@ -1,4 +1,4 @@
-"""Tokens to experts in FP8 and back: the TPU's way against NumPy loops, and its compilers."""
+"""Tokens to experts in FP8 and back: TPU's and H100's ways against loops, and their compilers."""
 
 import functools
 import re
@@ -9,11 +9,13 @@ import numpy as np
 import oracles
 import pytest
 from fp8_loops import draw, quantize, values
+from gpu_topology import compile_for_h100, interpreted
 from helpers import assert_close, equations
 from jax.experimental.pallas import tpu as pltpu
 from topologies import compile_for
 
-from pallas_kernels.quantized_matmul import quantized_routed_swiglu, tpu_words
+from dsmoe.gpu_resources import h100_resources
+from pallas_kernels.quantized_matmul import gpu_routed, quantized_routed_swiglu, tpu_words
 from pallas_kernels.routing import Routed, ranks
 
 either_scale = pytest.mark.parametrize("power_of_two", [False, True], ids=["float32", "ue8m0"])
@@ -37,6 +39,39 @@ def test_tokens_travel_as_codes_and_scales(M, D, dtype, power_of_two):
     byte = row[: D // 4].reshape(-1, 1, 128) >> np.array([0, 8, 16, 24], np.uint32)[:, None]
     np.testing.assert_array_equal(byte.astype(np.uint8).reshape(-1), codes[m].view(np.uint8))
     np.testing.assert_array_equal(row[D // 4 :][: D // 128].view(np.float32), scales[m])
+
+
+@either_scale
+@pytest.mark.parametrize("D, dtype", [(384, "bfloat16"), (8448, "float32")])
+def test_tokens_are_quantised_on_the_way(D, dtype, power_of_two):
+  """On H100, exactly as the loops do; 66 tiles take two turns. Bad tiles spoil themselves only."""
+  M, K, P = 5, 3, 24
+  x = draw(1, M, D)
+  x[1, 128:256] = 0
+  good = x.copy()
+  x[2, 5], x[3, 130], x[3, 300] = np.inf, np.nan, -np.inf
+  bad = {(2, 0), (3, 1), (3, 2)}
+  places = np.random.default_rng(2).permutation(P)[: M * K].reshape(M, K).astype(np.int32)
+  places[1, 2], places[4, 0] = -1, P  # no copies
+  fn = jax.jit(lambda x, row: gpu_routed.permute_quantized(x, row, P, power_of_two))
+  with interpreted():
+    codes, scales = map(np.asarray, fn(jnp.asarray(x, dtype), places))
+  assert codes.shape == (P, D) and scales.shape == (-(-D // 128 // 64) * 64, P)
+  expected_codes, expected_scales = quantize(good, 1, 128, power_of_two)
+  assert (expected_scales[1, 1], codes.dtype) == (1, expected_codes.dtype)
+  for m, k in np.ndindex(M, K):
+    if not 0 <= places[m, k] < P:
+      continue
+    for t in range(D // 128):
+      own = slice(t * 128, (t + 1) * 128)
+      if (m, t) in bad:
+        assert np.isnan(scales[t, places[m, k]])
+      else:
+        assert scales[t, places[m, k]] == expected_scales[m, t]
+        actual, expected = (
+          c.view(np.uint8) for c in (codes[places[m, k], own], expected_codes[m, own])
+        )
+        np.testing.assert_array_equal(actual, expected)
 
 
 M, K, E, D, F = 132, 2, 5, 400, 300  # sides padded to 512 and 384, columns in blocks of 256
@@ -109,6 +144,14 @@ def _way(implementation, power_of_two=False):
   return {"implementation": implementation, "power_of_two": power_of_two}
 
 
+@either_scale
+def test_the_h100s_way_matches_loops(power_of_two):
+  run = jax.jit(functools.partial(_value_and_gradients, **_way("mosaic_gpu", power_of_two)))
+  with interpreted():
+    actual = jax.tree.map(np.asarray, run(*_inputs("bfloat16"), _experts()))
+  assert_close(actual, _by_loops("bfloat16", power_of_two), "bfloat16")
+
+
 def test_the_tpus_way_is_the_plain_way():
   """In float32, to the last digits: the codes are the same."""
   with pltpu.force_tpu_interpret_mode():
@@ -166,3 +209,34 @@ def test_compiles_at_the_widths_of_v3(topology):
     assert name in text
   gathered = re.findall(r"= \w+\[([\d,]+)\]\S* gather\(", text)
   assert all(np.prod([int(n) for n in dims.split(",")]) < M * K * F for dims in gathered)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M, K, D, P", [(8192, 8, 7168, 65536), (40, 3, 256, 152)])
+@either_scale
+def test_permute_compiles_for_h100(M, K, D, P, power_of_two):
+  fn = lambda x, row: gpu_routed.permute_quantized(x, row, P, power_of_two)  # noqa: E731
+  compiled, printed = compile_for_h100(fn, struct((M, D), jnp.bfloat16), struct((M, K), jnp.int32))
+  found = h100_resources(printed)["permute_quantized"]
+  assert found["spill_store_bytes"] == 0
+  assert compiled.memory_analysis().temp_size_in_bytes < 1024  # codes and scales are stored once
+
+
+@pytest.mark.gpu
+def test_compiles_for_h100_at_the_widths_of_v3():
+  """Forward quantises tokens before they are copied: no rows in bfloat16, [P, D], to experts."""
+  M, K, D, F, E = 8192, 8, 7168, 2048, 8
+  weights = [struct(s, jnp.bfloat16) for s in ((E, D, F), (E, D, F), (E, F, D))]
+  args = struct((M, D), jnp.bfloat16), struct((M, K), jnp.float32), weights
+  rows = struct((M, K), jnp.int32), struct((E,), jnp.int32), struct((M, K), jnp.int32)
+
+  def forward(x, gates, weights, experts, counts, rank):
+    routed = Routed(experts, gates, counts, rank)
+    return quantized_routed_swiglu(x, routed, weights, "mosaic_gpu")
+
+  def gradients(x, gates, weights, experts, counts, rank, dy):
+    fn = lambda *a: forward(*a, experts, counts, rank)  # noqa: E731
+    return jax.vjp(fn, x, gates, weights)[1](dy)
+
+  compile_for_h100(forward, *args, *rows)
+  compile_for_h100(gradients, *args, *rows, args[0])
