@@ -210,7 +210,9 @@ def grouped_gradients(module, power_of_two, x_PD, w_EDF, sizes_E, dy_PF):
   return dx_PD, dw_EDF
 
 
-_grouped_matmul.defvjp(
-  lambda *args: (_grouped_matmul(*args), args[2:]),
-  lambda *args: (*grouped_gradients(*args[:2], *args[2], args[3]), None),
-)
+def _grouped_matmul_bwd(module, power_of_two, saved, dy_PF):
+  x_PD, w_EDF, sizes_E = saved
+  return *grouped_gradients(module, power_of_two, x_PD, w_EDF, sizes_E, dy_PF), None
+
+
+_grouped_matmul.defvjp(lambda *args: (_grouped_matmul(*args), args[2:]), _grouped_matmul_bwd)

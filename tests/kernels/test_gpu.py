@@ -523,8 +523,9 @@ def test_routed_swiglu_compiles():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("M, K, D, P", [(8192, 8, 7168, 65536), (40, 3, 256, 150)])
+@pytest.mark.parametrize("M, K, D, P", [(8184, 8, 7168, 65472), (40, 3, 256, 150)])
 def test_permute_compiles(M, K, D, P):
+  """At V3's widths, and a size no other test compiles: what is known prints nothing."""
   rows, weights = _struct(M, K, dtype=np.int32), _struct(M, K, dtype=np.float32)
   _, found = _compiles(lambda x, rows: permute.permute(x, rows, P), _struct(M, D), rows)
   assert found["permute"].get("blocks_per_sm", 15) >= 15  # which jax 0.12 does not print
