@@ -48,7 +48,7 @@ def dense(x_MD, routed: Routing, experts, config: ModelConfig):
 
 
 def few(x_MD, routed: Routing, experts, real_M):
-  """Takes the chosen experts one after the other, each on all tokens: for decoding.
+  """Takes the chosen experts, a few at once, each on all tokens: for decoding.
 
   Reads the weights of experts that a real token chose, once, and of no others; where all are
   chosen, without the copy that taking one out makes. Multiplying all M tokens with each costs no

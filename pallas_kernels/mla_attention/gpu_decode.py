@@ -48,8 +48,8 @@ WGMMA = plgpu.Layout.WGMMA
 def num_parts(clusters: int, cluster: int, most_blocks: int) -> int:
   """Returns in how many parts to take rows of up to `most_blocks` blocks: the soonest done."""
   at_once = SMS // cluster
-  secs = lambda n: -(-clusters * n // at_once) * (-(-most_blocks // n) + START_BLOCKS)  # noqa: E731
-  return min(range(1, most_blocks + 1), key=secs)
+  blocks = lambda n: -(-clusters * n // at_once) * (-(-most_blocks // n) + START_BLOCKS)  # noqa: E731
+  return min(range(1, most_blocks + 1), key=blocks)
 
 
 def _along(value, shape):
