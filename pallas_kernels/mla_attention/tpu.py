@@ -10,13 +10,17 @@ The gradient is one kernel: for each block of keys it goes through the queries t
 gradients of keys and values stay in VMEM meanwhile, and so does, from block to block of keys,
 the gradient of all queries of a span. Of longer rows the spans are done one after another.
 
+The last chunk's softmax has no matmul beside it. The forward therefore takes twice the block where
+blocks pair up: of v5p's MXU slots 0.85 are filled, not 0.81 (0.55 and 0.38 of v6e's, 0.59 and
+0.42 of tpu7x's), and keys are read half as often. Four times the block would fill 0.87 with four
+times the code.
+
 jax's splash attention takes these widths too, and was compiled first. For v5p, blocks of 1024,
-bfloat16, 192 and 128 wide: forward 8,198 bundles a block at 0.70 of the MXU's slots, here 6,477
-at 0.84, on the diagonal 3,872; gradient 22,864 in its two kernels, here 14,917 at 0.99, on the
-diagonal 9,058 at 0.96. Nor does jax's interpreter of TPU kernels take it `vmap`ped over rows.
-tokamax's splash attention, over two rows of 4,096 and 128 heads: 11.5 million cycles at the best of
-seven tilings, 9.3 here, although some fill more of the slots (0.77 to 0.86): they multiply all of
-a diagonal block.
+bfloat16, 192 and 128 wide: forward 8,198 bundles a block at 0.70 of the MXU's slots; gradient
+22,864 in its two kernels, here 14,917 at 0.99, on the diagonal 9,058 at 0.96. Nor does jax's
+interpreter of TPU kernels take it `vmap`ped over rows. tokamax's splash attention, over two rows
+of 4,096 and 128 heads: 11.5 million cycles at 0.84 with the best of seven tilings, 8.9 here; one
+that fills 0.86 is slower, because it multiplies all of a diagonal block.
 
 Shapes: B rows, S tokens, H heads, A query and key dim, U value dim, n tokens of a block; within
 a step k keys and q queries of a chunk.
@@ -34,7 +38,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import traffic
 
-BLOCK_TOKENS = 1024  # queries and keys of a grid step
+BLOCK_TOKENS = 1024  # queries and keys of a grid step of the gradient, half of the forward's
 CHUNK_TOKENS = 256  # queries at a time within it
 SPAN_TOKENS = 16384  # queries whose gradient VMEM holds
 VMEM_BYTES = 56 * 2**20  # of the 64 MiB of a tpu7x device, the smallest of the chips supported
@@ -278,6 +282,7 @@ def _chunk(n: int, most: int) -> int:
 def _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n):
   B, H, S, A = q_BHSA.shape
   U, dtype = v_BHSU.shape[3], v_BHSU.dtype
+  n = 2 * n if S % (2 * n) == 0 else n
   pairs = [(i, j) for i in range(S // n) for j in range(i + 1)]
   steps = tuple(np.array(blocks, np.int32) for blocks in zip(*pairs))
   by_query, by_key, flat, segments = _specs(n, segments_B1S)
@@ -382,7 +387,8 @@ def _block(S: int, most: int) -> int:
 def causal_attention(
   q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float, block_tokens: int = BLOCK_TOKENS
 ):
-  """See `api.causal_attention`; a grid step has at most `block_tokens` queries and keys."""
+  """See `api.causal_attention`; a grid step of the gradient has at most `block_tokens` queries and
+  keys, of the forward twice as many."""
   S = q_BSHA.shape[1]
   n = _block(S, block_tokens)
   behind = -S % n  # tokens behind the last, which none before them sees

@@ -83,18 +83,21 @@ def test_causal_xla_in_other_chunks(chunk):
   assert_close(actual, _loops(*inputs, SEGMENTS, 0.7))
 
 
-@pytest.mark.parametrize("span", [256, 16384], ids=["spans", "one_span"])
+@pytest.mark.parametrize(
+  "tokens, block, span",
+  [(300, 256, 256), (300, 128, 256), (500, 128, 16384)],
+  ids=["two_blocks", "three_blocks", "two_pairs_in_one_span"],
+)
 @pytest.mark.parametrize("with_segments", [False, True], ids=["whole_rows", "segments"])
-def test_causal_tpu_over_several_blocks(monkeypatch, span, with_segments):
-  """Blocks of two chunks, a padded tail, segments that begin within and between blocks."""
-  tokens = 300
+def test_causal_tpu_over_several_blocks(monkeypatch, tokens, block, span, with_segments):
+  """A padded tail, segments that begin within and between blocks; the forward takes pairs."""
   monkeypatch.setattr(tpu, "CHUNK_TOKENS", 128)
   monkeypatch.setattr(tpu, "SPAN_TOKENS", span)
   inputs = [a[:, :, :2] for a in _inputs(2, tokens)]
   cuts = np.array([[40, 256], [1, 290]])
   segments = (np.arange(tokens)[None, :, None] >= cuts[:, None, :]).sum(-1).astype(np.int32)
   segments = segments if with_segments else None
-  actual = _run(lambda q, k, v: tpu.causal_attention(q, k, v, segments, 0.7, 256), *inputs)
+  actual = _run(lambda q, k, v: tpu.causal_attention(q, k, v, segments, 0.7, block), *inputs)
   assert_close(actual, _loops(*inputs, segments, 0.7))
 
 
@@ -230,24 +233,30 @@ def _fetches(blocks) -> int:
   return 1 + sum(block != before for block, before in zip(blocks[1:], blocks))
 
 
-def test_causal_costs_are_counted(monkeypatch):
-  """Three blocks: those above the diagonal cost nothing, those on it what their chunks do."""
-  tokens, n, number = 768, 256, 4
+@pytest.mark.parametrize("blocks, side", [(3, 256), (4, 512)])
+def test_causal_costs_are_counted(monkeypatch, blocks, side):
+  """Blocks above the diagonal cost nothing, those on it what their chunks do."""
+  n, number = 256, 4
+  tokens = blocks * n
   monkeypatch.setattr(tpu, "CHUNK_TOKENS", 128)
   q = jax.ShapeDtypeStruct((B, tokens, H, A), jnp.float32)
   v = jax.ShapeDtypeStruct((B, tokens, H, U), jnp.float32)
   costs = _costs(_gradient(lambda *a: tpu.causal_attention(*a, None, 0.1, n)), q, q, v)
-  logits = 3 * n * n + 3 * (128 * 128 + 128 * 256)
 
-  forward, pairs = costs["mla_forward"], [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
-  assert forward.flops == B * H * 2 * logits * (A + U)
-  assert forward.transcendentals == B * H * logits
+  def logits(pairs, side):
+    on_diagonal = 128 * sum(range(128, side + 1, 128))
+    return sum(on_diagonal if i == j else side * side for i, j in pairs)
+
+  pairs = [(i, j) for i in range(tokens // side) for j in range(i + 1)]
+  forward, exponentials = costs["mla_forward"], logits(pairs, side)
+  assert forward.flops == B * H * 2 * exponentials * (A + U)
+  assert forward.transcendentals == B * H * exponentials
   once = tokens * (A + U + 1)  # queries, results, normalisers
-  keys_and_values = _fetches([j for _, j in pairs]) * n * (A + U)
+  keys_and_values = _fetches([j for _, j in pairs]) * side * (A + U)
   assert forward.bytes_accessed == B * H * number * (once + keys_and_values + 2 * len(pairs))
 
-  backward, pairs = costs["mla_backward"], [(0, 0), (1, 0), (2, 0), (1, 1), (2, 1), (2, 2)]
-  assert backward.flops == B * H * 2 * logits * (3 * A + 2 * U)
+  backward, pairs = costs["mla_backward"], [(i, j) for j in range(blocks) for i in range(j, blocks)]
+  assert backward.flops == B * H * 2 * logits(pairs, n) * (3 * A + 2 * U)
   once = tokens * (A + U + A + A + U)  # keys, values, the three gradients
   queries = _fetches([i for i, _ in pairs]) * n * (A + U + 2)  # and what there is one of for each
   assert backward.bytes_accessed == B * H * number * (once + queries + 3 * len(pairs))
