@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -130,24 +132,39 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     jax.config.update("jax_enable_compilation_cache", cached)
 
 
-def in_fresh_process(fn: Callable, *args) -> Any:
+def in_fresh_process(fn: Callable, *args, limit_secs: int = 0) -> Any:
   """Returns fn(*args) of a process of its own, as compilers read some flags only at their start.
 
   Args:
     fn: a function of a module, as the process imports it.
+    *args: its arguments.
+    limit_secs: how long it may take; 0: as long as it likes.
 
   Raises:
+    TimeoutError: where it takes longer.
     RuntimeError: where the process dies, with the last lines it printed.
     Exception: whatever fn raises.
   """
   with tempfile.NamedTemporaryFile(mode="r", errors="replace") as log:
     context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(1, context, _print_into, (log.name,)) as pool:
+    with futures.ProcessPoolExecutor(1, context, _begin, (log.name, limit_secs)) as pool:
+      start = time.monotonic()
       try:
         return pool.submit(fn, *args).result()
       except futures.process.BrokenProcessPool as error:
+        if 0 < limit_secs <= time.monotonic() - start:
+          raise TimeoutError(f"given up after {limit_secs} s") from error
         last = "\n".join(log.read().strip().splitlines()[-5:])
         raise RuntimeError(f"the compiling process died: {last}") from error
+
+
+def _begin(path: str, limit_secs: int) -> None:
+  """Prints into a file, and has the system end the process at the limit.
+
+  A handler would not do: Python does not run while a compiler does.
+  """
+  signal.alarm(limit_secs)
+  _print_into(path)
 
 
 def _print_into(path: str) -> None:

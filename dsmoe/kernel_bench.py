@@ -53,13 +53,16 @@ _SCALE |= {"declared_bytes": 1e-6, "flops": 1e-9, "mxu_flops": 1e-9}
 _SCALE |= {"bound_secs": 1e3, "median_secs": 1e3}
 
 
-def compile_row(topology: str, kernel: str, implementation: str, name: str, shape: Shape) -> dict:
+def compile_row(
+  topology: str, kernel: str, implementation: str, name: str, shape: Shape, limit_secs: int = 0
+) -> dict:
   """Returns a row of figures of a case compiled for a chip, in a process of its own.
 
   Args:
     topology: "v5p:2x2x1", say, or "h100".
     kernel, implementation, shape: of the case.
     name: of the shape.
+    limit_secs: how long compiling may take; 0: as long as it likes.
 
   Returns:
     What `compile_only.tpu_figures` or `h100_figures` say, the case's `flops` and `least_bytes`,
@@ -72,7 +75,9 @@ def compile_row(topology: str, kernel: str, implementation: str, name: str, shap
   try:
     found = kernel_cases.case(kernel, implementation, shape)
     row |= {"flops": found.flops, "least_bytes": found.least_bytes}
-    row |= compile_only.in_fresh_process(_figures, topology, kernel, implementation, shape)
+    row |= compile_only.in_fresh_process(
+      _figures, topology, kernel, implementation, shape, limit_secs=limit_secs
+    )
   except Exception as error:
     return row | {"error": reason(error)}
   peaks = compile_only.CHIPS[chip]

@@ -43,6 +43,9 @@ _IMPLEMENTATIONS = flags.DEFINE_list(
   "implementations", [], "Some; by default all, timed on CPU: blocked and xla."
 )
 _NAMES = flags.DEFINE_list("shapes", list(_SHAPES), "Shapes to compile.")
+_LIMIT = flags.DEFINE_integer(
+  "limit_secs", 300, "Compiling a case is given up after so long; 0: never.", lower_bound=0
+)
 _PLOT = flags.DEFINE_string("plot", None, "A PNG to draw the compiled kernels' roofline into.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment whose sizes are timed.")
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens routed when timing.", lower_bound=1)
@@ -85,7 +88,7 @@ def compiled() -> list[dict]:
   to = rich.console.Console(stderr=True)
   rows = []
   for case in rich.progress.track(cases, f"compiling for {_TOPOLOGY.value}", console=to):
-    rows.append(kernel_bench.compile_row(_TOPOLOGY.value, *case, shapes[case[-1]]))
+    rows.append(kernel_bench.compile_row(_TOPOLOGY.value, *case, shapes[case[-1]], _LIMIT.value))
     to.print(*case, rows[-1].get("error", "compiled"), markup=False, soft_wrap=True)
   if _PLOT.value:
     plots.draw_roofline(rows, chip.peak_flops, chip.bandwidth, _PLOT.value)

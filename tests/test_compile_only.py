@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 
 import numpy as np
 import pytest
@@ -55,7 +56,9 @@ def test_a_fresh_process():
   with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
     compile_only.in_fresh_process(math.sqrt, -1.0)
   with pytest.raises(RuntimeError, match="the compiling process died"):
-    compile_only.in_fresh_process(os._exit, 3)
+    compile_only.in_fresh_process(os._exit, 3, limit_secs=60)
+  with pytest.raises(TimeoutError, match="given up after 1 s"):
+    compile_only.in_fresh_process(time.sleep, 60, limit_secs=1)
 
 
 def _dump(folder, name, code):
