@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.box
 import rich.console
 import rich.progress
 import rich.table
@@ -268,7 +269,9 @@ def tune(name: str, shape: Shape, names: Iterable[str], rounds: int, path: str) 
 def table(rows: list[dict]) -> rich.table.Table:
   """Lays out the rows that have figures; a column that none has is left out."""
   columns = {name: title for name, title in _COLUMNS.items() if any(name in row for row in rows)}
-  shown = rich.table.Table("kernel", "implementation", "shape", *columns.values())
+  shown = rich.table.Table("kernel", "implementation", "shape", box=rich.box.SIMPLE)
+  for title in columns.values():
+    shown.add_column(title, justify="right")
   for row in rows:
     name = " ".join(filter(None, (row["implementation"], row.get("direction"))))
     cells = ["" if row.get(c) is None else _figure(c, row[c]) for c in columns]

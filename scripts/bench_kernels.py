@@ -17,7 +17,6 @@ import math
 import pathlib
 
 import jax
-import rich
 import rich.console
 import rich.progress
 from absl import app, flags
@@ -143,7 +142,8 @@ def main(argv: list[str]) -> None:
   if _JSON.value:
     print(json.dumps(rows))
   else:
-    rich.print(kernel_bench.table(rows))
+    # As wide as it is: a narrow terminal wraps it, a file holds it whole, nothing is cut.
+    rich.console.Console(width=1000).print(kernel_bench.table(rows))
     for row in rows:
       if "error" in row:
         print(f"{row['kernel']} {row['implementation']} {row['shape']}: {row['error']}")
