@@ -62,6 +62,9 @@ def nearest(scaled):
   a conversion there and back: converting the result is exact. Zeros come out positive: other
   E4M3 formats read the code of a negative zero as NaN.
   """
+  # `scaled` is a product, which GPUs' compilers would join with the addition below, unrounded, and
+  # so break ties. No smaller number comes, but that keeps them apart.
+  scaled = jnp.maximum(scaled, -LARGEST)
   # Adding 1.5 * 2**23 steps leaves whole steps. A step is 2**-3 of the power of two at or below
   # the number, or of 2**-6 for the subnormal ones.
   power = jax.lax.bitcast_convert_type(scaled, jnp.int32) & 0x7F800000

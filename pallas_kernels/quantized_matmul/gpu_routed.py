@@ -10,6 +10,7 @@ Shapes: M tokens, K choices a token, P rows, D hidden, F inner, E experts, T til
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -32,6 +33,25 @@ from pallas_kernels.quantized_matmul.e4m3 import (
 )
 
 TILES = 64  # quantised at once, in a warpgroup's registers
+
+
+def _upper_half(x):
+  """Returns x with 12 of its 24 digits, so that products of two such are exact."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+  return jax.lax.bitcast_convert_type(bits & ~0xFFF, f32)
+
+
+def _reciprocal(x):
+  """Returns 1 / x, rounded to nearest: a quotient here may be one digit off, which breaks ties."""
+  near = 1 / x
+  x_upper, near_upper = _upper_half(x), _upper_half(near)
+  x_lower, near_lower = x - x_upper, near - near_upper
+  # 1 - x * near, without rounding.
+  error = 1 - x_upper * near_upper
+  error = error - x_upper * near_lower
+  error = error - x_lower * near_upper
+  error = error - x_lower * near_lower
+  return near + near * error
 
 
 def permute_quantized(x_MD, row_MK, num_rows: int, power_of_two_scales: bool = False) -> Quantized:
@@ -67,7 +87,7 @@ def permute_quantized(x_MD, row_MK, num_rows: int, power_of_two_scales: bool = F
       tiles = pl.ds(first, TILES)
       x = plgpu.load(row_smem, (tiles,), layout=plgpu.Layout.WGMMA, optimized=False).astype(f32)
       scale = scale_of(largest_magnitude(x, axis=1), power_of_two_scales)
-      codes_smem[tiles] = encode(x, jax.lax.broadcast_in_dim(1 / scale, x.shape, (0,)))
+      codes_smem[tiles] = encode(x, jax.lax.broadcast_in_dim(_reciprocal(scale), x.shape, (0,)))
 
       def store_scale(row, tiles=tiles, scale=scale):
         scale_hbm[tiles, row] = scale

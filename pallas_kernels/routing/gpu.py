@@ -92,6 +92,13 @@ def _scores(logits_RE, scoring_func: str):
   return jnp.where(softplus > 0, softplus * jax.lax.rsqrt(jnp.maximum(softplus, 1e-38)), 0)
 
 
+def _without(removed_RE, key_RE):
+  """Returns the keys, REMOVED where told."""
+  # The constant comes last: from a constant first, Mosaic GPU (jax 0.10 to 0.12) takes integers
+  # for unsigned ones, and a later maximum finds REMOVED the largest.
+  return jnp.where(~removed_RE, key_RE, REMOVED)
+
+
 def _first_best(key_RE, down_RE):
   """Returns each row's largest key and the lowest column that holds it; down counts from the last."""
   best_R = jnp.max(key_RE, axis=1)
@@ -114,7 +121,7 @@ def _limit_groups(key_RE, down_RE, column_RE, rule: Rule, E: int):
     best_R, down_R = _first_best(group, down)
     score_R = _floats(_flip(best_R))
     if rule.group_score == "top2":
-      rest = jnp.where(down == _columns(down_R, group.shape[1]), REMOVED, group)
+      rest = _without(down == _columns(down_R, group.shape[1]), group)
       score_R = score_R + _floats(_flip(jnp.max(rest, axis=1)))
     score.append(score_R)
   kept_R = None  # a bit a group
@@ -144,7 +151,7 @@ def _choose(logits_RE, bias_RE, rule: Rule, E: int):
   for _ in range(rule.num_experts_per_tok):
     _, down_R = _first_best(key_RE, down_RE)
     chosen_RE = down_RE == _columns(down_R, width)
-    key_RE = jnp.where(chosen_RE, REMOVED, key_RE)
+    key_RE = _without(chosen_RE, key_RE)
     experts.append(width - 1 - down_R)
     # Scores are not negative: their bits have their order.
     gates.append(_floats(jnp.max(jnp.where(chosen_RE, _bits(scores_RE), 0), axis=1)))

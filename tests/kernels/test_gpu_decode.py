@@ -19,7 +19,7 @@ from dsmoe.gpu_resources import h100_resources
 from pallas_kernels.mla_attention import decode_attention, gpu_decode
 
 b16 = jnp.bfloat16
-HAS_CLUSTERS = jax.__version_info__ >= (0, 11)
+HAS_CLUSTERS = jax.__version_info__ >= (0, 11) or jax.default_backend() == "gpu"
 
 B, S, H, W, C, P = 4, 2, 3, 192, 128, 9
 
