@@ -351,7 +351,7 @@ def _decode_results(shape: Shape):
 def _decode_args(shape: Shape):
   B, H, tokens, W, _ = _decode_dims(shape)
   on_gpu = jax.default_backend() == "gpu"
-  laid_out_for = shape.config.kernels.decode_attention or ("xla" if on_gpu else "mosaic_tpu")
+  laid_out_for = shape.config.kernels.decode_attention or ("mosaic_gpu" if on_gpu else "mosaic_tpu")
   W = mla_attention.decode_width(W, laid_out_for)
   table_BP = jax.random.permutation(jax.random.key(0), B * -(-tokens // PAGE_TOKENS))
   pages_NTW = normal(shape, table_BP.size, PAGE_TOKENS, W)

@@ -135,7 +135,7 @@ def in_latent_space(mla, weights: Absorbed, q_BSHA, new_BSW, pages_NTW, place: P
   q_BSHW = jnp.pad(q_BSHW, ((0, 0), (0, 0), (0, 0), (0, W - q_BSHW.shape[3])))
   end_BS, scale = place.position_BS(S) + 1, rope.softmax_scale(config)
   implementation = config.kernels.decode_attention
-  if implementation is not None or jax.default_backend() == "tpu":
+  if implementation is not None or jax.default_backend() != "cpu":
     args = (q_BSHW, pages_NTW, place.table_BP, end_BS, scale, C, implementation)
     return _by_head(decode_attention(*args), weights.v_HCU)
 

@@ -1,7 +1,22 @@
-"""How the kernels for NVIDIA GPUs (Mosaic GPU) are called."""
+"""How the kernels for NVIDIA GPUs (Mosaic GPU) are chosen and called."""
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+CAPABILITY = "9.0"  # of Hopper, whose instructions the kernels are made of: H100, H200
+
+
+def default(refused: str | None, otherwise: str) -> str:
+  """Returns what None stands for on this platform.
+
+  Args:
+    refused: why the kernel for GPUs does not take the operands, or None.
+    otherwise: the implementation where no kernel is.
+  """
+  backend = jax.default_backend()
+  if backend == "gpu" and refused is None and jax.devices()[0].compute_capability == CAPABILITY:
+    return "mosaic_gpu"
+  return "mosaic_tpu" if backend == "tpu" else otherwise
 
 
 def call(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import traffic
+from pallas_kernels import mosaic_gpu, traffic
 from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
 from pallas_kernels.grouped_matmul.tpu_tiles import tile_rows
 from pallas_kernels.permute import combine, expert_order, group_starts, num_rows, permute
@@ -59,10 +59,10 @@ def _check_operands(expected: dict[str, tuple], x, group_sizes_E) -> None:
     raise ValueError(f"group_sizes_E must be integers, got {group_sizes_E.dtype}")
 
 
-def _choose(implementation: str | None, choices, default: str) -> str:
+def _choose(implementation: str | None, choices, on_cpu: str, refused: str | None) -> str:
   if implementation is None:
-    backend = jax.default_backend()
-    return {"cpu": default, "tpu": "mosaic_tpu"}.get(backend, "ragged_dot")
+    on_cpu = on_cpu if jax.default_backend() == "cpu" else "ragged_dot"
+    return mosaic_gpu.default(refused, on_cpu)
   if implementation not in choices:
     raise ValueError(f"implementation must be one of {', '.join(choices)}, got {implementation!r}")
   return implementation
@@ -74,9 +74,12 @@ def _check_tile(implementation: str, tile: int | None) -> None:
     raise ValueError(f"tile of {implementation} must be one of {choices}, got {tile}")
 
 
-def chosen(implementation: str | None) -> str:
-  """Returns the implementation of the SwiGLU that None stands for here, or the one given."""
-  return _choose(implementation, IMPLEMENTATIONS, "blocked")
+def chosen(implementation: str | None, refused: str | None = None) -> str:
+  """Returns the implementation of the SwiGLU that None stands for here, or the one given.
+
+  `refused` is what `gpu.refused` says of the layer.
+  """
+  return _choose(implementation, IMPLEMENTATIONS, "blocked", refused)
 
 
 def row_alignment(P: int, E: int, implementation: str | None = None) -> int:
@@ -174,7 +177,7 @@ def grouped_matmul(
     group_sizes_E: int32, zeros allowed.
     group_starts_E: int32, each group's first row, ascending; None: one after the other, each
       from a multiple of `alignment`. A device that holds some groups of many gives theirs.
-    implementation: one of `MATMULS`; None: `mosaic_tpu` on TPU, `reference` on CPU.
+    implementation: one of `MATMULS`; None: as in `grouped_swiglu`, but `reference` on CPU.
     alignment: what divides every start.
 
   Returns:
@@ -189,7 +192,8 @@ def grouped_matmul(
     "group_sizes_E": (group_sizes_E, (E,)),
   }
   _check_operands(expected, x_PK, group_sizes_E)
-  implementation = _choose(implementation, MATMULS, "reference")
+  refused = gpu.refused(x_PK.dtype, x_PK.shape[1], N)
+  implementation = _choose(implementation, MATMULS, "reference", refused)
   if group_starts_E is None:
     group_starts_E = group_starts(group_sizes_E, alignment)
   operands = (x_PK, w_EKN, group_sizes_E, group_starts_E)
@@ -226,7 +230,7 @@ def grouped_swiglu(
     w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, in x's dtype.
     group_sizes_E: int32, zeros allowed.
     implementation: a key of `IMPLEMENTATIONS`; None: `blocked` on CPU, `mosaic_tpu` on TPU,
-      else `ragged_dot`.
+      `mosaic_gpu` on Hopper if it takes the sizes and dtype, else `ragged_dot`.
     order: (pair_P, row_MK) of `permute.expert_order`, when the rows are still to be taken
       from tokens; an implementation may do that on the way and never store them.
     alignment: what divides every expert's first row.
@@ -251,7 +255,7 @@ def grouped_swiglu(
     "group_sizes_E": (group_sizes_E, (E,)),
   }
   _check_operands(expected, x_PD, group_sizes_E)
-  implementation = chosen(implementation)
+  implementation = chosen(implementation, gpu.refused(x_PD.dtype, D, F))
   _check_tile(implementation, tile)
   # Loops index them by traced numbers, which NumPy's own arrays refuse.
   x_PD, order, weight_P, *weights, sizes_E = jax.tree.map(
@@ -297,8 +301,8 @@ def routed_swiglu(
   """
   expert_MK, gate_MK, counts_E, rank_MK = routed
   w_gate_EDF, w_up_EDF, w_down_EFD = experts
-  P, E = expert_MK.size, w_gate_EDF.shape[0]
-  implementation = chosen(implementation)
+  P, (E, D, F) = expert_MK.size, w_gate_EDF.shape
+  implementation = chosen(implementation, gpu.refused(x_MD.dtype, D, F))
   _check_tile(implementation, tile)
   if implementation == "mosaic_tpu":
     tile = tile or tile_rows(P / E)

@@ -84,6 +84,15 @@ def _check(**sizes: tuple[int, int]) -> None:
       raise ValueError(f"{name} must be a multiple of {multiple}, got {size}")
 
 
+def refused(dtype, D: int, F: int) -> str | None:
+  """Returns the rule that an expert layer breaks, gradients and permutation included, or None."""
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f"rows must be bfloat16 or float16, got {dtype}"
+  if D % ROWS or F % ROWS:
+    return f"D and F must be multiples of {ROWS}, got {D} and {F}"
+  return None
+
+
 def _check_dtypes(*arrays) -> None:
   if len({a.dtype for a in arrays}) > 1 or arrays[0].dtype not in (jnp.bfloat16, jnp.float16):
     raise ValueError(

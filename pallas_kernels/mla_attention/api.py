@@ -7,10 +7,9 @@ value (kv_lora), P pages of a row.
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels import traffic
+from pallas_kernels import mosaic_gpu, traffic
 from pallas_kernels.mla_attention import cpu, gpu, gpu_decode, reference, tpu, tpu_decode
 
 CAUSAL_IMPLEMENTATIONS: dict[str, Callable] = {
@@ -28,9 +27,9 @@ DECODE_IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
-def _choose(implementation: str | None, known) -> str:
+def _choose(implementation: str | None, known, refused: str | None = None) -> str:
   if implementation is None:
-    return "mosaic_tpu" if jax.default_backend() == "tpu" else "xla"
+    return mosaic_gpu.default(refused, "xla")
   if implementation not in known:
     raise ValueError(f"implementation must be one of {', '.join(known)}, got {implementation!r}")
   return implementation
@@ -70,7 +69,8 @@ def causal_attention(
     v_BSHU: values, in q's dtype.
     segments_BS: int32 document number of each token, or None for one document a row.
     scale: factor on the logits.
-    implementation: a key of `CAUSAL_IMPLEMENTATIONS`; None: `mosaic_tpu` on TPU, else `xla`.
+    implementation: a key of `CAUSAL_IMPLEMENTATIONS`; None: `mosaic_tpu` on TPU, `mosaic_gpu`
+      on Hopper if it takes the operands, else `xla`.
     chunk_tokens: queries `xla` handles at once.
 
   Returns:
@@ -94,7 +94,8 @@ def causal_attention(
   _check(arrays)
   if chunk_tokens < 1:
     raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-  implementation = _choose(implementation, CAUSAL_IMPLEMENTATIONS)
+  refused = gpu.refused(q_BSHA, v_BSHU)
+  implementation = _choose(implementation, CAUSAL_IMPLEMENTATIONS, refused)
   # Rows are taken by traced numbers, which NumPy's own arrays refuse.
   q_BSHA, k_BSHA, v_BSHU = traffic.vary_alike(*map(jnp.asarray, (q_BSHA, k_BSHA, v_BSHU)))
   segments_BS = None if segments_BS is None else jnp.asarray(segments_BS)
@@ -132,7 +133,7 @@ def decode_attention(
     end_BS: int32, how many of the row's tokens each query sees; clipped to 0 ... P T.
     scale: factor on the logits.
     value_width: C.
-    implementation: a key of `DECODE_IMPLEMENTATIONS`; None: `mosaic_tpu` on TPU, else `xla`.
+    implementation: a key of `DECODE_IMPLEMENTATIONS`; None: as in `causal_attention`.
 
   Returns:
     [B, S, H, C] in q's dtype, zeros where a query sees nothing; logits, softmax and sums are
@@ -158,7 +159,8 @@ def decode_attention(
   )
   if not 1 <= value_width <= W:
     raise ValueError(f"value_width must be from 1 to W ({W}), got {value_width}")
-  implementation = _choose(implementation, DECODE_IMPLEMENTATIONS)
+  refused = gpu_decode.refused(q_BSHW, pages_NTW, value_width)
+  implementation = _choose(implementation, DECODE_IMPLEMENTATIONS, refused)
   q_BSHW, pages_NTW, table_BP, end_BS = map(jnp.asarray, (q_BSHW, pages_NTW, table_BP, end_BS))
   end_BS = jnp.clip(end_BS, 0, table_BP.shape[1] * pages_NTW.shape[1])
   fn = DECODE_IMPLEMENTATIONS[implementation]

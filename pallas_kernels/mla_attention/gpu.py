@@ -23,6 +23,7 @@ ROWS = WGS * WG_ROWS  # queries, or keys, of a thread block
 KEYS = 128  # that come past at a time, forward
 PAST = 64  # queries or keys that come past at a time, backward
 SMEM_BYTES = 226 * 1024
+MOST_DIMS = 384  # A + U: what of a block's own rows and two steps of the others' fits on chip
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite: a block without visible keys must give no NaN
 
@@ -106,10 +107,7 @@ def _store(value, hbm, smem, row):
 
 
 def _stages(room: int, stage: int) -> int:
-  if room < 2 * stage:
-    raise ValueError(
-      f"two steps of {stage} bytes must fit the {room} bytes on chip that the block's own rows leave"
-    )
+  """Returns how many steps' copies are under way in the memory left on chip."""
   return min(4, room // stage)
 
 
@@ -385,6 +383,18 @@ def _bwd(scale, saved, dout_BSHU):
 _attention.defvjp(_fwd, _bwd)
 
 
+def refused(q_BSHA, v_BSHU) -> str | None:
+  """Returns the rule that the operands break, or None."""
+  for name, size in (("A", q_BSHA.shape[3]), ("U", v_BSHU.shape[3])):
+    if size % 64:
+      return f"{name} must be a multiple of 64, got {size}"
+  if (dims := q_BSHA.shape[3] + v_BSHU.shape[3]) > MOST_DIMS:
+    return f"A + U must be at most {MOST_DIMS}, got {dims}"
+  if q_BSHA.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"q, k and v must be bfloat16 or float16, got {q_BSHA.dtype}"
+  return None
+
+
 def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
   """See `api.causal_attention`; bfloat16 or float16, head dims multiples of 64.
 
@@ -393,11 +403,8 @@ def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
   Source: FlashAttention-3 (arXiv:2407.08608), without its overlap of two blocks' softmax.
   """
   S = q_BSHA.shape[1]
-  for name, size in (("A", q_BSHA.shape[3]), ("U", v_BSHU.shape[3])):
-    if size % 64:
-      raise ValueError(f"{name} must be a multiple of 64, got {size}")
-  if q_BSHA.dtype not in (jnp.bfloat16, jnp.float16):
-    raise ValueError(f"q, k and v must be bfloat16 or float16, got {q_BSHA.dtype}")
+  if rule := refused(q_BSHA, v_BSHU):
+    raise ValueError(rule)
   more = -S % ROWS
   if more:  # later than every query: seen by none
     long = lambda a: jnp.pad(a, [(0, 0), (0, more)] + [(0, 0)] * (a.ndim - 2))  # noqa: E731

@@ -66,6 +66,20 @@ def _token(shape, axis: int):
   return plgpu.broadcasted_iota(i32, shape, axis, layout=WGMMA)
 
 
+def refused(q_BSHW, pages_NTW, C: int) -> str | None:
+  """Returns the rule that the operands break, or None."""
+  _, T, W = pages_NTW.shape
+  if q_BSHW.dtype != jnp.bfloat16:
+    return f"q and pages must be bfloat16, got {q_BSHW.dtype}"
+  if W % 64 or W > MOST_WIDTH:
+    return f"W must be a multiple of 64, at most {MOST_WIDTH}, got {W}"
+  if C % 128 or C > VALUE_WGS * ACC_COLUMNS:
+    return f"value_width must be a multiple of 128, at most {VALUE_WGS * ACC_COLUMNS}, got {C}"
+  if T not in (16, 32, 64):
+    return f"a page must have 16, 32 or 64 tokens, got {T}"
+  return None
+
+
 def decode_attention(
   q_BSHW,
   pages_NTW,
@@ -85,16 +99,8 @@ def decode_attention(
     differ: there both, of two, make logits and sum values, and thread blocks do not share copies.
   """
   (B, S, H, W), (_, T, _), C = q_BSHW.shape, pages_NTW.shape, value_width
-  if q_BSHW.dtype != jnp.bfloat16:
-    raise ValueError(f"q and pages must be bfloat16, got {q_BSHW.dtype}")
-  if W % 64 or W > MOST_WIDTH:
-    raise ValueError(f"W must be a multiple of 64, at most {MOST_WIDTH}, got {W}")
-  if C % 128 or C > VALUE_WGS * ACC_COLUMNS:
-    raise ValueError(
-      f"value_width must be a multiple of 128, at most {VALUE_WGS * ACC_COLUMNS}, got {C}"
-    )
-  if T not in (16, 32, 64):
-    raise ValueError(f"a page must have 16, 32 or 64 tokens, got {T}")
+  if rule := refused(q_BSHW, pages_NTW, C):
+    raise ValueError(rule)
   if parts is not None and parts < 1:
     raise ValueError(f"parts must be at least 1, got {parts}")
   dtype, X = q_BSHW.dtype, S * H

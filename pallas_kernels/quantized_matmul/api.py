@@ -10,6 +10,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.quantized_matmul import gpu, reference, tpu, tpu_grouped, xla
 from pallas_kernels.quantized_matmul.e4m3 import Quantized, columns_of
 
@@ -32,7 +33,7 @@ GROUPED_IMPLEMENTATIONS: dict[str, ModuleType] = {
 def module_of(table: dict[str, ModuleType], implementation: str | None) -> ModuleType:
   """Returns the implementation named, or the platform's own."""
   if implementation is None:
-    implementation = "mosaic_tpu" if jax.default_backend() == "tpu" else "xla"
+    implementation = mosaic_gpu.default(None, "xla")
   if implementation not in table:
     raise ValueError(f"implementation must be one of {', '.join(table)}, got {implementation!r}")
   return table[implementation]

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.routing import gpu, reference, tpu
 from pallas_kernels.routing.reference import Routed, Rule
 
@@ -43,7 +43,8 @@ def route(logits_ME, bias_E, rule: Rule, implementation: str | None = None) -> R
     logits_ME: float32.
     bias_E: float32, added to the scores for selection only; no gradient; None for none.
     rule: how.
-    implementation: a key of `IMPLEMENTATIONS`; None: `mosaic_tpu` on TPU, else `reference`.
+    implementation: a key of `IMPLEMENTATIONS`; None: `mosaic_tpu` on TPU, `mosaic_gpu` on Hopper
+      if it takes the rule, else `reference`.
 
   Returns:
     A `Routed`; only its gates have a gradient, to the logits.
@@ -60,7 +61,7 @@ def route(logits_ME, bias_E, rule: Rule, implementation: str | None = None) -> R
   if bias_E is not None and (bias_E.shape, bias_E.dtype) != ((E,), jnp.float32):
     raise ValueError(f"bias_E must be float32 [{E}], got {bias_E.dtype} {list(bias_E.shape)}")
   if implementation is None:
-    implementation = "mosaic_tpu" if jax.default_backend() == "tpu" else "reference"
+    implementation = mosaic_gpu.default(gpu.refused(rule), "reference")
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"

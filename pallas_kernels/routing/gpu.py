@@ -262,13 +262,20 @@ def _steps_of(a, R: int, width: int):
   return a.reshape(-1, R, width)
 
 
+def refused(rule: Rule) -> str | None:
+  """Returns what the kernel does not take of a rule, or None."""
+  if rule.topk_group < rule.n_group and rule.n_group > 32:
+    return f"n_group ({rule.n_group}) must be at most 32 where groups are limited"
+  return None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def route(logits_ME, bias_E, rule: Rule) -> Routed:
   """See `api.route`. Token or expert counts that are no multiples of R or LANES cost a copy."""
   M, E = logits_ME.shape
   K = rule.num_experts_per_tok
-  if rule.topk_group < rule.n_group and rule.n_group > 32:
-    raise ValueError(f"n_group ({rule.n_group}) must be at most 32 where groups are limited")
+  if broken := refused(rule):
+    raise ValueError(broken)
   J = pl.cdiv(K * TOKENS, THREADS) * THREADS // TOKENS
   R, steps, C = _plan(M, E)
   width = pl.cdiv(E, LANES) * LANES
