@@ -33,6 +33,7 @@ from dsmoe.kernel_registry import (
 from pallas_kernels import grouped_matmul, mla_attention, permute, quantized_matmul, routing
 from pallas_kernels.grouped_matmul.api import MATMULS
 from pallas_kernels.grouped_matmul.tpu_tiles import tile_rows
+from pallas_kernels.permute import gpu as permute_gpu
 
 __all__ = ["IMPLEMENTATIONS", "OPERATIONS", "Case", "Shape", "case", "known_args"]
 
@@ -100,6 +101,16 @@ implementation("permute", "reference")(lambda shape: permute.permute)
 implementation("combine", "reference")(lambda shape: permute.combine)
 
 
+@implementation("permute", "mosaic_gpu")
+def _permute_gpu(shape: Shape):
+  return lambda x_MD, pair_P, row_MK: permute_gpu.permute(x_MD, row_MK, pair_P.shape[0])
+
+
+@implementation("combine", "mosaic_gpu")
+def _combine_gpu(shape: Shape):
+  return lambda y_PD, pair_P, row_MK: permute_gpu.combine(y_PD, row_MK)
+
+
 # Grouped matmul: rows times their expert's matrix.
 
 
@@ -143,6 +154,23 @@ def _tokamax(shape: Shape):
   return functools.partial(tokamax.ragged_dot, implementation="mosaic")
 
 
+@implementation("grouped_matmul", "jax_mosaic_gpu")
+def _jax_mosaic_gpu(shape: Shape):
+  """What jax ships for H100, with tiles of its own benchmark."""
+  ops = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
+  sizes = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8)
+  return lambda x_PD, w_EDF, sizes_E: ops.ragged_dot(x_PD, w_EDF, group_sizes=sizes_E, **sizes)
+
+
+def _batched(x_PD, w_EDF):
+  """The bound: groups that happen to be equal, as one batched matmul."""
+  E, D, F = w_EDF.shape
+  return jnp.matmul(x_PD.reshape(E, -1, D), w_EDF).reshape(-1, F)
+
+
+implementation("grouped_matmul", "batched")(lambda shape: lambda x, w, sizes: _batched(x, w))
+
+
 # The whole expert: both matmuls in, the activation, the weight of the row, the matmul out.
 
 
@@ -172,6 +200,16 @@ def _swiglu_unfused(shape: Shape):
     gate_PF, up_PF = matmul(x_PD, w_gate_EDF, sizes_E), matmul(x_PD, w_up_EDF, sizes_E)
     inner_PF = jax.nn.silu(gate_PF.astype(jnp.float32)) * up_PF * weight_P[:, None]
     return matmul(inner_PF.astype(x_PD.dtype), w_down_EFD, sizes_E)
+
+  return run
+
+
+@implementation("grouped_swiglu", "batched")
+def _swiglu_batched(shape: Shape):
+  def run(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E):
+    gate_PF, up_PF = _batched(x_PD, w_gate_EDF), _batched(x_PD, w_up_EDF)
+    inner_PF = jax.nn.silu(gate_PF.astype(jnp.float32)) * up_PF * weight_P[:, None]
+    return _batched(inner_PF.astype(x_PD.dtype), w_down_EFD)
 
   return run
 
@@ -324,6 +362,21 @@ implementation("attention", "tokamax_1024_scheduled")(
     },
   )
 )
+
+
+@implementation("attention", "cudnn")
+def _cudnn(shape: Shape):
+  """It takes no values narrower than keys: they are filled up."""
+  _, _, _, A, U = _attention_dims(shape)
+  attention = functools.partial(
+    jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+  )
+
+  def run(q_BSHA, k_BSHA, v_BSHU):
+    v_BSHA = jnp.pad(v_BSHU, [(0, 0)] * 3 + [(0, A - U)])
+    return attention(q_BSHA, k_BSHA, v_BSHA, scale=A**-0.5)[..., :U]
+
+  return run
 
 
 # Decoding: one new token of each row attends to its row's pages of the latent cache.

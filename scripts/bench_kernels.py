@@ -2,12 +2,13 @@
 
   python scripts/bench_kernels.py --compile-only --topology=v5p:2x2x1 --plot=roofline.png
   python scripts/bench_kernels.py --config=experiments/bench_small.py --tokens=4096
+  python scripts/bench_kernels.py --shapes=v3 --kernels=routing,decode_attention
   python scripts/bench_kernels.py --config=experiments/bench_small.py --tune=tiles.json
 
 The first compiles each kernel, implementation and shape for a chip (v5p, v6e, tpu7x: needs the
 tpu extra; h100: the cuda13 extra) and reads bytes, bundles, matrix-unit occupancy and spills from
 what the compiler made of it. The second times them on the attached device, checked against the
-reference before. The third times the tiles of an expert layer there and keeps the fastest for
+reference before; the third does at the shapes of the first. The fourth times the tiles of an expert layer there and keeps the fastest for
 configs with model.kernels.tuned=tiles.json.
 """
 
@@ -34,6 +35,12 @@ _SHAPES = {
   "tiny": ("tiny", 2048, 256, 1),
 }
 
+# What implementations' names begin with that can be compiled for one platform only.
+_ONLY_ON = {
+  "tpu": ("mosaic_tpu", "megablox", "splash", "tokamax", "unfused"),
+  "gpu": ("mosaic_gpu", "jax_mosaic_gpu", "cudnn"),
+}
+
 _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile for --topology; run nothing.")
 flags.DEFINE_alias("compile-only", "compile_only")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "v5p:2x2x1, v6e:2x2x1, tpu7x:2x2x1, h100.")
@@ -41,12 +48,17 @@ _KERNELS = flags.DEFINE_list("kernels", [], "Some; by default all, timed: groupe
 _IMPLEMENTATIONS = flags.DEFINE_list(
   "implementations", [], "Some; by default all, timed on CPU: blocked and xla."
 )
-_NAMES = flags.DEFINE_list("shapes", list(_SHAPES), "Shapes to compile.")
+_NAMES = flags.DEFINE_list("shapes", list(_SHAPES), "Shapes to compile or time.")
 _LIMIT = flags.DEFINE_integer(
   "limit_secs", 300, "Compiling a case is given up after so long; 0: never.", lower_bound=0
 )
 _PLOT = flags.DEFINE_string("plot", None, "A PNG to draw the compiled kernels' roofline into.")
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment whose sizes are timed.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "The experiment whose sizes are timed; by default --shapes."
+)
+_ORACLE = flags.DEFINE_string(
+  "oracle", "reference", "The implementation that the others are checked against before timing."
+)
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens routed when timing.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Times each way is timed.", lower_bound=1)
 _TUNE = flags.DEFINE_string("tune", None, "Time tiles; the fastest go into this table.")
@@ -63,26 +75,28 @@ def load_shape(
   return Shape(model, tokens, sequence_length, expert_devices)
 
 
-def chosen(kernel: str, default: list[str]) -> list[str]:
-  """Returns the implementations of a kernel to measure."""
-  wanted = _IMPLEMENTATIONS.value or default
-  return [name for name in kernel_cases.IMPLEMENTATIONS[kernel] if name in wanted]
+def chosen(kernel: str, platform: str) -> list[str]:
+  """Returns the implementations of a kernel to measure on a platform: those asked for, or all."""
+  known = list(kernel_cases.IMPLEMENTATIONS[kernel])
+  if wanted := _IMPLEMENTATIONS.value:
+    return [name for name in known if name in wanted]
+  if platform == "cpu":  # where the others look at every expert's rows
+    return [name for name in known if name in ("blocked", "xla")] or ["reference"]
+  foreign = _ONLY_ON["gpu" if platform == "tpu" else "tpu"]
+  return [name for name in known if not name.startswith(foreign)]
 
 
 def compiled() -> list[dict]:
   """Returns a row a case, each compiled in a process of its own."""
   jax.config.update("jax_platforms", "cpu")  # no search for the device that is not there
   chip = compile_only.CHIPS[compile_only.chip_name(_TOPOLOGY.value)]
-  ours, other = "mosaic_tpu", "mosaic_gpu"
-  if _TOPOLOGY.value.startswith("h100"):
-    ours, other = other, ours
-  shapes = {name: load_shape(*_SHAPES[name], ours) for name in _NAMES.value}
+  platform = "gpu" if _TOPOLOGY.value.startswith("h100") else "tpu"
+  shapes = {name: load_shape(*_SHAPES[name], f"mosaic_{platform}") for name in _NAMES.value}
   cases = [
     (kernel, implementation, name)
     for kernel in _KERNELS.value or kernel_cases.OPERATIONS
-    for implementation in chosen(kernel, list(kernel_cases.IMPLEMENTATIONS[kernel]))
+    for implementation in chosen(kernel, platform)
     for name in shapes
-    if implementation != other
   ]
   to = rich.console.Console(stderr=True)
   rows = []
@@ -94,21 +108,26 @@ def compiled() -> list[dict]:
   return rows
 
 
+def _timed_shapes() -> dict[str, Shape]:
+  if _CONFIG.value is None:
+    ours = "mosaic_gpu" if jax.default_backend() == "gpu" else "mosaic_tpu"
+    return {name: load_shape(*_SHAPES[name], ours) for name in _NAMES.value}
+  config, tokens = config_lib.from_config_dict(_CONFIG.value), _TOKENS.value
+  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+  return {name: Shape(config.model, tokens, math.gcd(tokens, config.data.sequence_length), 1)}
+
+
 def timed() -> list[dict]:
   """Returns a row an implementation and direction, on the attached device."""
-  config = config_lib.from_config_dict(_CONFIG.value)
-  tokens = _TOKENS.value
-  shape = Shape(config.model, tokens, math.gcd(tokens, config.data.sequence_length), 1)
-  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-  on_cpu = jax.default_backend() == "cpu"
-  if _TUNE.value:
-    tiled = _IMPLEMENTATIONS.value or [grouped_matmul.chosen(None)]
-    return kernel_bench.tune(name, shape, tiled, _ROUNDS.value, _TUNE.value)
   rows = []
-  for kernel in _KERNELS.value or ["grouped_swiglu"]:
-    every = list(kernel_cases.IMPLEMENTATIONS[kernel])
-    names = chosen(kernel, ["blocked", "xla"] if on_cpu else every)
-    rows += kernel_bench.measure(kernel, name, shape, names, _ROUNDS.value)
+  for name, shape in _timed_shapes().items():
+    if _TUNE.value:
+      tiled = _IMPLEMENTATIONS.value or [grouped_matmul.chosen(None)]
+      rows += kernel_bench.tune(name, shape, tiled, _ROUNDS.value, _TUNE.value)
+      continue
+    for kernel in _KERNELS.value or ["grouped_swiglu"]:
+      names = chosen(kernel, jax.default_backend())
+      rows += kernel_bench.measure(kernel, name, shape, names, _ROUNDS.value, _ORACLE.value)
   return rows
 
 
@@ -116,14 +135,13 @@ def _check_flags() -> None:
   for flag, names, known in (
     ("kernels", _KERNELS.value, list(kernel_cases.OPERATIONS)),
     ("shapes", _NAMES.value, list(_SHAPES)),
+    ("oracle", [_ORACLE.value], ["reference", "xla", "batched", "ragged_dot"]),
     ("tune's implementations", _TUNE.value and _IMPLEMENTATIONS.value, list(grouped_matmul.TILES)),
   ):
     if unknown := [name for name in names or [] if name not in known]:
       raise app.UsageError(f"--{flag} must be among {', '.join(known)}, got {', '.join(unknown)}")
   if _COMPILE_ONLY.value and _TUNE.value:
     raise app.UsageError("--tune times kernels on a device, which --compile-only does not")
-  if not _COMPILE_ONLY.value and _CONFIG.value is None:
-    raise app.UsageError("--config must name an experiment, or give --compile-only")
   try:
     missing = compile_only.missing_compiler(_TOPOLOGY.value)
   except ValueError as error:

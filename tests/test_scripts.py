@@ -200,7 +200,7 @@ def test_bench_kernels_compiles(tmp_path):
     (("--compile-only", "--kernels=sorting"), "--kernels must be among routing,"),
     (("--compile-only", "--shapes=v9"), "--shapes must be among v3, v2_lite, tiny, got v9"),
     (("--compile-only", "--topology=v9:2x2"), "of a chip among v5p, v6e, tpu7x, h100, got 'v9"),
-    ((), "--config must name an experiment, or give --compile-only"),
+    (("--oracle=me",), "--oracle must be among reference, xla, batched, ragged_dot, got me"),
     (("--compile-only", "--tune=t.json"), "--tune times kernels on a device, which --compile-only"),
     (("--tune=t.json", "--implementations=ragged_dot"), "--tune's implementations must be among"),
   ],

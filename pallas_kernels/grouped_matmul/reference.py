@@ -26,6 +26,7 @@ def grouped_matmul(x_PK, w_EKN, sizes_E, starts_E):
 def grouped_swiglu(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E):
   """See `api.grouped_swiglu`."""
 
+  @jax.checkpoint  # or backward keeps every expert's view of all rows
   def one_expert(w_gate_DF, w_up_DF, w_down_FD):
     inner_PF = jax.nn.silu(x_PD @ w_gate_DF) * (x_PD @ w_up_DF) * weight_P[:, None]
     return inner_PF.astype(x_PD.dtype) @ w_down_FD
