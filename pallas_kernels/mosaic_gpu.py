@@ -41,7 +41,15 @@ def call(
     warpgroups: of a block; more than one call their axis "wg".
     reduction_bytes: room for sums across warps.
     cluster: thread blocks at each place of the grid that run together, by name of axis.
+
+  Raises:
+    ValueError: for an axis named like one of the device mesh, whose index it would be taken for.
   """
+  names = {*grid, *(cluster or {}), "wg"}
+  if taken := names.intersection(jax.sharding.get_abstract_mesh().axis_names):
+    raise ValueError(
+      f"axes of {name}'s grid must be named unlike the device mesh's, got {', '.join(taken)} in both"
+    )
   outs = plgpu.kernel(
     kernel,
     out_type=out_type,

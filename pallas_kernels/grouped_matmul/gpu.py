@@ -368,7 +368,7 @@ def grouped_matmul_weights(x_PD, dy_PF, sizes_E, starts_E=None, dtype=f32):
   piece = LINE // jnp.dtype(dtype).itemsize
 
   def kernel(size_hbm, start_hbm, x_hbm, dy_hbm, out_hbm, out_smem):
-    expert, wg = jax.lax.axis_index("expert"), jax.lax.axis_index("wg")
+    expert, wg = jax.lax.axis_index("group"), jax.lax.axis_index("wg")
     d, f = plgpu.planar_snake(jax.lax.axis_index("block"), (D // ROWS, F // n), 0, STRIP)
     size, start = size_hbm[expert], start_hbm[expert]
     base = jax.lax.div(start, EIGHT) * EIGHT
@@ -426,7 +426,7 @@ def grouped_matmul_weights(x_PD, dy_PF, sizes_E, starts_E=None, dtype=f32):
     "grouped_matmul_weights",
     operands,
     jax.ShapeDtypeStruct((E, D, F), dtype),
-    {"expert": E, "block": D // ROWS * (F // n)},
+    {"group": E, "block": D // ROWS * (F // n)},
     [rows_to_store(dtype)],
     warpgroups=WGS + 1,
   )

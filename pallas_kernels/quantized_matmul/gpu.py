@@ -195,7 +195,7 @@ def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype
   shape = (x[0].shape[0] // ROWS, dy[0].shape[0] // COLUMNS)
 
   def kernel(tiles_hbm, first_hbm, x_hbm, xs_hbm, dy_hbm, dys_hbm, out_hbm, out_smem):
-    expert, wg = jax.lax.axis_index("expert"), jax.lax.axis_index("wg")
+    expert, wg = jax.lax.axis_index("group"), jax.lax.axis_index("wg")
     d, f = plgpu.planar_snake(jax.lax.axis_index("place"), shape, 0, STRIP)
     lhs = x_hbm.at[pl.ds(d * ROWS, ROWS)], xs_hbm
     rhs = dy_hbm.at[pl.ds(f * COLUMNS, COLUMNS)], dys_hbm
@@ -214,5 +214,5 @@ def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype
 
   operands = [tiles_E.astype(i32), first_E.astype(i32), *x, *dy]
   out = jax.ShapeDtypeStruct((E, shape[0] * ROWS, shape[1] * COLUMNS), dtype)
-  dw = _run(kernel, "quantized_weights", operands, out, {"place": shape[0] * shape[1], "expert": E})
+  dw = _run(kernel, "quantized_weights", operands, out, {"place": shape[0] * shape[1], "group": E})
   return dw[:, :D, :F]

@@ -48,6 +48,15 @@ def test_experts_by_sizes_and_dtype(monkeypatch):
   assert grouped_matmul.chosen(None) == "blocked"
 
 
+def test_a_grid_shares_no_axis_with_the_mesh():
+  """Whose index a kernel would silently take: seen with `expert` in a training step."""
+  mesh = jax.sharding.AbstractMesh((2,), ("tile",), (jax.sharding.AxisType.Auto,))
+  x = jnp.zeros(128)
+  with jax.sharding.use_abstract_mesh(mesh):
+    with pytest.raises(ValueError, match=r"copy's grid must be named unlike .* got tile in both"):
+      jax.eval_shape(lambda x: mosaic_gpu.call(None, "copy", [x], x, {"tile": 2, "row": 3}), x)
+
+
 def test_what_the_gpus_kernels_refuse():
   array = lambda *shape, dtype=jnp.bfloat16: np.zeros(shape, dtype)  # noqa: E731
   head = lambda size, **kw: array(1, 2, 1, size, **kw)  # noqa: E731
