@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: setup train test test-tpu test-gpu parity lint clean
+.PHONY: setup train test test-tpu test-gpu test-on-gpu parity lint clean
 
 setup: $(VENV)/.installed
 
@@ -30,7 +30,7 @@ train: setup
 	$(BIN)/python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not parity and not tpu and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not parity and not tpu and not gpu"
 
 # The compilers of TPUs and of the H100, with neither at hand.
 test-tpu: $(VENV)/.tpu
@@ -38,6 +38,14 @@ test-tpu: $(VENV)/.tpu
 
 test-gpu: $(VENV)/.cuda13
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m gpu
+
+# The same kernels' values, on the Hopper GPU attached.
+ROUTED := tests/kernels/test_quantized_routed.py
+test-on-gpu: $(VENV)/.cuda13
+	DSMOE_TEST_PLATFORM=cuda XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	  $(BIN)/python -m pytest -n 4 -m "not gpu" tests/kernels/test_gpu.py \
+	  tests/kernels/test_gpu_decode.py $(ROUTED)::test_tokens_are_quantised_on_the_way \
+	  $(ROUTED)::test_the_h100s_way_matches_loops
 
 # Compiled as users compile, where the other tests spend less on machine code.
 parity: $(VENV)/.parity

@@ -154,14 +154,6 @@ def _tokamax(shape: Shape):
   return functools.partial(tokamax.ragged_dot, implementation="mosaic")
 
 
-@implementation("grouped_matmul", "jax_mosaic_gpu")
-def _jax_mosaic_gpu(shape: Shape):
-  """What jax ships for H100, with tiles of its own benchmark."""
-  ops = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
-  sizes = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8)
-  return lambda x_PD, w_EDF, sizes_E: ops.ragged_dot(x_PD, w_EDF, group_sizes=sizes_E, **sizes)
-
-
 def _batched(x_PD, w_EDF):
   """The bound: groups that happen to be equal, as one batched matmul."""
   E, D, F = w_EDF.shape
@@ -462,3 +454,14 @@ add_gradient("routed_swiglu", 5, _swiglu_gradient_flops)
 add_gradient("quantized_routed_swiglu", 5, _swiglu_gradient_flops)
 add_gradient("attention", 3, _attention_gradient_flops)
 add_gradient("quantized_matmul", 2, lambda s: 2 * OPERATIONS["quantized_matmul"].flops(s))
+
+
+# It has no gradient.
+
+
+@implementation("grouped_matmul", "jax_mosaic_gpu")
+def _jax_mosaic_gpu(shape: Shape):
+  """What jax ships for H100, with tiles of its own benchmark."""
+  ops = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
+  sizes = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8)
+  return lambda x_PD, w_EDF, sizes_E: ops.ragged_dot(x_PD, w_EDF, group_sizes=sizes_E, **sizes)
