@@ -1,17 +1,14 @@
-"""What the kernels are measured on: one device's share of a layer, ours and the rivals'.
+"""What the kernels are measured on: one device's share of a layer.
 
 Shapes: M tokens, D hidden, F expert inner, E experts, e experts of this device, K experts a
 token, P = M K rows; B sequences, S positions, H heads, A = qk head dim, U = v head dim, W
 numbers of a cached token, C of them the value.
 """
 
-import functools
-import importlib
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
+from dsmoe import kernel_rivals
 from dsmoe.config import ModelConfig
 from dsmoe.kernel_registry import (
   IMPLEMENTATIONS,
@@ -132,35 +129,6 @@ def _alignment(shape: Shape) -> dict[str, int]:
 
 
 implementations("grouped_matmul", grouped_matmul.grouped_matmul, MATMULS, _alignment)
-implementation("grouped_matmul", "ragged_dot")(lambda shape: jax.lax.ragged_dot)  # alone
-
-
-def _megablox(tiling: tuple[int, int, int]):
-  def build(shape: Shape):
-    ops = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.ops")
-    dtype = jnp.dtype(shape.config.compute_dtype)
-    return lambda x_PD, w_EDF, sizes_E: ops.gmm(x_PD, w_EDF, sizes_E, dtype, tiling)
-
-  return build
-
-
-implementation("grouped_matmul", "megablox")(_megablox((128, 128, 128)))  # its default
-implementation("grouped_matmul", "megablox_512_1024_1024")(_megablox((512, 1024, 1024)))
-
-
-@implementation("grouped_matmul", "tokamax")
-def _tokamax(shape: Shape):
-  tokamax = importlib.import_module("tokamax")
-  return functools.partial(tokamax.ragged_dot, implementation="mosaic")
-
-
-def _batched(x_PD, w_EDF):
-  """The bound: groups that happen to be equal, as one batched matmul."""
-  E, D, F = w_EDF.shape
-  return jnp.matmul(x_PD.reshape(E, -1, D), w_EDF).reshape(-1, F)
-
-
-implementation("grouped_matmul", "batched")(lambda shape: lambda x, w, sizes: _batched(x, w))
 
 
 # The whole expert: both matmuls in, the activation, the weight of the row, the matmul out.
@@ -181,29 +149,6 @@ def _swiglu_args(shape: Shape):
 implementations(
   "grouped_swiglu", grouped_matmul.grouped_swiglu, grouped_matmul.IMPLEMENTATIONS, _alignment
 )
-
-
-@implementation("grouped_swiglu", "unfused")
-def _swiglu_unfused(shape: Shape):
-  """Three grouped matmuls of our own, and XLA's activation between them."""
-  matmul = IMPLEMENTATIONS["grouped_matmul"]["mosaic_tpu"](shape)
-
-  def run(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E):
-    gate_PF, up_PF = matmul(x_PD, w_gate_EDF, sizes_E), matmul(x_PD, w_up_EDF, sizes_E)
-    inner_PF = jax.nn.silu(gate_PF.astype(jnp.float32)) * up_PF * weight_P[:, None]
-    return matmul(inner_PF.astype(x_PD.dtype), w_down_EFD, sizes_E)
-
-  return run
-
-
-@implementation("grouped_swiglu", "batched")
-def _swiglu_batched(shape: Shape):
-  def run(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E):
-    gate_PF, up_PF = _batched(x_PD, w_gate_EDF), _batched(x_PD, w_up_EDF)
-    inner_PF = jax.nn.silu(gate_PF.astype(jnp.float32)) * up_PF * weight_P[:, None]
-    return _batched(inner_PF.astype(x_PD.dtype), w_down_EFD)
-
-  return run
 
 
 # Tokens to this device's experts and back: permute, the experts, combine.
@@ -265,26 +210,20 @@ implementations(
 # Attention of training: causal, queries and keys wider than values.
 
 
-def _attention_dims(shape: Shape):
-  c = shape.config
-  B, S = shape.tokens // shape.sequence_length, shape.sequence_length
-  return B, S, c.num_attention_heads, c.qk_head_dim, c.v_head_dim
-
-
 def _attention_results(shape: Shape):
-  B, S, H, _, U = _attention_dims(shape)
+  B, S, H, _, U = shape.attention_dims
   return rows(shape, B, S, H, U)
 
 
 def _attention_flops(shape: Shape) -> int:
   """Of the triangle that is seen, the diagonal included."""
-  B, S, H, A, U = _attention_dims(shape)
+  B, S, H, A, U = shape.attention_dims
   return B * H * S * (S + 1) * (A + U)
 
 
 @operation("attention", _attention_results, _attention_flops)
 def _attention_args(shape: Shape):
-  B, S, H, A, U = _attention_dims(shape)
+  B, S, H, A, U = shape.attention_dims
   return normal(shape, B, S, H, A), normal(shape, B, S, H, A), normal(shape, B, S, H, U)
 
 
@@ -294,81 +233,6 @@ implementations(
   mla_attention.CAUSAL_IMPLEMENTATIONS,
   lambda s: {"segments_BS": None, "scale": s.config.qk_head_dim**-0.5},
 )
-
-
-def _splash(folder: str, of_heads: bool, config: Callable) -> Callable:
-  """Builds a splash attention, jax's or the one tokamax goes on with.
-
-  Args:
-    folder: where its modules are.
-    of_heads: whether it takes a mask for each head.
-    config: from its kernel module to its keywords.
-  """
-
-  def build(shape: Shape):
-    kernel = importlib.import_module(f"{folder}.splash_attention_kernel")
-    masks = importlib.import_module(f"{folder}.splash_attention_mask")
-    _, S, H, A, _ = _attention_dims(shape)
-    mask = masks.CausalMask((S, S))
-    run_HSA = kernel.make_splash_mha_single_device(
-      masks.MultiHeadMask([mask] * H) if of_heads else mask, **config(kernel, min(S, 1024))
-    )
-
-    def run(q_BSHA, k_BSHA, v_BSHU):
-      heads_first = [a.swapaxes(1, 2) for a in (q_BSHA * A**-0.5, k_BSHA, v_BSHU)]
-      return jax.vmap(run_HSA)(*heads_first).swapaxes(1, 2)
-
-    return run
-
-  return build
-
-
-def _splash_blocks(n: int) -> dict[str, int]:
-  """Blocks of n tokens, and of half as many keys at a time, in both directions."""
-  whole = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), n)
-  return whole | dict.fromkeys(("block_kv_compute", "block_kv_dkv_compute"), max(n // 2, 128))
-
-
-_JAX_SPLASH = "jax.experimental.pallas.ops.tpu.splash_attention"
-_TOKAMAX_SPLASH = "tokamax._src.ops.experimental.tpu.splash_attention"
-implementation("attention", "splash")(_splash(_JAX_SPLASH, True, lambda kernel, n: {}))
-implementation("attention", "splash_1024")(
-  _splash(
-    *(_JAX_SPLASH, True),
-    lambda kernel, n: {
-      "block_sizes": kernel.BlockSizes(**_splash_blocks(n), use_fused_bwd_kernel=True)
-    },
-  )
-)
-implementation("attention", "tokamax_1024")(
-  _splash(
-    *(_TOKAMAX_SPLASH, False),
-    lambda kernel, n: {"config": kernel.SplashConfig(**_splash_blocks(n))},
-  )
-)
-implementation("attention", "tokamax_1024_scheduled")(
-  _splash(
-    *(_TOKAMAX_SPLASH, False),
-    lambda kernel, n: {
-      "config": kernel.SplashConfig(**_splash_blocks(n), use_experimental_scheduler=True)
-    },
-  )
-)
-
-
-@implementation("attention", "cudnn")
-def _cudnn(shape: Shape):
-  """It takes no values narrower than keys: they are filled up."""
-  _, _, _, A, U = _attention_dims(shape)
-  attention = functools.partial(
-    jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
-  )
-
-  def run(q_BSHA, k_BSHA, v_BSHU):
-    v_BSHA = jnp.pad(v_BSHU, [(0, 0)] * 3 + [(0, A - U)])
-    return attention(q_BSHA, k_BSHA, v_BSHA, scale=A**-0.5)[..., :U]
-
-  return run
 
 
 # Decoding: one new token of each row attends to its row's pages of the latent cache.
@@ -428,7 +292,13 @@ def _quantized_args(shape: Shape):
 implementations(
   "quantized_matmul", quantized_matmul.quantized_matmul, quantized_matmul.IMPLEMENTATIONS
 )
-implementation("quantized_matmul", "not quantized")(lambda shape: jnp.matmul)
+
+
+# The rivals.
+
+for _kernel, _rivals in kernel_rivals.RIVALS.items():
+  for _name, _build in _rivals.items():
+    implementation(_kernel, _name)(_build)
 
 
 # The backward passes, with what of the forward pass they need.
@@ -436,7 +306,7 @@ implementation("quantized_matmul", "not quantized")(lambda shape: jnp.matmul)
 
 def _attention_gradient_flops(shape: Shape) -> int:
   """Forward, and the five products of backward: the probabilities are made again."""
-  B, S, H, A, U = _attention_dims(shape)
+  B, S, H, A, U = shape.attention_dims
   return B * H * S * (S + 1) * (A + U + 3 * A + 2 * U)
 
 
@@ -455,13 +325,4 @@ add_gradient("quantized_routed_swiglu", 5, _swiglu_gradient_flops)
 add_gradient("attention", 3, _attention_gradient_flops)
 add_gradient("quantized_matmul", 2, lambda s: 2 * OPERATIONS["quantized_matmul"].flops(s))
 
-
-# It has no gradient.
-
-
-@implementation("grouped_matmul", "jax_mosaic_gpu")
-def _jax_mosaic_gpu(shape: Shape):
-  """What jax ships for H100, with tiles of its own benchmark."""
-  ops = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
-  sizes = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8)
-  return lambda x_PD, w_EDF, sizes_E: ops.ragged_dot(x_PD, w_EDF, group_sizes=sizes_E, **sizes)
+implementation("grouped_matmul", "jax_mosaic_gpu")(kernel_rivals.jax_mosaic_gpu)  # forward only

@@ -49,6 +49,12 @@ class Shape:
     rows = self.tokens * c.num_experts_per_tok
     return self.tokens, c.hidden_size, c.moe_intermediate_size, experts, rows
 
+  @property
+  def attention_dims(self) -> tuple[int, int, int, int, int]:
+    """Returns B, S, H, A, U."""
+    c, S = self.config, self.sequence_length
+    return self.tokens // S, S, c.num_attention_heads, c.qk_head_dim, c.v_head_dim
+
 
 class Case(NamedTuple):
   """An operation by one implementation."""

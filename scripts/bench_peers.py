@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import rich
+import rich.console
 import rich.table
 from absl import app, flags
 from ml_collections import config_flags
@@ -153,7 +154,8 @@ def show(measured: dict[str, Any]) -> None:
     ratio = f"{statistics.median(ratios):.2f}" if ratios else ""
     shown = [f"{f(speeds):,.0f}" for f in (statistics.median, min, max)]
     table.add_row(name, *shown, f"{peak:,.0f}", f"{warm_up:.1f}", ratio)
-  rich.print(table)
+  # As wide as it is: 80 columns cut the peers' names.
+  rich.console.Console(width=120).print(table)
 
 
 def main(_) -> None:
