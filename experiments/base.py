@@ -67,7 +67,7 @@ def get_config() -> config_dict.ConfigDict:
   # compute_dtype | fp8: E4M3 by V3's recipe (1x128 tiles, 128x128 blocks) in the projections of
   # attention and all experts, forward and backward | fp8_ue8m0: with scales of powers of two
   m.matmul_precision = "compute_dtype"
-  # Implementations in pallas_kernels; None picks by platform.
+  # Implementations in pallas_kernels; None picks by platform, on Hopper by sizes and dtype too.
   k = m.kernels = config_dict.ConfigDict()
   k.routing = placeholder(str)  # reference | mosaic_tpu | mosaic_gpu
   # reference | ragged_dot | blocked (CPU) | mosaic_tpu | mosaic_gpu

@@ -47,9 +47,8 @@ def call(
   """
   names = {*grid, *(cluster or {}), "wg"}
   if taken := names.intersection(jax.sharding.get_abstract_mesh().axis_names):
-    raise ValueError(
-      f"axes of {name}'s grid must be named unlike the device mesh's, got {', '.join(taken)} in both"
-    )
+    both = ", ".join(sorted(taken))
+    raise ValueError(f"axes of {name}'s grid must be named unlike the device mesh's, got {both}")
   outs = plgpu.kernel(
     kernel,
     out_type=out_type,

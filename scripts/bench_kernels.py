@@ -8,8 +8,8 @@
 The first compiles each kernel, implementation and shape for a chip (v5p, v6e, tpu7x: needs the
 tpu extra; h100: the cuda13 extra) and reads bytes, bundles, matrix-unit occupancy and spills from
 what the compiler made of it. The second times them on the attached device, checked against the
-reference before; the third does at the shapes of the first. The fourth times the tiles of an expert layer there and keeps the fastest for
-configs with model.kernels.tuned=tiles.json.
+reference before (or --oracle); the third does at shapes of the first. The fourth times the tiles of
+an expert layer there and keeps the fastest for configs with model.kernels.tuned=tiles.json.
 """
 
 import importlib
@@ -41,25 +41,25 @@ _ONLY_ON = {
   "gpu": ("mosaic_gpu", "jax_mosaic_gpu", "cudnn"),
 }
 
+_DEFAULT_KERNEL = "grouped_swiglu"  # to be timed
+
 _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Compile for --topology; run nothing.")
 flags.DEFINE_alias("compile-only", "compile_only")
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "v5p:2x2x1, v6e:2x2x1, tpu7x:2x2x1, h100.")
 _KERNELS = flags.DEFINE_list("kernels", [], "Some; by default all, timed: grouped_swiglu.")
 _IMPLEMENTATIONS = flags.DEFINE_list(
-  "implementations", [], "Some; by default all, timed on CPU: blocked and xla."
+  "implementations", [], "Some; by default all, timed on CPU: blocked and xla, or the reference."
 )
-_NAMES = flags.DEFINE_list("shapes", list(_SHAPES), "Shapes to compile or time.")
+_NAMES = flags.DEFINE_list("shapes", [], "Shapes to compile, by default all, or to time.")
 _LIMIT = flags.DEFINE_integer(
   "limit_secs", 300, "Compiling a case is given up after so long; 0: never.", lower_bound=0
 )
 _PLOT = flags.DEFINE_string("plot", None, "A PNG to draw the compiled kernels' roofline into.")
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "The experiment whose sizes are timed; by default --shapes."
-)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment whose sizes are timed.")
 _ORACLE = flags.DEFINE_string(
   "oracle", "reference", "The implementation that the others are checked against before timing."
 )
-_TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens routed when timing.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens routed with --config.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 15, "Times each way is timed.", lower_bound=1)
 _TUNE = flags.DEFINE_string("tune", None, "Time tiles; the fastest go into this table.")
 _JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
@@ -91,7 +91,9 @@ def compiled() -> list[dict]:
   jax.config.update("jax_platforms", "cpu")  # no search for the device that is not there
   chip = compile_only.CHIPS[compile_only.chip_name(_TOPOLOGY.value)]
   platform = "gpu" if _TOPOLOGY.value.startswith("h100") else "tpu"
-  shapes = {name: load_shape(*_SHAPES[name], f"mosaic_{platform}") for name in _NAMES.value}
+  shapes = {
+    name: load_shape(*_SHAPES[name], f"mosaic_{platform}") for name in _NAMES.value or _SHAPES
+  }
   cases = [
     (kernel, implementation, name)
     for kernel in _KERNELS.value or kernel_cases.OPERATIONS
@@ -125,7 +127,7 @@ def timed() -> list[dict]:
       tiled = _IMPLEMENTATIONS.value or [grouped_matmul.chosen(None)]
       rows += kernel_bench.tune(name, shape, tiled, _ROUNDS.value, _TUNE.value)
       continue
-    for kernel in _KERNELS.value or ["grouped_swiglu"]:
+    for kernel in _KERNELS.value or [_DEFAULT_KERNEL]:
       names = chosen(kernel, jax.default_backend())
       rows += kernel_bench.measure(kernel, name, shape, names, _ROUNDS.value, _ORACLE.value)
   return rows
@@ -135,13 +137,26 @@ def _check_flags() -> None:
   for flag, names, known in (
     ("kernels", _KERNELS.value, list(kernel_cases.OPERATIONS)),
     ("shapes", _NAMES.value, list(_SHAPES)),
-    ("oracle", [_ORACLE.value], ["reference", "xla", "batched", "ragged_dot"]),
     ("tune's implementations", _TUNE.value and _IMPLEMENTATIONS.value, list(grouped_matmul.TILES)),
   ):
     if unknown := [name for name in names or [] if name not in known]:
       raise app.UsageError(f"--{flag} must be among {', '.join(known)}, got {', '.join(unknown)}")
   if _COMPILE_ONLY.value and _TUNE.value:
     raise app.UsageError("--tune times kernels on a device, which --compile-only does not")
+  if not _COMPILE_ONLY.value and bool(_NAMES.value) == bool(_CONFIG.value):
+    raise app.UsageError(
+      "give one of --config and --shapes, whose sizes are timed, or --compile-only"
+    )
+  if flags.FLAGS["tokens"].present and not _CONFIG.value:
+    raise app.UsageError("--tokens goes with --config; --shapes have tokens of their own")
+  for kernel in _KERNELS.value or [_DEFAULT_KERNEL]:
+    ways = kernel_cases.IMPLEMENTATIONS[kernel]
+    if _ORACLE.value not in ways:
+      raise app.UsageError(
+        f"--oracle must be an implementation of {kernel} ({', '.join(ways)}), got {_ORACLE.value}"
+      )
+  if _TUNE.value and flags.FLAGS["oracle"].present:
+    raise app.UsageError("--tune checks against the reference: it takes no --oracle")
   try:
     missing = compile_only.missing_compiler(_TOPOLOGY.value)
   except ValueError as error:
@@ -164,7 +179,8 @@ def main(argv: list[str]) -> None:
     rich.console.Console(width=1000).print(kernel_bench.table(rows))
     for row in rows:
       if "error" in row:
-        print(f"{row['kernel']} {row['implementation']} {row['shape']}: {row['error']}")
+        names = (row.get(key, "") for key in ("kernel", "implementation", "direction", "shape"))
+        print(" ".join(filter(None, names)) + f": {row['error']}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.permute.gpu import MOST_WIDTH
 
 WGS = 2  # warpgroups that multiply
 WG_ROWS = 64  # of a warpgroup's product
@@ -88,8 +89,8 @@ def refused(dtype, D: int, F: int) -> str | None:
   """Returns the rule that an expert layer breaks, gradients and permutation included, or None."""
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f"rows must be bfloat16 or float16, got {dtype}"
-  if D % ROWS or F % ROWS:
-    return f"D and F must be multiples of {ROWS}, got {D} and {F}"
+  if D % ROWS or F % ROWS or D > MOST_WIDTH:
+    return f"D must be a multiple of {ROWS}, at most {MOST_WIDTH}, and F one, got {D} and {F}"
   return None
 
 

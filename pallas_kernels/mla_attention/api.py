@@ -27,7 +27,7 @@ DECODE_IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
-def _choose(implementation: str | None, known, refused: str | None = None) -> str:
+def _choose(implementation: str | None, known, refused: str | None) -> str:
   if implementation is None:
     return mosaic_gpu.default(refused, "xla")
   if implementation not in known:
@@ -107,7 +107,7 @@ def causal_attention(
 
 def decode_width(W: int, implementation: str | None = None) -> int:
   """Returns how many numbers a token should take in the cache: TPUs copy whole 128s."""
-  padded = _choose(implementation, DECODE_IMPLEMENTATIONS) == "mosaic_tpu"
+  padded = _choose(implementation, DECODE_IMPLEMENTATIONS, None) == "mosaic_tpu"
   return -(-W // 128) * 128 if padded else W
 
 

@@ -23,7 +23,7 @@ ROWS = WGS * WG_ROWS  # queries, or keys, of a thread block
 KEYS = 128  # that come past at a time, forward
 PAST = 64  # queries or keys that come past at a time, backward
 SMEM_BYTES = 226 * 1024
-MOST_DIMS = 384  # A + U: what of a block's own rows and two steps of the others' fits on chip
+MOST_DIM = 256  # columns of a product
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # finite: a block without visible keys must give no NaN
 
@@ -386,12 +386,17 @@ _attention.defvjp(_fwd, _bwd)
 def refused(q_BSHA, v_BSHU) -> str | None:
   """Returns the rule that the operands break, or None."""
   for name, size in (("A", q_BSHA.shape[3]), ("U", v_BSHU.shape[3])):
-    if size % 64:
-      return f"{name} must be a multiple of 64, got {size}"
-  if (dims := q_BSHA.shape[3] + v_BSHU.shape[3]) > MOST_DIMS:
-    return f"A + U must be at most {MOST_DIMS}, got {dims}"
+    if size % 64 or size > MOST_DIM:
+      return f"{name} must be a multiple of 64, at most {MOST_DIM}, got {size}"
   if q_BSHA.dtype not in (jnp.bfloat16, jnp.float16):
     return f"q, k and v must be bfloat16 or float16, got {q_BSHA.dtype}"
+  A, U = q_BSHA.shape[3], v_BSHU.shape[3]
+  forward, backward = ROWS * (A + 64) + 2 * KEYS * (A + U), ROWS * (A + U + 64) + 2 * PAST * (A + U)
+  if (size := 2 * max(forward, backward)) > SMEM_BYTES:
+    return (
+      f"a block's rows and two steps of the others' must take at most {SMEM_BYTES} bytes on chip, "
+      f"got {size} with A = {A} and U = {U}"
+    )
   return None
 
 

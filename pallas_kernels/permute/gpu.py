@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.mosaic_gpu import call
 
 LANES = 128
+MOST_WIDTH = 256 * LANES  # of a row: a copy takes at most 256 lines
 BLOCK_BYTES = 36 * 1024  # of a block of `combine`: six share a multiprocessor
 
 f32 = jnp.float32
@@ -25,8 +26,8 @@ f32 = jnp.float32
 
 def num_chunks(D: int) -> int:
   """Returns how many times 128 numbers a row has, as copies take it."""
-  if D % LANES or not 0 < D // LANES <= 256:
-    raise ValueError(f"D must be a multiple of {LANES}, at most {256 * LANES}, got {D}")
+  if D % LANES or not 0 < D <= MOST_WIDTH:
+    raise ValueError(f"D must be a multiple of {LANES}, at most {MOST_WIDTH}, got {D}")
   return D // LANES
 
 

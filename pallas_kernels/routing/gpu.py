@@ -26,6 +26,8 @@ AT_ONCE = 8  # R, at most 256 experts
 LANES = 32
 THREADS = 128
 
+MOST_GROUPS = 31  # a bit each of an int32
+
 REMOVED = -(2**31)  # a key below that of -inf
 
 f32, i32 = jnp.float32, jnp.int32
@@ -264,8 +266,8 @@ def _steps_of(a, R: int, width: int):
 
 def refused(rule: Rule) -> str | None:
   """Returns what the kernel does not take of a rule, or None."""
-  if rule.topk_group < rule.n_group and rule.n_group > 32:
-    return f"n_group ({rule.n_group}) must be at most 32 where groups are limited"
+  if rule.topk_group < rule.n_group and rule.n_group > MOST_GROUPS:
+    return f"n_group ({rule.n_group}) must be at most {MOST_GROUPS} where groups are limited"
   return None
 
 
