@@ -379,7 +379,7 @@ def test_attention_and_its_gradients(packed):
 
 def test_attention_refuses():
   (q, k, v, _), _ = _attention_inputs(1, 4, 2, 64, 96)
-  with pytest.raises(ValueError, match="U must be a multiple of 64, got 96"):
+  with pytest.raises(ValueError, match="U must be a multiple of 64, at most 256, got 96"):
     attention.causal_attention(q, k, v, None, 1.0)
   q, k, v = (a[..., :64].astype(np.float32) for a in (q, k, v))
   with pytest.raises(ValueError, match="must be bfloat16 or float16, got float32"):
