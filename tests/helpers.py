@@ -8,7 +8,7 @@ from flax import nnx
 
 from dsmoe import config as config_lib
 from dsmoe import model as model_lib
-from dsmoe import sharding
+from dsmoe import sharding, train_step
 from experiments import base
 
 # One table, by kind of comparison; relative to the largest magnitude. Never raised to pass.
@@ -143,3 +143,13 @@ def largest_intermediate(fn, *args) -> int:
   """Elements of the largest array that any operation of fn(*args) makes."""
   jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
   return max(math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars)
+
+
+def abstract_step(config: config_lib.Config, devices):
+  """Returns a mesh of the devices and a train step's arguments there, as shapes: state, batch."""
+  mesh = sharding.make_mesh(config.mesh, devices)
+  spec = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
+  batch = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), random_batch(config, 0)
+  )
+  return mesh, train_step.abstract_state(config, mesh), batch

@@ -3,9 +3,9 @@
 import jax
 import pytest
 from gpu_topology import h100_devices
-from helpers import random_batch, small_config
+from helpers import abstract_step, small_config
 
-from dsmoe import compile_only, sharding, train_step
+from dsmoe import compile_only, train_step
 
 pytestmark = pytest.mark.gpu
 
@@ -29,14 +29,9 @@ def test_a_step_over_a_mesh_of_h100s_compiles(precision, kernels):
   }
   model = {f"model.{name}": value for name, value in overrides.items()}
   config = small_config(**model, batch_size=len(devices), **{"data.sequence_length": 256})
-  mesh = sharding.make_mesh(config.mesh, devices)
-  spec = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
-  batch = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), random_batch(config, 0)
-  )
-  state = train_step.abstract_state(config, mesh)
+  mesh, *args = abstract_step(config, devices)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    lowered = train_step.make_train_step(config, mesh).lower(state, batch)
+    lowered = train_step.make_train_step(config, mesh).lower(*args)
   text = compile_only.compile_lowered(lowered).as_text()
   missing = [name for name in OWN + kernels if f"{name}_mosaic_gpu" not in text]
   assert not missing, missing

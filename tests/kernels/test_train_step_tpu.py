@@ -2,13 +2,12 @@
 
 import re
 
-import jax
 import numpy as np
 import pytest
-from helpers import random_batch, small_config
+from helpers import abstract_step, small_config
 from topologies import tpu_devices
 
-from dsmoe import compile_only, sharding, train_step
+from dsmoe import compile_only, train_step
 
 pytestmark = pytest.mark.tpu
 
@@ -40,13 +39,8 @@ def test_a_step_over_a_mesh_of_tpus_compiles(topology, precision, kernels):
   }
   model = {f"model.{name}": value for name, value in overrides.items()}
   config = small_config(**model, batch_size=len(devices), **{"data.sequence_length": 256})
-  mesh = sharding.make_mesh(config.mesh, devices)
-  spec = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
-  batch = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), random_batch(config, 0)
-  )
-  state = train_step.abstract_state(config, mesh)
-  lowered = train_step.make_train_step(config, mesh).lower(state, batch)
+  mesh, *args = abstract_step(config, devices)
+  lowered = train_step.make_train_step(config, mesh).lower(*args)
   text = compile_only.compile_lowered(lowered).as_text()
   calls = re.findall(
     r"([a-z_\d]+?)(?:_\d+x\w+)?[.\d]* = [^\n]*? custom-call\([^\n]*tpu_custom_call", text
