@@ -40,11 +40,11 @@ test-gpu: $(VENV)/.cuda13
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m gpu
 
 # The same kernels' values, on the Hopper GPU attached.
-ROUTED := tests/kernels/test_quantized_routed.py
+ROUTED := tests/pallas_kernels/test_quantized_routed.py
 test-on-gpu: $(VENV)/.cuda13
 	DSMOE_TEST_PLATFORM=cuda XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false \
-	  $(BIN)/python -m pytest -n 4 -m "not gpu" tests/kernels/test_gpu.py \
-	  tests/kernels/test_gpu_decode.py $(ROUTED)::test_tokens_are_quantised_on_the_way \
+	  $(BIN)/python -m pytest -n 4 -m "not gpu" tests/pallas_kernels/test_gpu.py \
+	  tests/pallas_kernels/test_gpu_decode.py $(ROUTED)::test_tokens_are_quantised_on_the_way \
 	  $(ROUTED)::test_the_h100s_way_matches_loops
 
 # Compiled as users compile, where the other tests spend less on machine code.

@@ -14,24 +14,18 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from dsmoe import (
-  accounting,
-  batcher,
-  checkpoint,
-  corpus,
-  data,
-  evaluate,
-  host,
-  metrics,
-  plots,
-  progress,
-  records,
-  sharding,
-  train_step,
-)
+from dsmoe import checkpoint, runtime
 from dsmoe import config as config_lib
 from dsmoe.config import Config
-from dsmoe.sampling import Sampling
+from dsmoe.data import batches as data
+from dsmoe.data import records, sources
+from dsmoe.evaluation import evaluate
+from dsmoe.inference import batcher
+from dsmoe.inference.sampling import Sampling
+from dsmoe.parallel import sharding
+from dsmoe.planning import accounting
+from dsmoe.reporting import metrics, plots, progress
+from dsmoe.training import train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; resumed if it exists.")
@@ -151,7 +145,7 @@ def train(
     start = time.perf_counter()
     batch = evaluate.to_global(next(batches), mesh)
     step_fn = step_fn.lower(state, batch).compile()
-    host.release_memory()
+    runtime.release_memory()
     bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
     logged_step, logged_time = first, time.perf_counter()
     saved = first
@@ -219,8 +213,8 @@ def report(config: Config, workdir: epath.Path) -> None:
   """Prints how the run ended, beside the compressors, and where everything lies."""
   rows = progress.summary(metrics.iter_metrics(workdir))
   if "synthetic" not in config.data.validation_globs and config.data.validation_globs:
-    for name, bits in corpus.compressed_bits_per_byte(
-      corpus.validation_documents(config.data)
+    for name, bits in sources.compressed_bits_per_byte(
+      sources.validation_documents(config.data)
     ).items():
       rows.append((f"{name}, bits per byte", f"{bits:.3f}"))
   if config.log.plots:
@@ -238,7 +232,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
-  host.start()
+  runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value)
   workdir = epath.Path(_WORKDIR.value)
   step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None)

@@ -1,6 +1,6 @@
 """Every field there is, once, with its meaning; the other experiments start from here.
 
-The values are those of a small DeepSeek-V3-shaped model. `dsmoe/config.py` holds the
+The values are those of a small DeepSeek-V3-shaped model. `dsmoe/config/schema.py` holds the
 types and the rules. Names that appear in a Hugging Face config.json are spelled as there.
 """
 

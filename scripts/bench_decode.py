@@ -19,11 +19,13 @@ import rich.table
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dsmoe import accounting, batcher, cache, host
 from dsmoe import config as config_lib
 from dsmoe import model as model_lib
+from dsmoe import runtime
 from dsmoe.config import ModelConfig
-from dsmoe.sampling import Sampling
+from dsmoe.inference import batcher, cache
+from dsmoe.inference.sampling import Sampling
+from dsmoe.planning import accounting
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Numbers of rows.")
@@ -84,7 +86,7 @@ def measure(config: ModelConfig, params, router_bias, rows: int) -> dict[str, An
   timed(engine, rows, _NEW.value, rng)
   timed(engine, rows, 1, rng)
   warm_up_secs = time.perf_counter() - start
-  host.release_memory()
+  runtime.release_memory()
   first = [timed(engine, rows, 1, rng) for _ in range(_REPEATS.value)]
   whole = [timed(engine, rows, _NEW.value, rng) for _ in range(_REPEATS.value)]
   first_secs = statistics.median(first)
@@ -106,7 +108,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
-  host.start()
+  runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value).model
   _, params, router_bias = model_lib.split(model_lib.build(config))
   bandwidth = read_bandwidth()

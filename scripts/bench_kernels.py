@@ -23,9 +23,13 @@ import rich.progress
 from absl import app, flags
 from ml_collections import config_flags
 
-from dsmoe import compile_only, host, kernel_bench, kernel_cases, plots
 from dsmoe import config as config_lib
-from dsmoe.kernel_cases import Shape
+from dsmoe import runtime
+from dsmoe.compilers import compile_only
+from dsmoe.kernel_bench import bench
+from dsmoe.kernel_bench import cases as kernel_cases
+from dsmoe.kernel_bench.cases import Shape
+from dsmoe.reporting import plots
 from pallas_kernels import grouped_matmul
 
 # Experiment, tokens a device routes, sequence length, devices the experts are spread over.
@@ -103,7 +107,7 @@ def compiled() -> list[dict]:
   to = rich.console.Console(stderr=True)
   rows = []
   for case in rich.progress.track(cases, f"compiling for {_TOPOLOGY.value}", console=to):
-    rows.append(kernel_bench.compile_row(_TOPOLOGY.value, *case, shapes[case[-1]], _LIMIT.value))
+    rows.append(bench.compile_row(_TOPOLOGY.value, *case, shapes[case[-1]], _LIMIT.value))
     to.print(*case, rows[-1].get("error", "compiled"), markup=False, soft_wrap=True)
   if _PLOT.value:
     plots.draw_roofline(rows, chip.peak_flops, chip.bandwidth, _PLOT.value)
@@ -125,11 +129,11 @@ def timed() -> list[dict]:
   for name, shape in _timed_shapes().items():
     if _TUNE.value:
       tiled = _IMPLEMENTATIONS.value or [grouped_matmul.chosen(None)]
-      rows += kernel_bench.tune(name, shape, tiled, _ROUNDS.value, _TUNE.value)
+      rows += bench.tune(name, shape, tiled, _ROUNDS.value, _TUNE.value)
       continue
     for kernel in _KERNELS.value or [_DEFAULT_KERNEL]:
       names = chosen(kernel, jax.default_backend())
-      rows += kernel_bench.measure(kernel, name, shape, names, _ROUNDS.value, _ORACLE.value)
+      rows += bench.measure(kernel, name, shape, names, _ROUNDS.value, _ORACLE.value)
   return rows
 
 
@@ -170,13 +174,13 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   _check_flags()
   if not _COMPILE_ONLY.value:
-    host.start()
+    runtime.start()
   rows = compiled() if _COMPILE_ONLY.value else timed()
   if _JSON.value:
     print(json.dumps(rows))
   else:
     # As wide as it is: a narrow terminal wraps it, a file holds it whole, nothing is cut.
-    rich.console.Console(width=1000).print(kernel_bench.table(rows))
+    rich.console.Console(width=1000).print(bench.table(rows))
     for row in rows:
       if "error" in row:
         names = (row.get(key, "") for key in ("kernel", "implementation", "direction", "shape"))

@@ -20,9 +20,16 @@ import rich
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dsmoe import accounting, data, evaluate, host, progress, records, sharding, train_step
 from dsmoe import config as config_lib
+from dsmoe import runtime
 from dsmoe.config import Config
+from dsmoe.data import batches as data
+from dsmoe.data import records
+from dsmoe.evaluation import evaluate
+from dsmoe.parallel import sharding
+from dsmoe.planning import accounting
+from dsmoe.reporting import progress
+from dsmoe.training import train_step
 
 _WARMUP_STEPS = 2  # after compiling, not measured
 
@@ -57,7 +64,7 @@ def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
   start = time.perf_counter()
   step_fn = train_step.make_train_step(config, mesh).lower(state, batch).compile()
   compile_secs = time.perf_counter() - start
-  host.release_memory()
+  runtime.release_memory()
 
   tokens = config.batch_size * config.data.sequence_length
   secs = []
@@ -93,7 +100,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
-  host.start()
+  runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value)
   values: dict[str, Any] = {"validation_globs": ()}
   if _SYNTHETIC.value:

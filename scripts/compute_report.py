@@ -14,8 +14,8 @@ import rich.table
 from absl import app, flags
 from ml_collections import config_flags
 
-from dsmoe import accounting
 from dsmoe import config as config_lib
+from dsmoe.planning import accounting
 
 CHIPS = {
   "v4": "TPU v4",

@@ -16,7 +16,9 @@ import rich
 from absl import app, flags, logging
 
 from dsmoe import config as config_lib
-from dsmoe import hf_convert, hf_verify, host, progress
+from dsmoe import runtime
+from dsmoe.huggingface import convert, verify
+from dsmoe.reporting import progress
 from experiments import base
 
 _FOLDER = flags.DEFINE_string("folder", None, "Of Hugging Face's files: read, or made by export.")
@@ -30,7 +32,7 @@ _DTYPE = flags.DEFINE_enum(
 _COMPUTE_DTYPE = flags.DEFINE_enum(
   "compute_dtype", "bfloat16", ["float32", "bfloat16"], "import: of the model's matrix products."
 )
-_FORMAT = flags.DEFINE_enum("format", "bfloat16", hf_convert.FORMATS, "export: of the weights.")
+_FORMAT = flags.DEFINE_enum("format", "bfloat16", convert.FORMATS, "export: of the weights.")
 _UE8M0 = flags.DEFINE_bool("ue8m0", False, "export: FP8 scales are powers of two, in a byte.")
 _MAX_SHARD_BYTES = flags.DEFINE_integer(
   "max_shard_bytes", 5 * 10**9, "export: the most a file of weights takes.", lower_bound=1
@@ -56,7 +58,7 @@ def _required(*options: flags.FlagHolder) -> list[str]:
 def _import() -> None:
   folder, workdir = _required(_FOLDER, _WORKDIR)
   defaults = config_lib.from_config_dict(base.get_config())
-  account = hf_convert.import_folder(
+  account = convert.import_folder(
     folder, workdir, defaults, _COMPUTE_DTYPE.value, dtype=_DTYPE.value
   )
   rows = [(name.replace("_", " "), f"{len(value):,}") for name, value in account._asdict().items()]
@@ -72,19 +74,19 @@ def _import() -> None:
 def _export() -> None:
   workdir, folder = _required(_WORKDIR, _FOLDER)
   options = (_FORMAT.value, _UE8M0.value, _MAX_SHARD_BYTES.value, _STEP.value)
-  step = hf_convert.export_workdir(workdir, folder, *options)
+  step = convert.export_workdir(workdir, folder, *options)
   print(f"{folder}: step {step} of {workdir}, {_FORMAT.value}")
 
 
 def _verify() -> None:
-  first, second = (hf_verify.open_source(path) for path in _required(_FIRST, _SECOND))
+  first, second = (verify.open_source(path) for path in _required(_FIRST, _SECOND))
   shape = (_BATCH_SIZE.value, _SEQUENCE_LENGTH.value)
   tokens = np.random.default_rng(_SEED.value).integers(0, first.config.vocab_size, shape)
-  rows = list(hf_verify.compare(first, second, tokens.astype(np.int32)))
-  rich.print(hf_verify.table(rows))
+  rows = list(verify.compare(first, second, tokens.astype(np.int32)))
+  rich.print(verify.table(rows))
   [logits] = [row for row in rows if row.name == "logits"]
-  print(f"logits differ by {logits.difference:.3g}; worst: {hf_verify.worst(rows).name}")
-  if hf_verify.exceeds(rows, _TOLERANCE.value):
+  print(f"logits differ by {logits.difference:.3g}; worst: {verify.worst(rows).name}")
+  if verify.exceeds(rows, _TOLERANCE.value):
     sys.exit(f"convert_hf: logits must not differ by more than --tolerance={_TOLERANCE.value:g}")
 
 
@@ -113,7 +115,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   try:
     if command == "verify":
-      host.start()
+      runtime.start()
     COMMANDS[command][0]()
   except (ValueError, OSError) as error:
     sys.exit(f"convert_hf: {error}")

@@ -12,7 +12,9 @@ import sys
 import rich
 from absl import app, flags, logging
 
-from dsmoe import evaluate, host, progress
+from dsmoe import runtime
+from dsmoe.evaluation import evaluate
+from dsmoe.reporting import progress
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
 _TEXT = flags.DEFINE_string("text", None, "A glob of text, .jsonl or .parquet files; or stdlib.")
@@ -25,7 +27,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
-  host.start()
+  runtime.start()
   try:
     questions = evaluate.read_questions(_CHOICES.value) if _CHOICES.value else []
     run = evaluate.load_run(_WORKDIR.value, _STEP.value)

@@ -16,8 +16,11 @@ import rich.console
 from absl import app, flags, logging
 from etils import epath
 
-from dsmoe import batcher, evaluate, generation, host, progress, text_model
-from dsmoe.sampling import Sampling
+from dsmoe import runtime
+from dsmoe.evaluation import evaluate
+from dsmoe.inference import batcher, generate, text_model
+from dsmoe.inference.sampling import Sampling
+from dsmoe.reporting import progress
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to continue.")
@@ -39,7 +42,7 @@ _CACHE_BYTES = flags.DEFINE_integer("cache_bytes", 2**30, "The most it takes.", 
 _SPECULATE = flags.DEFINE_bool("speculate", False, "Draft with the MTP module.")
 
 
-def show(figures: generation.Figures, engine: batcher.Batcher) -> None:
+def show(figures: generate.Figures, engine: batcher.Batcher) -> None:
   """Prints what it took, to stderr."""
   stats = engine.stats()
   rows = [
@@ -67,7 +70,7 @@ class Writer:
       *(_PENALTY.value, _SEED.value),
       stop_tokens=self.model.stop_tokens,
     )
-    self.figures = generation.Figures()
+    self.figures = generate.Figures()
 
   def stream(self, texts: list[str], is_chat: bool = False):
     """Yields pieces of the texts' continuations."""
@@ -75,7 +78,7 @@ class Writer:
     encode = self.model.tokenizer.encode
     prompts = [prefix + encode(text, add_special_tokens=False).ids for text in texts]
     args = (self.engine, self.model.vocabulary, prompts, self.settings, _STOP.value)
-    return generation.stream(*args, self.figures)
+    return generate.stream(*args, self.figures)
 
   def chat(self) -> None:
     """Talks until the input ends."""
@@ -124,10 +127,10 @@ def main(argv: list[str]) -> None:
   if (_PROMPT.value is not None) + (_PROMPTS.value is not None) + _CHAT.value != 1:
     raise app.UsageError("give one of --prompt, --prompts and --chat")
   logging.set_verbosity(logging.WARNING)
-  host.start()
+  runtime.start()
   try:
     prompts = (
-      generation.read_prompts(epath.Path(_PROMPTS.value)) if _PROMPTS.value is not None else []
+      generate.read_prompts(epath.Path(_PROMPTS.value)) if _PROMPTS.value is not None else []
     )
     writer = Writer()
     if _CHAT.value:

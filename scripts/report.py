@@ -7,7 +7,7 @@ from absl import app, flags
 from etils import epath
 from rich import console
 
-from dsmoe import metrics, plots, progress
+from dsmoe.reporting import metrics, plots, progress
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
 _PLOTS = flags.DEFINE_bool("plots", True, "Whether to redraw the plots.")

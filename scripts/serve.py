@@ -15,7 +15,9 @@ import sys
 from absl import app, flags, logging
 from etils import epath
 
-from dsmoe import batcher, evaluate, host, text_model
+from dsmoe import runtime
+from dsmoe.evaluation import evaluate
+from dsmoe.inference import batcher, text_model
 from dsmoe.serving import http, server
 from dsmoe.serving.engine import Engine
 
@@ -61,7 +63,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
-  host.start()
+  runtime.start()
   try:
     key = api_key()
     run = evaluate.load_run(_WORKDIR.value, _STEP.value)

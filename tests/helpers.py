@@ -8,7 +8,8 @@ from flax import nnx
 
 from dsmoe import config as config_lib
 from dsmoe import model as model_lib
-from dsmoe import sharding, train_step
+from dsmoe.parallel import sharding
+from dsmoe.training import train_step
 from experiments import base
 
 # One table, by kind of comparison; relative to the largest magnitude. Never raised to pass.

@@ -10,7 +10,8 @@ import pathlib
 import jax
 
 from dsmoe import config as config_lib
-from dsmoe import sharding, train_step
+from dsmoe.parallel import sharding
+from dsmoe.training import train_step
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 EXPERIMENTS = (

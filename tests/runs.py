@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dsmoe import metrics
+from dsmoe.reporting import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHORT_RUN = "tests/configs/short_run.py"

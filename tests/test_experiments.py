@@ -4,9 +4,11 @@ import dataclasses
 import pathlib
 
 import pytest
-from regenerate_golden import EXPERIMENTS, load, texts
 
-from dsmoe import accounting, metrics, train
+from dsmoe import train
+from dsmoe.planning import accounting
+from dsmoe.reporting import metrics
+from tests.regenerate_golden import EXPERIMENTS, load, texts
 
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "experiments"
 

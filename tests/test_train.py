@@ -9,10 +9,11 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import runs
-from helpers import small_config
 
-from dsmoe import metrics, train
+from dsmoe import train
+from dsmoe.reporting import metrics
+from tests import runs
+from tests.helpers import small_config
 
 LAST_STEP = 40
 

@@ -5,9 +5,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from dsmoe.inference.text_model import ServedModel
 from dsmoe.serving.choices import Choice, Entry, Piece, chat_logprobs, completion_logprobs
 from dsmoe.serving.requests import Request
-from dsmoe.text_model import ServedModel
 
 
 class Answer:

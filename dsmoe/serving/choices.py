@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from dsmoe.batcher import Event, Logprob
-from dsmoe.detokenize import Detokenizer, StopStrings
+from dsmoe.inference.batcher import Event, Logprob
+from dsmoe.inference.detokenize import Detokenizer, StopStrings
+from dsmoe.inference.text_model import ServedModel
 from dsmoe.serving.requests import Request
-from dsmoe.text_model import ServedModel
 
 _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from dsmoe.batcher import Batcher, Event
+from dsmoe.inference.batcher import Batcher, Event
 from dsmoe.serving.requests import ApiError, Row
 
 _IDLE_SECS = 0.1

@@ -5,8 +5,8 @@ import json
 import secrets
 from typing import Any, NamedTuple
 
-from dsmoe.sampling import MAX_LOGPROBS, Sampling
-from dsmoe.text_model import ServedModel
+from dsmoe.inference.sampling import MAX_LOGPROBS, Sampling
+from dsmoe.inference.text_model import ServedModel
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256

@@ -20,13 +20,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from dsmoe.inference.text_model import ServedModel
 from dsmoe.serving import requests, streams
 from dsmoe.serving.answers import Answer
 from dsmoe.serving.choices import Piece
 from dsmoe.serving.engine import Engine, Job
-from dsmoe.serving.metrics import Metrics
+from dsmoe.serving.prometheus import Metrics
 from dsmoe.serving.requests import ApiError
-from dsmoe.text_model import ServedModel
 
 _GENERATION = ("/v1/completions", "/v1/chat/completions")
 _ROUTES = (*_GENERATION, "/v1/models", "/health", "/metrics")

@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 from dsmoe.serving.answers import Answer
 from dsmoe.serving.choices import Piece
 from dsmoe.serving.engine import Job
-from dsmoe.serving.metrics import Metrics
+from dsmoe.serving.prometheus import Metrics
 from dsmoe.serving.requests import ApiError
 
 SEND_SECS = 10.0  # a client that reads nothing for so long after its time is up is cut off

@@ -1,0 +1,366 @@
+"""Compiling for accelerators that are not there, and reading what their compilers say."""
+
+import contextlib
+import glob
+import importlib.util
+import math
+import multiprocessing
+import os
+import pathlib
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from dsmoe.compilers import bundle_run, bundles, gpu_resources, hlo, scalar_operands
+
+
+class Chip(NamedTuple):
+  """What one jax device of a kind can do at most."""
+
+  peak_flops: float  # dense bfloat16, FLOP/s
+  bandwidth: float  # HBM, bytes a second
+  clock_hz: float = math.nan  # at which the matrix units reach the peak
+  mxu_size: int = 0
+
+
+# Vendor figures. Peaks and HBM: Google Cloud's pages on v5p (459 TFLOP/s, 2,765 GB/s), v6e (918,
+# 1,640) and TPU7x (2,307 and 7,380 a chip of two devices), NVIDIA's H100 SXM data sheet (989,
+# 3.35 TB/s). Clocks follow from peak = cores x MXUs x rows a cycle x size^2 x 2 x clock.
+CHIPS = {
+  "v5p": Chip(459e12, 2765e9, 1.75e9, 128),
+  "v6e": Chip(918e12, 1640e9, 1.75e9, 256),
+  "tpu7x": Chip(2307e12 / 2, 3690e9, 2.2e9, 256),
+  "h100": Chip(989e12, 3352e9),
+}
+# GpuTargetConfigProto of an H100 SXM: what the compiler asks a device about.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def chip_name(topology: str) -> str:
+  """Returns the kind of chip of a topology's name.
+
+  Raises:
+    ValueError: for a chip whose figures are not known.
+  """
+  name = topology.split(":")[0]
+  if name not in CHIPS:
+    raise ValueError(f"topology must be of a chip among {', '.join(CHIPS)}, got {topology!r}")
+  return name
+
+
+def missing_compiler(topology: str) -> str | None:
+  """Returns what a topology's compiler comes with and is not installed; None if it is there."""
+  gpu = chip_name(topology) == "h100"
+  module, extra = ("jax_cuda13_plugin", "cuda13") if gpu else ("libtpu", "tpu")
+  if importlib.util.find_spec(module):
+    return None
+  return f"{topology} needs {module}, the compiler for it: pip install -e .[{extra}]"
+
+
+def tpu_devices(topology: str) -> list[jax.Device]:
+  """Returns the compile-only devices of a TPU topology, "v5p:2x2x1" say; needs libtpu.
+
+  Raises:
+    RuntimeError: without libtpu, or for a topology it does not know.
+  """
+  # Read when libtpu is loaded: no metadata server, and other processes may hold it too.
+  os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
+  return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+
+
+def h100_devices() -> list[jax.Device]:
+  """Returns compile-only H100s, two hosts of eight; needs the CUDA plugin, but no driver."""
+  os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+  topology = topologies.get_topology_desc(
+    platform="cuda", topology_name="h100", topology="2x8x1", target_config=_H100
+  )
+  return list(topology.devices)
+
+
+def compile_for(device: jax.Device, fn: Callable, *args) -> Any:
+  """Compiles a function for one compile-only device.
+
+  Args:
+    device: of `tpu_devices` or `h100_devices`.
+    fn: a function of arrays.
+    *args: trees of `jax.ShapeDtypeStruct`, one an argument.
+
+  Returns:
+    A `jax.stages.Compiled`.
+  """
+  mesh = jax.sharding.Mesh(np.array([device]), ("device",))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), args)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # where GPU kernels look for the chip
+    return compile_lowered(jax.jit(fn, out_shardings=whole).lower(*args))
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """Compiles what was lowered for compile-only devices, past the persistent cache.
+
+  The cache can write such executables but not read them back.
+  """
+  cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+  jax.config.update("jax_enable_compilation_cache", False)
+  try:
+    return lowered.compile()
+  finally:
+    jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def in_fresh_process(fn: Callable, *args, limit_secs: int = 0) -> Any:
+  """Returns fn(*args) of a process of its own, as compilers read some flags only at their start.
+
+  Args:
+    fn: a function of a module, as the process imports it.
+    *args: its arguments.
+    limit_secs: how long it may take; 0: as long as it likes.
+
+  Raises:
+    TimeoutError: where it takes longer.
+    RuntimeError: where the process dies, with the last lines it printed.
+    Exception: whatever fn raises.
+  """
+  with tempfile.NamedTemporaryFile(mode="r", errors="replace") as log:
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(1, context, _begin, (log.name, limit_secs)) as pool:
+      start = time.monotonic()
+      try:
+        return pool.submit(fn, *args).result()
+      except futures.process.BrokenProcessPool as error:
+        if 0 < limit_secs <= time.monotonic() - start:
+          raise TimeoutError(f"given up after {limit_secs} s") from error
+        last = "\n".join(log.read().strip().splitlines()[-5:])
+        raise RuntimeError(f"the compiling process died: {last}") from error
+
+
+def _begin(path: str, limit_secs: int) -> None:
+  """Prints into a file, and has the system end the process at the limit.
+
+  A handler would not do: Python does not run while a compiler does.
+  """
+  signal.alarm(limit_secs)
+  _print_into(path)
+
+
+def _print_into(path: str) -> None:
+  """Sends what this process and its libraries print into a file."""
+  file = os.open(path, os.O_WRONLY | os.O_APPEND)
+  os.dup2(file, 1)
+  os.dup2(file, 2)
+
+
+@contextlib.contextmanager
+def dumped(topology: str, fn: Callable, *args):
+  """Compiles a function for a TPU; yields (its HLO, the folder its kernels' code lies in).
+
+  Enter it once, first in a process (`in_fresh_process`): libtpu takes its flags when it is loaded.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    # Of some 80 passes over each kernel only the last is written: 50 times less.
+    flags = {
+      "xla_jf_dump_to": folder,
+      "xla_jf_dump_llo_text": "true",
+      "xla_jf_dump_llo_pass_label_regex": "final_.*|deduplication.*",
+    }
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(f"--{k}={v}" for k, v in flags.items())
+    yield compile_for(tpu_devices(topology)[0], fn, *args).as_text(), pathlib.Path(folder)
+
+
+def tpu_figures(topology: str, fn: Callable, *args) -> dict[str, Any]:
+  """Compiles a function for a TPU, as `dumped` does, and returns its `read_figures`.
+
+  Args:
+    args: trees of `jax.ShapeDtypeStruct`, or of arrays where what kernels do depends on them.
+  """
+  scalars = scalar_operands.of_kernels(fn, *args)
+  with dumped(topology, fn, *args) as (text, folder):
+    return read_figures(text, folder, CHIPS[chip_name(topology)], scalars)
+
+
+def h100_figures(fn: Callable, *args) -> dict[str, Any]:
+  """Compiles a function for an H100 and returns what the compiler's program costs.
+
+  Call it first in a process (`in_fresh_process`): it reads what the compiler prints.
+
+  Returns:
+    `bytes`: to and from HBM, each operand and result of a kernel once; and of its Mosaic GPU
+    kernels, the worst of each, None without any: `registers` a thread, `spill_bytes` a thread,
+    `shared_bytes` a block, `blocks_per_sm`.
+  """
+  os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
+  with tempfile.NamedTemporaryFile(mode="r", errors="replace") as printed:
+    _print_into(printed.name)
+    compiled = compile_for(h100_devices()[0], fn, *args)
+    found = list(gpu_resources.h100_resources(printed.read()).values())
+  computations, entry = hlo.parse(compiled.as_text())
+  moved = sum(
+    times * hlo.hbm_bytes(instruction, computation, computations)
+    for instruction, computation, times in hlo.executed(computations, entry)
+  )
+  return {
+    "bytes": moved,
+    "registers": max((k["registers"] for k in found), default=None),
+    "spill_bytes": max(
+      (k["spill_store_bytes"] + k["spill_load_bytes"] for k in found), default=None
+    ),
+    "shared_bytes": max((k["shared_bytes"] for k in found if "shared_bytes" in k), default=None),
+    "blocks_per_sm": min((k["blocks_per_sm"] for k in found if "blocks_per_sm" in k), default=None),
+  }
+
+
+class Kernel(NamedTuple):
+  """A kernel's or fusion's code."""
+
+  code: list[str]  # bundles
+  loops: list[bundles.Loop]
+  use: bundles.Utilization
+
+  def cycles(self) -> int:
+    """Returns its bundles times the trips of their loops, every branch taken."""
+    return int(bundles.runs(self.code, self.loops).sum())
+
+  def run(self, operands: dict, mxu_size: int) -> dict[str, int] | None:
+    """Returns what its code does, given its scalar operands; None where more than those decide.
+
+    Returns:
+      cycles: the bundles a core issues; dma_bytes: to and from HBM; mxu_flops.
+    """
+    cores = 2 if any("BarrierMegacore" in bundle for bundle in self.code) else 1
+    try:
+      runs = [bundle_run.run(self.code, operands, core) for core in range(cores)]
+    except (ValueError, NotImplementedError):
+      return None
+    moved = [(way.count("hbm"), size) for r in runs for way, size in r.moved.items()]
+    return {
+      "cycles": max(int(r.visits_N.sum()) for r in runs),
+      "dma_bytes": sum(times * size for times, size in moved),
+      "mxu_flops": sum(2 * bundles.matmul_macs(self.code, r.visits_N, mxu_size) for r in runs),
+    }
+
+
+def read_kernels(folder: pathlib.Path) -> dict[str, Kernel]:
+  """Returns the kernels of a dump by the name of their HLO instruction."""
+  kernels = {}
+  for path in sorted(folder.glob("*-final_bundles.txt")):
+    match = re.match(r"(\d+-(.+))-\d+-final_bundles\.txt", path.name)
+    if match is None or "schedule-analysis" in path.name:
+      continue
+    table = f"{glob.escape(match[1])}-*-final_hlo-static-per-bundle-utilization.txt"
+    use = bundles.read_utilization(next(folder.glob(table)).read_text())
+    code = bundles.read_bundles(path.read_text())
+    kernels[match[2]] = Kernel(code, bundles.loops(code), use)
+  for path in folder.glob("*-deduplication-map.txt"):
+    for part in path.read_text().split("key:")[1:]:
+      key, *lines = part.split()
+      names = [line for line in lines if not line.startswith(("ordinal", "equivalent", "key"))]
+      kernels |= {name: kernels[key] for name in names if key in kernels and name not in kernels}
+  return kernels
+
+
+def read_figures(
+  text: str, folder: pathlib.Path, chip: Chip, scalars: dict[str, list[dict]] | None = None
+) -> dict[str, Any]:
+  """Counts a compiled program from its HLO and the dump of its kernels.
+
+  Args:
+    text: the HLO.
+    folder: of the dump.
+    chip: it was compiled for.
+    scalars: of `scalar_operands.of_kernels`.
+
+  Returns:
+    bytes: to and from HBM; of a Pallas kernel, what its DMAs move, or its cost_estimate where that
+      depends on more than the scalars.
+    declared_bytes, declared_flops: the cost_estimates of the Pallas kernels, summed.
+    dma_bytes, mxu_flops: what their code does; None where it depends on more than the scalars.
+    vmem_bytes: the most a kernel takes.
+    estimated_cycles: XLA's own figure, summed; sorts and Pallas kernels lack one.
+    schedule_cycles: summed over kernels, the larger of the bundles a core issues and of the time
+      its bytes take at full bandwidth. Of XLA's kernels, with every branch taken; where loops
+      depend on more than the scalars, one pass of them.
+    bundles, mxu_occupancy (the share of MXU slots filled), steady_mxu_occupancy (that of the loop
+      that does most of the work), spill_share and fill_share (slots that spill and refill
+      registers, a bundle): of the Pallas kernels; of all kernels where there is none.
+  """
+  computations, entry = hlo.parse(text)
+  kernels = read_kernels(folder)
+  total = {"bytes": 0, "declared_bytes": 0, "declared_flops": 0, "estimated_cycles": 0}
+  cycles, vmem = 0.0, [0]
+  ours: list[str] = []
+  done: list[dict[str, int] | None] = []
+  found = {}
+  for instruction, computation, times in hlo.executed(computations, entry):
+    name, attributes = instruction.name, instruction.attributes
+    size = hlo.hbm_bytes(instruction, computation, computations)
+    kernel = kernels.get(name)
+    busy = kernel.cycles() if kernel else 0
+    if kernel is not None:
+      found[name] = kernel
+    if '"tpu_custom_call"' in attributes and kernel is not None:
+      flops, declared = _cost_estimate(attributes)
+      # A gradient's kernel is called transpose_jvp_NAME__.1; one without a name, like its function.
+      own_name = max((n for n in scalars or {} if n in name), key=len, default="")
+      calls = (scalars or {}).get(own_name, [{}])
+      earlier = sum(re.sub(r"\.\d+$", "", other) == re.sub(r"\.\d+$", "", name) for other in ours)
+      run = kernel.run(calls[min(earlier, len(calls) - 1)], chip.mxu_size)
+      size = run["dma_bytes"] if run else declared if declared is not None else size
+      busy = run["cycles"] if run else busy
+      total["declared_bytes"] += times * (declared or 0)
+      total["declared_flops"] += times * (flops or 0)
+      ours.append(name)
+      done += [run] * times
+    if own := re.search(r'"estimated_cycles":"(\d{1,15})"', attributes):  # more: not known
+      total["estimated_cycles"] += times * int(own[1])
+    if scoped := re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', attributes):
+      vmem += map(int, re.findall(r'"memory_space":"1"[^}]*"size":"(\d+)"', scoped[1]))
+    total["bytes"] += times * size
+    cycles += times * max(busy, size / chip.bandwidth * chip.clock_hz)
+  counted = [found[name] for name in ours] or list(found.values())
+  steady = [s[1] for k in counted if (s := bundles.steady_state(k.code, k.loops, k.use))]
+  length = max(sum(len(k.code) for k in counted), 1)
+  known = [run for run in done if run is not None]
+  whole = len(known) == len(done) > 0
+  return total | {
+    "dma_bytes": sum(run["dma_bytes"] for run in known) if whole else None,
+    "mxu_flops": sum(run["mxu_flops"] for run in known) if whole else None,
+    "vmem_bytes": max(vmem),
+    "schedule_cycles": round(cycles),
+    "bundles": sum(len(k.code) for k in counted),
+    "mxu_occupancy": sum(len(k.code) * k.use.share("MXU") for k in counted) / length,
+    "steady_mxu_occupancy": max(steady, default=None),
+    "spill_share": sum(k.use.used("VSTORE:SPILL") for k in counted) / length,
+    "fill_share": sum(k.use.used("VLOAD:FILL") for k in counted) / length,
+  }
+
+
+def _cost_estimate(attributes: str) -> tuple[int | None, int | None]:
+  """Returns the FLOPs and bytes that a Pallas kernel declares, None where it does not."""
+  estimate = re.search(r'"cost_estimate":\{([^}]*)\}', attributes)
+  figures = dict(re.findall(r'"(\w+)":"(\d+)"', estimate[1])) if estimate else {}
+  flops, moved = figures.get("flops"), figures.get("bytes_accessed")
+  return flops and int(flops), moved and int(moved)

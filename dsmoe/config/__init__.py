@@ -1,0 +1,34 @@
+"""Frozen configs: every field's type and rule, and how they are built from dicts and JSON."""
+
+from dsmoe.config.build import differences, from_config_dict, from_dict, to_dict
+from dsmoe.config.schema import (
+  BalanceConfig,
+  CheckpointConfig,
+  Config,
+  DataConfig,
+  KernelsConfig,
+  LogConfig,
+  LossConfig,
+  MeshConfig,
+  ModelConfig,
+  OptimConfig,
+  RopeScaling,
+)
+
+__all__ = [
+  "BalanceConfig",
+  "CheckpointConfig",
+  "Config",
+  "DataConfig",
+  "KernelsConfig",
+  "LogConfig",
+  "LossConfig",
+  "MeshConfig",
+  "ModelConfig",
+  "OptimConfig",
+  "RopeScaling",
+  "differences",
+  "from_config_dict",
+  "from_dict",
+  "to_dict",
+]

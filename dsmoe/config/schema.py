@@ -1,0 +1,376 @@
+"""Frozen configs and every rule about them, checked once, before any tracing.
+
+`build.from_config_dict` turns an experiment's ConfigDict into a `Config`; below `train.py` there
+are only these dataclasses. Literals live in `experiments/base.py`.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from dsmoe.config.rules import at_least, one_of, require
+from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul, routing
+from pallas_kernels.routing import SCORING_FUNCS
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """YaRN; `factor` 1 means plain RoPE. Source: arXiv:2309.00071 and DeepSeek's config.json."""
+
+  factor: float
+  original_max_position_embeddings: int
+  beta_fast: float
+  beta_slow: float
+  mscale: float
+  mscale_all_dim: float
+
+  def __post_init__(self):
+    at_least(self, 1.0, "factor")
+    at_least(self, 1, "original_max_position_embeddings")
+    at_least(self, 0.0, "mscale", "mscale_all_dim")
+    require(
+      self.beta_fast >= self.beta_slow > 0,
+      f"beta_fast ({self.beta_fast}) must be at least beta_slow ({self.beta_slow}), both positive",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelsConfig:
+  """Which implementation computes what; None picks by platform. No choice changes a value.
+
+  Except FP8 on Hopper, whose tensor cores keep about 14 bits of a sum (DeepSeek-V3, 3.3.2).
+  """
+
+  routing: str | None = None
+  grouped_matmul: str | None = None
+  attention: str | None = None
+  decode_attention: str | None = None
+  quantized_matmul: str | None = None
+  tuned: str | None = None
+
+  def __post_init__(self):
+    choices: dict[str, Iterable[str]] = {
+      "routing": routing.IMPLEMENTATIONS,
+      "grouped_matmul": grouped_matmul.IMPLEMENTATIONS,
+      "attention": mla_attention.CAUSAL_IMPLEMENTATIONS,
+      "decode_attention": mla_attention.DECODE_IMPLEMENTATIONS,
+      "quantized_matmul": quantized_matmul.IMPLEMENTATIONS,
+    }
+    for name, implementations in choices.items():
+      one_of(f"kernels.{name}", getattr(self, name), (None, *implementations))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """One model. Field meanings: `experiments/base.py`."""
+
+  vocab_size: int
+  hidden_size: int
+  num_hidden_layers: int
+  first_k_dense_replace: int
+  intermediate_size: int
+  rms_norm_eps: float
+  initializer_range: float
+  tie_word_embeddings: bool
+  max_position_embeddings: int
+  num_attention_heads: int
+  q_lora_rank: int | None
+  kv_lora_rank: int
+  qk_nope_head_dim: int
+  qk_rope_head_dim: int
+  v_head_dim: int
+  attention_bias: bool
+  rope_theta: float
+  rope_interleave: bool
+  rope_scaling: RopeScaling
+  n_routed_experts: int
+  n_shared_experts: int
+  num_experts_per_tok: int
+  moe_intermediate_size: int
+  scoring_func: str
+  topk_method: str
+  n_group: int
+  topk_group: int
+  norm_topk_prob: bool
+  routed_scaling_factor: float
+  num_nextn_predict_layers: int
+  compute_dtype: str
+  remat: str
+  dispatch: str
+  attention_chunk_tokens: int
+  # Runs saved before these have neither.
+  matmul_precision: str = "compute_dtype"
+  kernels: KernelsConfig = KernelsConfig()
+
+  @property
+  def num_moe_layers(self) -> int:
+    """Layers of the main stack that have experts."""
+    return self.num_hidden_layers - self.first_k_dense_replace
+
+  @property
+  def qk_head_dim(self) -> int:
+    return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+  @property
+  def quantization(self) -> tuple[str | None, bool]:
+    """What the FP8 matmuls want: an implementation, and whether scales are powers of two."""
+    return self.kernels.quantized_matmul, self.matmul_precision == "fp8_ue8m0"
+
+  @property
+  def uses_router_bias(self) -> bool:
+    return self.topk_method == "noaux_tc" and self.num_moe_layers > 0
+
+  def __post_init__(self):
+    at_least(
+      self,
+      1,
+      *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"),
+      *("max_position_embeddings", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"),
+      *("qk_rope_head_dim", "v_head_dim", "attention_chunk_tokens"),
+    )
+    at_least(self, 0, "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
+    require(self.rms_norm_eps > 0, f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
+    require(self.rope_theta > 1, f"rope_theta must be above 1, got {self.rope_theta}")
+    at_least(self, 0, "initializer_range")
+    require(
+      self.q_lora_rank is None or self.q_lora_rank >= 1,
+      f"q_lora_rank must be None or at least 1, got {self.q_lora_rank}",
+    )
+    require(
+      self.qk_rope_head_dim % 2 == 0,
+      f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}",
+    )
+    require(
+      self.first_k_dense_replace <= self.num_hidden_layers,
+      f"first_k_dense_replace ({self.first_k_dense_replace}) must not exceed "
+      f"num_hidden_layers ({self.num_hidden_layers})",
+    )
+    one_of("scoring_func", self.scoring_func, SCORING_FUNCS)
+    one_of("topk_method", self.topk_method, ("noaux_tc", "group_limited_greedy", "greedy"))
+    one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
+    one_of("remat", self.remat, ("none", "dots", "full"))
+    one_of("dispatch", self.dispatch, ("local", "dense"))
+    one_of("matmul_precision", self.matmul_precision, ("compute_dtype", "fp8", "fp8_ue8m0"))
+    require(
+      self.matmul_precision == "compute_dtype" or self.dispatch == "local",
+      f"matmul_precision {self.matmul_precision!r} needs dispatch 'local', got {self.dispatch!r}",
+    )
+    if self.num_moe_layers:
+      self._check_experts()
+
+  def _check_experts(self):
+    E, G, K = self.n_routed_experts, self.n_group, self.num_experts_per_tok
+    at_least(self, 1, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
+    at_least(self, 1, "n_group", "topk_group")
+    require(E % G == 0, f"n_routed_experts ({E}) must be divisible by n_group ({G})")
+    require(self.topk_group <= G, f"topk_group ({self.topk_group}) must not exceed n_group ({G})")
+    require(
+      self.topk_method != "greedy" or G == 1,
+      f"topk_method 'greedy' has no groups: n_group must be 1, got {G}",
+    )
+    reachable = self.topk_group * (E // G)
+    require(
+      reachable >= K,
+      f"num_experts_per_tok ({K}) must not exceed the {reachable} experts of topk_group "
+      f"({self.topk_group}) groups of {E // G}",
+    )
+    require(
+      self.topk_method != "noaux_tc" or G == 1 or E // G >= 2,
+      f"topk_method 'noaux_tc' ranks groups by their top 2: n_routed_experts ({E}) / n_group "
+      f"({G}) must be at least 2",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+  """Who moves the load between experts; see `dsmoe/training/balance.py`."""
+
+  methods: tuple[str, ...]
+  bias_update_speed: float
+  bias_freeze_step: int
+  sequence_loss_weight: float
+
+  def __post_init__(self):
+    for method in self.methods:
+      one_of("balance.methods", method, ("bias", "sequence"))
+    require(
+      len(set(self.methods)) == len(self.methods),
+      f"balance.methods must name each method once, got {self.methods}",
+    )
+    at_least(self, 0.0, "bias_update_speed", "sequence_loss_weight")
+    at_least(self, -1, "bias_freeze_step")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """Weights of the losses; see `dsmoe/training/losses.py`."""
+
+  cross_entropy_chunk_tokens: int
+  z_loss_weight: float
+  mtp_loss_weight: float
+  mtp_final_loss_weight: float
+  mtp_switch_step: int
+
+  def __post_init__(self):
+    at_least(self, 1, "cross_entropy_chunk_tokens")
+    at_least(self, 0.0, "z_loss_weight", "mtp_loss_weight", "mtp_final_loss_weight")
+    at_least(self, -1, "mtp_switch_step")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """Optimizer and learning-rate schedule; see `dsmoe/training/optim.py`."""
+
+  name: str
+  learning_rate: float
+  schedule: str
+  warmup_steps: int
+  decay_steps: int
+  final_learning_rate: float
+  beta1: float
+  beta2: float
+  epsilon: float
+  weight_decay: float
+  clip_norm: float
+  moment_dtype: str
+
+  def __post_init__(self):
+    one_of("optim.name", self.name, ("adamw",))
+    one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
+    one_of("optim.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
+    at_least(self, 0, "warmup_steps", "decay_steps", "weight_decay", "clip_norm")
+    at_least(self, 0.0, "learning_rate", "final_learning_rate")
+    for name in ("beta1", "beta2"):
+      value = getattr(self, name)
+      require(0 <= value < 1, f"optim.{name} must be in [0, 1), got {value}")
+    require(self.epsilon > 0, f"optim.epsilon must be positive, got {self.epsilon}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where tokens come from; see `dsmoe/data/batches.py`."""
+
+  train_globs: tuple[str, ...]
+  train_weights: tuple[float, ...]
+  validation_globs: tuple[str, ...]
+  text_field: str
+  tokenizer: str
+  cache_dir: str
+  sequence_length: int
+  cross_document_attention: bool
+  fim_rate: float
+  seed: int
+
+  def __post_init__(self):
+    require(len(self.train_globs) > 0, "data.train_globs must name at least one source, got ()")
+    require(
+      len(self.train_globs) == len(self.train_weights),
+      f"data.train_weights ({len(self.train_weights)} values) must have one weight for each of "
+      f"data.train_globs ({len(self.train_globs)})",
+    )
+    for weight in self.train_weights:
+      require(weight > 0, f"data.train_weights must be positive, got {self.train_weights}")
+    at_least(self, 2, "sequence_length")
+    require(0 <= self.fim_rate <= 1, f"data.fim_rate must be in [0, 1], got {self.fim_rate}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices along each mesh axis; see `dsmoe/parallel/sharding.py`."""
+
+  stage: int
+  data: int
+  expert: int
+  context: int
+  model: int
+
+  def __post_init__(self):
+    require(
+      self.data == -1 or self.data >= 1, f"mesh.data must be -1 or at least 1, got {self.data}"
+    )
+    for axis in ("stage", "expert", "context", "model"):
+      size = getattr(self, axis)
+      require(size == 1, f"mesh.{axis} must be 1 (that axis does not exist yet), got {size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """What is kept of a run; see `dsmoe/checkpoint/checkpointer.py`."""
+
+  save_every_steps: int
+  keep_last: int
+  keep_every_steps: int
+
+  def __post_init__(self):
+    at_least(self, 1, "save_every_steps", "keep_last")
+    at_least(self, 0, "keep_every_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """What is measured and when; see `dsmoe/reporting/metrics.py`."""
+
+  log_every_steps: int
+  eval_every_steps: int
+  eval_batches: int
+  sample_tokens: int
+  tensorboard: bool
+  plots: bool
+
+  def __post_init__(self):
+    at_least(self, 1, "log_every_steps", "eval_every_steps")
+    at_least(self, -1, "eval_batches")
+    at_least(self, 0, "sample_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole experiment."""
+
+  seed: int
+  batch_size: int
+  num_microbatches: int
+  num_steps: int
+  model: ModelConfig
+  balance: BalanceConfig
+  loss: LossConfig
+  optim: OptimConfig
+  data: DataConfig
+  mesh: MeshConfig
+  checkpoint: CheckpointConfig
+  log: LogConfig
+
+  def __post_init__(self):
+    at_least(self, 1, "batch_size", "num_microbatches", "num_steps")
+    require(
+      self.batch_size % self.num_microbatches == 0,
+      f"batch_size ({self.batch_size}) must be divisible by num_microbatches "
+      f"({self.num_microbatches})",
+    )
+    S, longest = self.data.sequence_length, self.model.max_position_embeddings
+    require(
+      S <= longest,
+      f"data.sequence_length ({S}) must not exceed model.max_position_embeddings ({longest})",
+    )
+    require(
+      self.model.num_nextn_predict_layers < S - 1,
+      f"num_nextn_predict_layers ({self.model.num_nextn_predict_layers}) must leave targets in a "
+      f"sequence of {S} tokens",
+    )
+    require(
+      "bias" not in self.balance.methods
+      or self.model.uses_router_bias
+      or not self.model.num_moe_layers,
+      f"balance.methods 'bias' needs model.topk_method 'noaux_tc', got {self.model.topk_method!r}",
+    )
+    o = self.optim
+    tail = o.decay_steps if o.schedule == "wsd" else 0
+    require(
+      o.warmup_steps + tail <= self.num_steps,
+      f"optim.warmup_steps ({o.warmup_steps}) plus decay_steps ({tail}) must not exceed "
+      f"num_steps ({self.num_steps})",
+    )
+    require(
+      o.schedule != "cosine" or o.warmup_steps < self.num_steps,
+      f"optim.schedule 'cosine' needs steps after warm-up: optim.warmup_steps ({o.warmup_steps}) "
+      f"must be below num_steps ({self.num_steps})",
+    )

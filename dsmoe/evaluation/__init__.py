@@ -1,0 +1,1 @@
+"""How good a checkpoint is: the loss on a text, and multiple choice."""

@@ -1,0 +1,293 @@
+"""How good a checkpoint is: loss on a text, and the likelihood of given continuations.
+
+Shapes: B rows, S tokens of a row, M = B * S, D hidden, V vocabulary.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from tokenizers import Tokenizer
+
+from dsmoe import checkpoint
+from dsmoe import model as model_lib
+from dsmoe.config import Config
+from dsmoe.data import batches as data
+from dsmoe.data import records
+from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.parallel import sharding
+from dsmoe.training import train_step
+
+
+class Run(NamedTuple):
+  """A checkpoint, loaded onto a mesh of all devices."""
+
+  config: Config
+  tokenizer_path: epath.Path
+  params: Any
+  router_bias: Any
+  mesh: jax.sharding.Mesh
+  step: int
+
+  def tokenizer(self) -> Tokenizer:
+    """Returns the run's tokenizer.
+
+    Raises:
+      ValueError: when there is none, the run's data being synthetic.
+    """
+    if not self.tokenizer_path.exists():
+      raise ValueError(f"the run must have a tokenizer, {self.tokenizer_path} does not exist")
+    return tokenizer_lib.load_tokenizer(self.tokenizer_path, self.config.model.vocab_size)
+
+
+def load_run(workdir: epath.PathLike, step: int | None = None) -> Run:
+  """Loads a run's newest checkpoint, or that of `step`.
+
+  Raises:
+    ValueError: when `workdir` holds no run or no such checkpoint.
+  """
+  workdir = epath.Path(workdir)
+  config = checkpoint.load_config(workdir)
+  # The run may have been on more devices than there are here.
+  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1))
+  mesh = sharding.make_mesh(config.mesh)
+  params, router_bias, step = load_weights(config, workdir, mesh, step)
+  folder = epath.Path(config.data.cache_dir or workdir / "data")
+  return Run(config, folder / "tokenizer.json", params, router_bias, mesh, step)
+
+
+def load_weights(config: Config, workdir: epath.PathLike, mesh, step: int | None = None):
+  """Restores (params, router_bias, step) of a run onto a mesh."""
+  abstract = train_step.abstract_state(config, mesh)
+  return checkpoint.restore_weights(workdir, abstract.params, abstract.router_bias, step)
+
+
+def to_global(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+  """Turns this process's rows into global arrays sharded over the mesh."""
+  shard = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
+  return {k: jax.make_array_from_process_local_data(shard, v) for k, v in batch.items()}
+
+
+def validation_nats(eval_step, state, batches: Iterable[dict], mesh, limit: int = -1):
+  """Returns (nats, tokens) summed over at most `limit` batches (-1: all).
+
+  Args:
+    eval_step: from `train_step.make_eval_step`.
+    state: a TrainState; only its params and router_bias are used.
+    batches: as `data.validation_batches` yields them.
+    mesh: the state's.
+    limit: -1 for all batches.
+  """
+  sums = [
+    eval_step(state, to_global(batch, mesh))
+    for batch in itertools.islice(batches, None if limit < 0 else limit)
+  ]
+  sums = jax.device_get(sums)
+  return sum(float(n) for n, _ in sums), sum(float(w) for _, w in sums)
+
+
+def score_text(run: Run, text_glob: str) -> dict[str, float]:
+  """Measures the loss on a text, every token of it, as the training loop's validation does.
+
+  Args:
+    run: from `load_run`.
+    text_glob: as in `data.validation_globs`: text, .jsonl or .parquet files, or "stdlib".
+
+  Returns:
+    `nats_per_token`, `perplexity`, `bits_per_byte`, and the numbers of `tokens` (ends of
+    documents among them) and `bytes`.
+
+  Raises:
+    ValueError: when nothing matches, or the run has no tokenizer.
+  """
+  run.tokenizer()
+  shards = sharding.num_batch_shards(run.mesh)
+  config = dataclasses.replace(
+    run.config,
+    batch_size=run.config.batch_size + -run.config.batch_size % shards,
+    num_microbatches=1,
+    data=dataclasses.replace(
+      run.config.data,
+      train_globs=("synthetic",),
+      train_weights=(1.0,),
+      validation_globs=(text_glob,),
+      tokenizer=str(run.tokenizer_path),
+    ),
+  )
+  state = train_step.TrainState(None, run.params, None, run.router_bias)
+  with tempfile.TemporaryDirectory() as folder:
+    prepared = records.prepare(config.data, config.model.vocab_size, folder)
+    processes = (jax.process_index(), jax.process_count())
+    batches = data.validation_batches(prepared, config.data, config.batch_size, *processes)
+    eval_step = train_step.make_eval_step(config, run.mesh)
+    nats, tokens = validation_nats(eval_step, state, batches, run.mesh)
+  return {
+    "nats_per_token": nats / tokens,
+    "perplexity": math.exp(nats / tokens),
+    "bits_per_byte": nats / math.log(2) / prepared.validation_bytes,
+    "tokens": round(tokens),
+    "bytes": prepared.validation_bytes,
+  }
+
+
+def make_row_loglikelihoods(config: Config, mesh):
+  """Returns the jitted (params, bias, tokens_BS, targets_BS, weights_BS) -> float32 [B].
+
+  The result is the sum of weight * log p(target) over each row, rows being one document.
+  """
+  graphdef, params, router_bias = train_step.model_parts(config)
+
+  def rows(params, router_bias, tokens_BS, targets_BS, weights_BS):
+    B, S = tokens_BS.shape
+    model = nnx.merge(graphdef, model_lib.compute_cast(params, config.model), router_bias)
+    positions_BS = jnp.broadcast_to(jnp.arange(S), tokens_BS.shape)
+    hidden_BSD = model(tokens_BS, positions_BS).hidden_BSD
+    head_DV = model.gathered_head()
+
+    def log_p(chunk):
+      x_cD, targets_c = chunk
+      logits_cV = jnp.matmul(x_cD, head_DV, preferred_element_type=jnp.float32)
+      target_c = jnp.take_along_axis(logits_cV, targets_c[:, None], axis=-1)[:, 0]
+      return target_c - jax.nn.logsumexp(logits_cV, axis=-1)
+
+    size = math.gcd(B * S, config.loss.cross_entropy_chunk_tokens)
+    chunks = (hidden_BSD.reshape(-1, size, hidden_BSD.shape[-1]), targets_BS.reshape(-1, size))
+    log_p_BS = jax.lax.map(log_p, chunks).reshape(B, S)
+    return jnp.sum(log_p_BS * weights_BS, axis=1)
+
+  batch = sharding.batch_spec()
+  specs = (sharding.parameter_specs(params), sharding.parameter_specs(router_bias))
+  return jax.jit(sharding.shard_map(rows, mesh, (*specs, batch, batch, batch), batch))
+
+
+def loglikelihoods(
+  run: Run, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
+) -> np.ndarray:
+  """Returns log p(continuation | context) in nats, float64 [len(pairs)].
+
+  Args:
+    run: from `load_run`.
+    pairs: token ids of (context, continuation), at least one each.
+    batch_size: rows computed at once, rounded up to the devices.
+
+  Raises:
+    ValueError: for an empty part, or a pair longer than max_position_embeddings.
+  """
+  limit = run.config.model.max_position_embeddings
+  for number, (context, continuation) in enumerate(pairs):
+    if not len(context) or not len(continuation):
+      raise ValueError(
+        f"context and continuation must have at least 1 token each, got {len(context)} and "
+        f"{len(continuation)} in pair {number}"
+      )
+    if len(context) + len(continuation) - 1 > limit:
+      raise ValueError(
+        f"context plus continuation ({len(context)} + {len(continuation)} tokens, pair {number}) "
+        f"must not exceed max_position_embeddings ({limit}) by more than 1"
+      )
+  fn = make_row_loglikelihoods(run.config, run.mesh)
+  B = batch_size + -batch_size % sharding.num_batch_shards(run.mesh)
+  result = np.zeros(len(pairs))
+  order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+  for group in [order[i : i + B] for i in range(0, len(order), B)]:
+    longest = max(len(pairs[i][0]) + len(pairs[i][1]) - 1 for i in group)
+    S = min(max(16, 1 << (longest - 1).bit_length()), limit)  # few shapes, few compilations
+    tokens_BS, targets_BS = np.zeros((2, B, S), np.int32)
+    weights_BS = np.zeros((B, S), np.float32)
+    for row, i in enumerate(group):
+      context, continuation = pairs[i]
+      ids = [*context, *continuation]
+      tokens_BS[row, : len(ids) - 1] = ids[:-1]
+      targets_BS[row, : len(ids) - 1] = ids[1:]
+      weights_BS[row, len(context) - 1 : len(ids) - 1] = 1
+    values = fn(run.params, run.router_bias, tokens_BS, targets_BS, weights_BS)
+    result[group] = np.asarray(values)[: len(group)]
+  return result
+
+
+class Question(NamedTuple):
+  """One multiple-choice question; `answer` is an index into `choices`."""
+
+  prompt: str
+  choices: list[str]
+  answer: int
+
+
+def read_questions(path: epath.PathLike) -> list[Question]:
+  """Reads JSONL with "question" or "prompt", "choices" and "answer" (from 0) in each line.
+
+  Raises:
+    ValueError: for a missing file or a line of another form, naming it.
+  """
+  path = epath.Path(path)
+  if not path.exists():
+    raise ValueError(f"the file of questions must exist, got {path}")
+  questions = []
+  for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+      prompt = row["question"] if "question" in row else row["prompt"]
+      choices, answer = row["choices"], row["answer"]
+      fine = isinstance(prompt, str) and all(isinstance(c, str) and c for c in choices)
+      fine = fine and type(answer) is int and 0 <= answer < len(choices) and len(choices) > 1
+    except (ValueError, KeyError, TypeError):
+      fine = False
+    if not fine:
+      raise ValueError(
+        f'{path}, line {number}: must be {{"question": text, "choices": [texts], "answer": '
+        f"index}} with at least 2 choices, got {line[:80]!r}"
+      )
+    questions.append(Question(prompt, list(choices), answer))
+  if not questions:
+    raise ValueError(f"the file of questions must have at least 1 line, {path} has none")
+  return questions
+
+
+def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[int], list[int]]:
+  """Encodes prompt and choice apart, joined by a space unless there is white space already.
+
+  White space between the two belongs to the continuation, as in running text; an empty
+  prompt is the end of a document.
+  """
+  context = prompt.rstrip()
+  between = prompt[len(context) :]
+  if context and not between and not choice[0].isspace():
+    between = " "
+  encode = tokenizer_lib.text_only(tokenizer).encode
+  ids = [encode(text, add_special_tokens=False).ids for text in (context, between + choice)]
+  return ids[0] or [tokenizer_lib.eos_id(tokenizer)], ids[1]
+
+
+def score_choices(run: Run, questions: Sequence[Question]) -> dict[str, float]:
+  """Answers each question with its likeliest choice.
+
+  Returns:
+    `accuracy` by the sum of log-likelihoods and `accuracy_per_byte` by that sum over the
+    choice's bytes; `margin` and `margin_per_byte`, the mean of how far the right choice lies
+    above the best wrong one, in nats; `questions`, their number.
+  """
+  tokenizer = run.tokenizer()
+  pairs = [encode_choice(tokenizer, q.prompt, choice) for q in questions for choice in q.choices]
+  scores = loglikelihoods(run, pairs)
+  bytes_ = np.array([len(choice.encode()) for q in questions for choice in q.choices])
+  result: dict[str, float] = {"questions": len(questions)}
+  starts = np.cumsum([len(q.choices) for q in questions])[:-1]
+  for suffix, values in (("", scores), ("_per_byte", scores / bytes_)):
+    margins = [
+      choice_scores[q.answer] - np.delete(choice_scores, q.answer).max()
+      for q, choice_scores in zip(questions, np.split(values, starts))
+    ]
+    result[f"accuracy{suffix}"] = float(np.mean(np.array(margins) > 0))
+    result[f"margin{suffix}"] = float(np.mean(margins))
+  return result

@@ -1,0 +1,300 @@
+"""Hugging Face checkpoints of DeepSeek-V2 and -V3 models: config.json, safetensors, names.
+
+`BLOCK`, `MTP` and `TOP` are the one table of names, and `Slot` turns a tensor either way.
+
+Shapes: L layers of a stack, E routed experts; a part of a leaf keeps the model's own dims.
+"""
+
+import math
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from dsmoe import model as model_lib
+from dsmoe.config import ModelConfig
+from dsmoe.huggingface import files, staging
+from dsmoe.huggingface.config import config_at, config_from_hf, config_to_hf, fail, fp8_block
+from dsmoe.huggingface.files import INDEX, WEIGHTS, Weights
+
+__all__ = ["INDEX", "WEIGHTS", "config_from_hf", "config_to_hf", "layout", "load_pretrained"]
+
+# Published name, our path, and how many of our leading dimensions a Linear sums over: it is
+# published as [outputs, inputs], we keep [*inputs, *outputs]. 0: stored as it is.
+BLOCK = (
+  ("input_layernorm.weight", "attention_norm", 0),
+  ("self_attn.q_proj.weight", "attention/q_proj", 1),
+  ("self_attn.q_a_proj.weight", "attention/q_a_proj", 1),
+  ("self_attn.q_a_proj.bias", "attention/q_a_bias", 0),
+  ("self_attn.q_a_layernorm.weight", "attention/q_a_norm", 0),
+  ("self_attn.q_b_proj.weight", "attention/q_b_proj", 1),
+  ("self_attn.kv_a_proj_with_mqa.weight", "attention/kv_a_proj", 1),
+  ("self_attn.kv_a_proj_with_mqa.bias", "attention/kv_a_bias", 0),
+  ("self_attn.kv_a_layernorm.weight", "attention/kv_a_norm", 0),
+  ("self_attn.kv_b_proj.weight", "attention/kv_b_proj", 1),
+  ("self_attn.o_proj.weight", "attention/o_proj", 2),
+  ("self_attn.o_proj.bias", "attention/o_bias", 0),
+  ("post_attention_layernorm.weight", "mlp_norm", 0),
+  ("mlp.gate_proj.weight", "mlp/w_gate", 1),
+  ("mlp.up_proj.weight", "mlp/w_up", 1),
+  ("mlp.down_proj.weight", "mlp/w_down", 1),
+  ("mlp.gate.weight", "mlp/router", 1),
+  ("mlp.gate.e_score_correction_bias", "mlp/router_bias", 0),
+  ("mlp.experts.{}.gate_proj.weight", "mlp/experts/w_gate", 1),
+  ("mlp.experts.{}.up_proj.weight", "mlp/experts/w_up", 1),
+  ("mlp.experts.{}.down_proj.weight", "mlp/experts/w_down", 1),
+  ("mlp.shared_experts.gate_proj.weight", "mlp/shared/w_gate", 1),
+  ("mlp.shared_experts.up_proj.weight", "mlp/shared/w_up", 1),
+  ("mlp.shared_experts.down_proj.weight", "mlp/shared/w_down", 1),
+)
+MTP = (
+  ("enorm.weight", "embed_norm", 0),
+  ("hnorm.weight", "hidden_norm", 0),
+  ("eh_proj.weight", "eh_proj", 1),
+  ("shared_head.norm.weight", "norm", 0),
+  *((name, f"block/{ours}", inputs) for name, ours, inputs in BLOCK),
+)
+TOP = (
+  ("model.embed_tokens.weight", "embed", 0),
+  ("model.norm.weight", "norm", 0),
+  ("lm_head.weight", "head", 1),
+)
+# Frequencies, which config.json determines; old releases stored them.
+IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+
+
+class Slot(NamedTuple):
+  """Where one published tensor lives in our parameters."""
+
+  path: tuple[str, ...]  # of the leaf
+  at: tuple[int, ...]  # into its layer and expert dimensions
+  shape: tuple[int, ...]  # of the part there
+  inputs: int  # see BLOCK
+
+  @property
+  def hf_shape(self) -> tuple[int, ...]:
+    if not self.inputs:
+      return self.shape
+    return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
+
+  @property
+  def _rows(self) -> int:
+    """Published rows for one step along our first output dimension."""
+    return math.prod(self.shape[self.inputs + 1 :]) if self.inputs else 1
+
+  def to_ours(self, rows):
+    """Turns a published tensor, or whole outputs of it, into our part."""
+    if not self.inputs:
+      return rows
+    return _transposed(rows).reshape(*self.shape[: self.inputs], -1, *self.shape[self.inputs + 1 :])
+
+  def to_hf(self, part):
+    """Turns our part, or some of its first output dimension, into published rows."""
+    if not self.inputs:
+      return part
+    return _transposed(part.reshape(math.prod(self.shape[: self.inputs]), -1))
+
+  def block(self, limit: int) -> int:
+    """Returns how much of the first output dimension makes a piece of about `limit` numbers.
+
+    A piece's rows are a multiple of 128, as FP8 scales want it, or all there are.
+    """
+    size = self.shape[self.inputs]
+    unit = 128 // math.gcd(128, self._rows)
+    return min(max(limit * size // math.prod(self.shape) // unit, 1) * unit, size)
+
+  def pieces(self, limit: int) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+    """Yields published rows, and where they lie in our leaf, piece by piece."""
+    size, block, rows = self.shape[self.inputs], self.block(limit), self._rows
+    for first in range(0, size, block):
+      last = min(first + block, size)
+      index = (*self.at, *(slice(None),) * self.inputs, slice(first, last))
+      yield slice(first * rows, last * rows), index
+
+
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+  """Copies a matrix's transpose, in strips: three times as fast as NumPy at once."""
+  result = np.empty(matrix.shape[::-1], matrix.dtype)
+  for i in range(0, len(matrix), 16):
+    result[:, i : i + 16] = matrix[i : i + 16].T
+  return result
+
+
+def flat(tree) -> dict[tuple[str, ...], Any]:
+  """Returns a nested dict's leaves by path."""
+  return {tuple(key.key for key in path): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def layout(params: Any, router_bias: Any, config: ModelConfig) -> dict[str, Slot]:
+  """Maps the name of every published tensor of this model to its place in ours.
+
+  Args:
+    params, router_bias: as `model.split` returns them; arrays or only their shapes.
+  """
+  leaves = {**flat(params), **flat(router_bias)}
+  slots = {name: Slot((o,), (), leaves[o,].shape, n) for name, o, n in TOP if (o,) in leaves}
+  num_dense, num_layers = config.first_k_dense_replace, config.num_hidden_layers
+  for stack, first, rows in (
+    ("dense_layers", 0, BLOCK),
+    ("moe_layers", num_dense, BLOCK),
+    ("mtp", num_layers, MTP),
+  ):
+    for name, ours, inputs in rows:
+      path = (stack, *ours.split("/"))
+      shape = leaves[path].shape if path in leaves else (0,)
+      depth = 2 if "{}" in name else 1
+      for index in np.ndindex(*shape[:depth]):
+        hf_name = f"model.layers.{first + index[0]}." + name.format(*index[1:])
+        slots[hf_name] = Slot(path, index, shape[depth:], inputs)
+  assert {slot.path for slot in slots.values()} == set(leaves)
+  return slots
+
+
+def copies_of(config: ModelConfig) -> dict[str, str]:
+  """Returns tensors a file may repeat, and what each must equal."""
+  embed = "model.embed_tokens.weight"
+  head = embed if config.tie_word_embeddings else "lm_head.weight"
+  copies = {"lm_head.weight": embed} if config.tie_word_embeddings else {}
+  for k in range(config.num_nextn_predict_layers):
+    layer = f"model.layers.{config.num_hidden_layers + k}"
+    copies |= {f"{layer}.embed_tokens.weight": embed, f"{layer}.shared_head.head.weight": head}
+  return copies
+
+
+class Account(NamedTuple):
+  """What becomes of every tensor of a published checkpoint."""
+
+  stored_as_is: list[str]
+  transposed: list[str]
+  dequantised: list[str]
+  ignored: dict[str, str]  # and why
+
+
+class Opened(NamedTuple):
+  """A published checkpoint whose every tensor is accounted for, none read yet."""
+
+  config: ModelConfig
+  weights: Weights
+  slots: dict[str, Slot]
+  account: Account
+
+  def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Reads rows of a tensor as they are published, FP8 ones scaled to float32."""
+    return self.weights.read(name, start, stop)
+
+
+def shapes_of(config: ModelConfig) -> tuple[Any, Any, Any]:
+  """Returns `model.split` of the model's shapes; nothing is computed."""
+  return model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
+
+
+def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
+  """Reads config.json and which tensors there are; see `load_pretrained`."""
+  path = (folder := pathlib.Path(folder)) / "config.json"
+  if not path.exists():
+    fail(f"{folder} must hold config.json, it has none")
+  hf = files.read_json(path)
+  config = config_at(path, hf, **fields)
+  weights = Weights(folder, fp8_block(hf))
+  numbers = [re.match(r"model\.layers\.(\d+)\.", name) for name in weights.stored]
+  last = max((int(number[1]) for number in numbers if number), default=-1)
+  if (
+    config.num_nextn_predict_layers
+    and last < config.num_hidden_layers
+    and "num_nextn_predict_layers" not in fields
+  ):
+    logging.warning("%s counts MTP layers, but no file has any: loaded without", path)
+    config = config_at(path, hf, num_nextn_predict_layers=0, **fields)
+  slots = layout(*shapes_of(config)[1:], config)
+  return Opened(config, weights, slots, _account(folder, config, weights, slots))
+
+
+def _account(folder, config: ModelConfig, weights: Weights, slots: dict[str, Slot]) -> Account:
+  """Gives every tensor its place; see `load_pretrained` for what raises."""
+  copies, account = copies_of(config), Account([], [], [], {})
+  for name in weights.scales:
+    account.ignored[name] = f"scale of {name.removesuffix(files.SCALE)}"
+  for name, stored in sorted(weights.stored.items()):
+    if name in slots:
+      (account.transposed if slots[name].inputs else account.stored_as_is).append(name)
+      if stored.dtype == "F8_E4M3":
+        account.dequantised.append(name)
+    elif name in copies:
+      account.ignored[name] = f"copy of {copies[name]}"
+    elif IGNORED.search(name):
+      account.ignored[name] = "follows from config.json"
+    else:
+      fail(f"{weights.where(name)} has no place in the model config.json describes")
+  missing = [name for name in slots if name not in weights.stored]
+  if missing:
+    holders = ", ".join(sorted({stored.file.name for stored in weights.stored.values()}))
+    fail(
+      f"{folder} must hold every tensor of the model config.json describes: {missing[0]} and "
+      f"{len(missing) - 1} others are not in {holders}"
+    )
+  for name in weights.stored:
+    if name in slots or name in copies:
+      weights.check(name, slots[copies.get(name, name)].hf_shape)
+  return account
+
+
+def check_copies(opened: Opened, block_rows: int = 1 << 12) -> None:
+  """Compares what a file repeats with the original, block by block.
+
+  Raises:
+    ValueError: naming both tensors and their files, when they differ.
+  """
+  weights = opened.weights
+  copies = {n: o for n, o in copies_of(opened.config).items() if n in weights.stored}
+  staging.announce("comparing copies", sum(weights.stored[n].num_bytes for n in copies))
+  for name, original in copies.items():
+    rows = weights.stored[name].shape[0]
+    for start in range(0, rows, block_rows):
+      stop = min(start + block_rows, rows)
+      a, b = (opened.read(n, start, stop) for n in (name, original))
+      if not np.array_equal(a, b, equal_nan=True):
+        fail(
+          f"{weights.where(name)} must equal {original} in {weights.stored[original].file.name}, "
+          "which takes its place; they differ"
+        )
+
+
+def load_pretrained(
+  folder: str | pathlib.Path, compute_dtype: str = "float32", **fields: Any
+) -> model_lib.Transformer:
+  """Reads a published checkpoint: config.json, and safetensors in one file or shards.
+
+  Parameters are float32, whatever is stored; FP8 weights are scaled. Copies of the embedding
+  and head, as MTP layers have them, must equal the originals. transformers leaves MTP layers
+  out when it saves, and config.json still counts them: where not one of their tensors exists,
+  the model has no MTP and a warning says so, unless `fields` asks for
+  num_nextn_predict_layers.
+
+  Args:
+    folder: of model_type deepseek_v3, kimi_k2 or deepseek_v2; float32, bfloat16, float16, or
+      float8_e4m3fn with `weight_scale_inv`.
+    compute_dtype: of the model's matrix products.
+    **fields: fields of `ModelConfig` to set; see `config_from_hf`.
+
+  Raises:
+    ValueError: for an unsupported config, and, naming the tensor and its file, for one that
+      is unknown, missing, of the wrong shape or dtype, or in a broken or missing file.
+  """
+  opened = open_pretrained(folder, compute_dtype=compute_dtype, **fields)
+  check_copies(opened)
+  graphdef, params, router_bias = shapes_of(opened.config)
+  leaves = {**flat(params), **flat(router_bias)}
+  filled = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves.items()}
+  for name, slot in opened.slots.items():
+    filled[slot.path][slot.at] = slot.to_ours(opened.read(name))
+  trees = (
+    jax.tree.map_with_path(lambda path, _: jnp.asarray(filled[tuple(k.key for k in path)]), tree)
+    for tree in (params, router_bias)
+  )
+  return nnx.merge(graphdef, *trees)

@@ -1,0 +1,74 @@
+"""What a checkpoint says of text: tokenizer files, and the tokens that config.json names."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from dsmoe.config import ModelConfig
+from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.huggingface.config import fail
+from dsmoe.huggingface.files import read_json
+
+# Carried over; the last may be all there is (Moonlight, Kimi K2).
+FILES = (
+  *("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"),
+  *("special_tokens_map.json", "added_tokens.json", "tiktoken.model", "tokenization_*.py"),
+)
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def copy(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies the files there are."""
+  target.mkdir(exist_ok=True)
+  for pattern in FILES:
+    for path in source.glob(pattern):
+      shutil.copyfile(path, target / path.name)
+
+
+def generation_tokens(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the special tokens of generation_config.json; None without one.
+
+  Raises:
+    ValueError: when it is not a JSON object.
+  """
+  path = folder / "generation_config.json"
+  if not path.exists():
+    return None
+  given = read_json(path)
+  return {name: given[name] for name in TOKENS if name in given}
+
+
+def settings(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:
+  """Returns what config.json says of special tokens, and files to write beside `FILES`.
+
+  Args:
+    folder: of the tokenizer; may have none.
+    config: of the model.
+
+  Raises:
+    ValueError: for a broken tokenizer or one with more tokens than the model.
+  """
+  tokens, path = generation_tokens(folder), folder / "tokenizer.json"
+  if tokens is not None or not path.exists():
+    return tokens or {}, {}
+  try:
+    tokenizer = Tokenizer.from_file(str(path))
+  except Exception as error:  # tokenizers raises bare Exception
+    fail(f"a tokenizer must be a readable tokenizer.json, got {path}: {error}")
+  tokenizer_lib.check_vocabulary(tokenizer, config.vocab_size)
+  tokens, known = {}, {}
+  try:
+    end = tokenizer_lib.eos_id(tokenizer)
+    tokens = {"bos_token_id": None, "eos_token_id": end}
+    known = {"eos_token": tokenizer.id_to_token(end)}
+  except ValueError:
+    pass  # a name we do not know: nothing is said
+  if (folder / "tokenizer_config.json").exists():
+    return tokens, {}
+  # A tokenizer trained here.
+  own: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **known}
+  own["model_max_length"] = config.max_position_embeddings
+  return tokens, {"tokenizer_config.json": json.dumps(own, indent=2)}

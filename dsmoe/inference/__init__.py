@@ -1,0 +1,1 @@
+"""Generation: the latent cache, prefill and decoding, sampling, and the batcher that joins requests."""

@@ -1,0 +1,352 @@
+"""Continuous batching: requests join and leave a running batch over one paged cache.
+
+A row's pages are reserved when it joins, so nothing that has begun is ever put back. Each round
+takes in a part of the new prompts, then decodes a few tokens of every row that is ready: a long
+prompt does not stop the others.
+"""
+
+import collections
+import dataclasses
+import itertools
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsmoe.config import ModelConfig
+from dsmoe.evaluation import evaluate
+from dsmoe.inference import cache, decode, forward, sampling
+from dsmoe.inference.cache import PAGE_TOKENS
+from dsmoe.inference.cached_attention import Place
+from dsmoe.inference.rows import Event, Logprob, Row, logprob_at
+from dsmoe.inference.sampling import Sampling
+
+MAX_STOP_TOKENS = 8
+
+__all__ = ["Batcher", "Event", "Logprob", "generate", "make"]
+
+
+def _bucket(n: int, base: int, most: int) -> int:
+  """The next power of `base`, or `most`: compiled functions exist for these sizes only."""
+  size = 1
+  while size < n:
+    size *= base
+  return min(size, most)
+
+
+class Batcher:
+  """The engine behind generate.py and serve.py. `submit`, `cancel`, `wait` from any thread,
+  `step` from one."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: Any,
+    router_bias: Any,
+    max_rows: int = 8,
+    cache_bytes: int = 2**30,
+    speculate: bool = False,
+    steps_per_round: int = 8,
+    prompt_part_tokens: int = 512,
+    prefill_tokens: int = 4096,
+  ):
+    """Prepares weights and the cache.
+
+    Args:
+      config: of the model.
+      params, router_bias: as `model.split` returns them, on one device.
+      max_rows: rows decoded together.
+      cache_bytes: the most the cache may take.
+      speculate: draft with the first MTP module.
+      steps_per_round: decode steps between two looks at the queue.
+      prompt_part_tokens: of a prompt taken in at once; a power of two, a page or more.
+      prefill_tokens: of all prompts taken in at once.
+
+    Raises:
+      ValueError: for a number below 1, parts of another size, a cache too small for one page, or
+        drafts without an MTP module.
+    """
+    numbers = dict(
+      max_rows=max_rows, steps_per_round=steps_per_round, prefill_tokens=prefill_tokens
+    )
+    for name, value in numbers.items():
+      if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    if prompt_part_tokens < PAGE_TOKENS or prompt_part_tokens & (prompt_part_tokens - 1):
+      raise ValueError(
+        f"prompt_part_tokens must be a power of two of at least {PAGE_TOKENS}, got "
+        f"{prompt_part_tokens}"
+      )
+    page_bytes = cache.page_bytes(config, speculate)
+    if cache_bytes < page_bytes:
+      raise ValueError(f"cache_bytes ({cache_bytes}) must hold a page ({page_bytes})")
+    limit = config.max_position_embeddings
+    wanted_pages = max_rows * -(-limit // PAGE_TOKENS)
+    num_pages = min(wanted_pages, cache_bytes // page_bytes)
+    self.max_tokens_per_row = min(limit, num_pages * PAGE_TOKENS)
+    pages_per_row = -(-self.max_tokens_per_row // PAGE_TOKENS) + 1
+    self._table_width = -(-pages_per_row // cache.BLOCK_PAGES) * cache.BLOCK_PAGES
+    self.config, self._speculate, self._page_bytes = config, speculate, page_bytes
+    self._max_rows, self._steps = max_rows, steps_per_round
+    self._part_tokens, self._prefill_tokens = prompt_part_tokens, prefill_tokens
+    self._arch, self._weights = forward.prepare(config, params, router_bias, speculate)
+    self._kept = cache.empty(config, num_pages, speculate)
+    self._pages = cache.PageTable(num_pages)
+    self._lock = threading.Condition()
+    self._numbers = itertools.count()
+    self._waiting: collections.deque[Row] = collections.deque()
+    self._running: list[Row] = []
+    self._cancelled: set[int] = set()
+    self._counts: collections.Counter[str] = collections.Counter()
+
+  @property
+  def num_waiting(self) -> int:
+    return len(self._waiting)
+
+  @property
+  def num_running(self) -> int:
+    return len(self._running)
+
+  def stats(self) -> dict[str, float]:
+    """Returns what was done so far, and how full the cache is."""
+    names = ("prompt_tokens", "new_tokens", "prefix_hit_tokens", "drafts", "drafts_accepted")
+    return {
+      **{name: self._counts[name] for name in names},
+      "cache_pages_used": self._pages.num_used,
+      "cache_pages": self._pages.num_pages,
+      "cache_bytes": self._pages.num_pages * self._page_bytes,
+      "cache_bytes_used": self._pages.num_used * self._page_bytes,
+    }
+
+  def submit(self, prompt: Sequence[int], sampling: Sampling) -> int:
+    """Puts a request in the queue; returns its number.
+
+    Raises:
+      ValueError: for an empty prompt, a token outside the vocabulary (stop tokens too), more
+        tokens than a row can hold, or more than MAX_STOP_TOKENS stop tokens.
+    """
+    prompt, V = list(prompt), self.config.vocab_size
+    if not prompt:
+      raise ValueError("a prompt must have at least 1 token, got 0")
+    for token in (min(prompt), max(prompt)):
+      if not 0 <= token < V:
+        raise ValueError(f"tokens must be at least 0 and below vocab_size ({V}), got {token}")
+    if len(prompt) + sampling.max_tokens > self.max_tokens_per_row:
+      raise ValueError(
+        f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) must not exceed "
+        f"the {self.max_tokens_per_row} tokens of a row"
+      )
+    for token in sampling.stop_tokens:
+      if not 0 <= token < V:
+        raise ValueError(f"stop_tokens must be at least 0 and below vocab_size ({V}), got {token}")
+    if len(sampling.stop_tokens) > MAX_STOP_TOKENS:
+      raise ValueError(
+        f"stop_tokens must be at most {MAX_STOP_TOKENS}, got {len(sampling.stop_tokens)}"
+      )
+    # Log-probabilities of the whole prompt need all of it computed: nothing is shared.
+    keys = [] if sampling.prompt_logprobs else cache.page_keys(prompt)
+    with self._lock:
+      row = Row(next(self._numbers), prompt, sampling, keys)
+      self._waiting.append(row)
+      self._lock.notify_all()
+    return row.request
+
+  def cancel(self, request: int) -> None:
+    """Ends a request: no events after the round that runs. One over or unknown is left alone."""
+    with self._lock:
+      if any(row.request == request for row in (*self._waiting, *self._running)):
+        self._cancelled.add(request)
+      self._lock.notify_all()
+
+  def wait(self, timeout_secs: float) -> bool:
+    """Blocks until there is work, at most so long; returns whether there is."""
+    with self._lock:
+      return self._lock.wait_for(lambda: bool(self._waiting or self._running), timeout_secs)
+
+  def step(self) -> list[Event]:
+    """Does one round of work; returns what is new, nothing when idle."""
+    self._admit()
+    ready = [row for row in self._running if row.is_ready]
+    events = self._prefill([row for row in self._running if not row.is_ready])
+    # Those that have just become ready wait: their first tokens are out the sooner.
+    return events + self._decode(ready)
+
+  def _admit(self) -> None:
+    with self._lock:
+      for row in [row for row in self._running if row.request in self._cancelled]:
+        self._leave(row)
+      self._waiting = collections.deque(
+        row for row in self._waiting if row.request not in self._cancelled
+      )
+      self._cancelled.clear()
+      while self._waiting and len(self._running) < self._max_rows:
+        row = self._waiting[0]
+        taken = self._pages.take(row.keys, len(row.prompt) + row.sampling.max_tokens)
+        if taken is None:
+          break
+        row.pages, row.length = taken
+        self._counts["prefix_hit_tokens"] += row.length
+        self._running.append(self._waiting.popleft())
+
+  def _leave(self, row: Row) -> None:
+    self._running.remove(row)
+    self._pages.give_back(row.pages)
+
+  def _num_rows(self, rows: Sequence[Row]) -> int:
+    return _bucket(len(rows), 4, self._max_rows)
+
+  def _place(self, rows: Sequence[Row], counts: Sequence[int]) -> Place:
+    B = self._num_rows(rows)
+    table_BP, first_B, count_B = (
+      np.zeros((B, self._table_width), np.int32),
+      *np.zeros((2, B), np.int32),
+    )
+    for i, (row, count) in enumerate(zip(rows, counts)):
+      table_BP[i, : len(row.pages)] = row.pages
+      first_B[i], count_B[i] = row.length, count
+    return Place(table_BP, first_B, count_B)
+
+  def _settings(self, rows: Sequence[Row]) -> tuple[sampling.RowSampling, np.ndarray | None]:
+    """Returns the rows' settings, and the tokens they have if any row has a penalty for those."""
+    B = self._num_rows(rows)
+    padding = [Sampling(temperature=0.0)] * (B - len(rows))
+    settings = sampling.stack([row.sampling for row in rows] + padding)
+    if all(row.sampling.repetition_penalty == 1 for row in rows):
+      return settings, None
+    seen_BV = np.zeros((B, self.config.vocab_size), bool)
+    for i, row in enumerate(rows):
+      seen_BV[i, row.prompt + row.tokens] = True
+    return settings, seen_BV
+
+  def _prefill(self, rows: list[Row]) -> list[Event]:
+    if not rows:
+      return []
+    first = min(len(rows[0].prompt) - rows[0].length, self._part_tokens)
+    S = max(_bucket(first, 2, self._part_tokens), PAGE_TOKENS)
+    rows = rows[: max(1, self._prefill_tokens // S)]
+    counts = [min(len(row.prompt) - row.length, S) for row in rows]
+    place = self._place(rows, counts)
+    B = len(place.first_B)
+    tokens_BS, next_B = np.zeros((B, S), np.int32), np.full(B, -1, np.int32)
+    for i, (row, count) in enumerate(zip(rows, counts)):
+      end = row.length + count
+      tokens_BS[i, :count] = row.prompt[row.length : end]
+      next_B[i] = row.prompt[end] if end < len(row.prompt) else -1
+    settings, seen_BV = self._settings(rows)
+    self._kept, *result = decode.prefill(
+      self._arch,
+      any(row.sampling.logprobs is not None for row in rows),
+      any(row.sampling.prompt_logprobs for row in rows),
+      *(self._weights, self._kept, tokens_BS, next_B, place, settings, seen_BV),
+    )
+    drawn, drafted_B, prompt_logprobs = jax.device_get(result)
+    events = []
+    for i, (row, count) in enumerate(zip(rows, counts)):
+      self._counts["prompt_tokens"] += count
+      if row.sampling.prompt_logprobs:
+        known = row.prompt[row.length + 1 : row.length + 1 + count]
+        row.prompt_logprobs += [
+          logprob_at(prompt_logprobs, (i, s), token, row) for s, token in enumerate(known)
+        ]
+      row.length += count
+      if not row.is_ready:
+        continue
+      with self._lock:
+        self._pages.publish(row.keys, row.pages)
+      row.draft = int(drafted_B[i]) if drafted_B is not None else 0
+      new = [int(drawn.token_B[i])] if row.sampling.max_tokens else []
+      events.append(self._event(row, new, [(drawn.logprobs, (i,))] * len(new), is_first=True))
+    return events
+
+  def _decode(self, rows: list[Row]) -> list[Event]:
+    if not rows:
+      return []
+    place = self._place(rows, [1] * len(rows))
+    B = len(place.first_B)
+    token_B, remaining_B, draft_B = np.zeros((3, B), np.int32)
+    stop_BX = np.full((B, MAX_STOP_TOKENS), -1, np.int32)
+    for i, row in enumerate(rows):
+      token_B[i], remaining_B[i], draft_B[i] = row.tokens[-1], row.remaining, row.draft
+      stop_BX[i, : len(row.sampling.stop_tokens)] = row.sampling.stop_tokens
+    settings, seen_BV = self._settings(rows)
+    state = decode.Rows(
+      token_B, draft_B if self._speculate else None, place.first_B, remaining_B, seen_BV
+    )
+    self._kept, state, steps = decode.decode(
+      self._arch,
+      self._steps,
+      any(row.sampling.logprobs is not None for row in rows),
+      *(self._weights, self._kept, state, place.table_BP, settings, stop_BX),
+    )
+    steps, draft_B = jax.device_get((steps, state.draft_B))
+    self._counts["drafts"] += int(steps.drafted_B.sum())
+    if self._speculate:
+      self._counts["drafts_accepted"] += int((steps.token_BX[..., 1] >= 0).sum())
+    events = []
+    for i, row in enumerate(rows):
+      places = [(n, i, x) for n, x in np.argwhere(steps.token_BX[:, i] >= 0).tolist()]
+      new = [int(steps.token_BX[p]) for p in places]
+      row.length += len(new)
+      row.draft = int(draft_B[i]) if self._speculate else 0
+      events.append(self._event(row, new, [(steps.logprobs, p) for p in places]))
+    return events
+
+  def _event(self, row: Row, new: list[int], logprobs: list, is_first: bool = False) -> Event:
+    """Adds new tokens to a row; ends it when one is a stop token or it is full."""
+    row.tokens += new
+    stopped = bool(new) and new[-1] in row.sampling.stop_tokens
+    shown = new[:-1] if stopped else new
+    self._counts["new_tokens"] += len(new)
+    finish = "stop" if stopped else "length" if row.remaining == 0 else None
+    if finish:
+      with self._lock:
+        self._leave(row)
+    wanted = row.sampling.logprobs is not None
+    return Event(
+      row.request,
+      tuple(shown),
+      tuple(logprob_at(v, at, token, row) for (v, at), token in zip(logprobs, shown))
+      if wanted
+      else (),
+      tuple(row.prompt_logprobs) if is_first and row.sampling.prompt_logprobs else (),
+      finish,
+    )
+
+
+def make(run: evaluate.Run, **options: Any) -> Batcher:
+  """Builds a `Batcher` for a loaded checkpoint, on this process's first device."""
+  params, router_bias = jax.device_put((run.params, run.router_bias), jax.local_devices()[0])
+  return Batcher(run.config.model, params, router_bias, **options)
+
+
+def generate(
+  batcher: Batcher, prompts: Sequence[Sequence[int]], settings: Sampling
+) -> list[list[int]]:
+  """Continues each prompt to its end; returns the new tokens of each.
+
+  Row i of equal calls gets the same text: its seed is `settings.seed` + i.
+
+  Raises:
+    ValueError: for no prompt, or one that `Batcher.submit` refuses.
+  """
+  if not prompts:
+    raise ValueError("prompts must have at least 1 prompt, got 0")
+  answers: dict[int, list[int]] = {}
+  unfinished: set[int] = set()
+  try:
+    for i, prompt in enumerate(prompts):
+      request = batcher.submit(prompt, dataclasses.replace(settings, seed=settings.seed + i))
+      answers[request] = []
+      unfinished.add(request)
+    while unfinished:
+      for event in batcher.step():
+        if event.request in answers:
+          answers[event.request] += event.tokens
+          if event.finish:
+            unfinished.discard(event.request)
+  finally:
+    for request in unfinished:
+      batcher.cancel(request)
+  return list(answers.values())

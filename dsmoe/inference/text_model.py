@@ -1,0 +1,73 @@
+"""What a server knows of its model besides the weights: names, tokens, template."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+from etils import epath
+from tokenizers import Tokenizer
+
+from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.inference import chat
+from dsmoe.inference.detokenize import Vocabulary
+
+_GENERATION_FILE = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+  """A model as clients see it."""
+
+  name: str
+  tokenizer: Tokenizer
+  max_tokens_per_row: int
+  stop_tokens: tuple[int, ...]  # the first also stands for an empty prompt
+  prefix: tuple[int, ...] = ()  # put before a completion's prompt that is text
+  template: chat.ChatTemplate | None = None
+  vocabulary: Vocabulary = dataclasses.field(init=False)
+
+  def __post_init__(self):
+    if not self.name or not self.stop_tokens:
+      raise ValueError(
+        f"a served model must have a name and a stop token, got {self.name!r} and "
+        f"{self.stop_tokens}"
+      )
+    object.__setattr__(self, "vocabulary", Vocabulary(self.tokenizer))
+
+
+def load(
+  folder: epath.PathLike, tokenizer: Tokenizer, name: str, max_tokens_per_row: int
+) -> ServedModel:
+  """Reads what lies beside a tokenizer.json.
+
+  A text ends at the tokenizer's end of a document, at tokenizer_config.json's `eos_token` and at
+  generation_config.json's `eos_token_id`. `add_bos_token` puts `bos_token` before prompts.
+
+  Args:
+    folder: the tokenizer's.
+    tokenizer: loaded from there.
+    name: what clients call the model.
+    max_tokens_per_row: prompt and answer together.
+
+  Raises:
+    ValueError: for a file that cannot be read.
+  """
+  config = chat.load_tokenizer_config(folder)
+  special = chat.special_tokens(config)
+  named = [tokenizer.token_to_id(special.get("eos_token", ""))]
+  ids = [tokenizer_lib.eos_id(tokenizer), *named, *_generation_ends(epath.Path(folder))]
+  bos = tokenizer.token_to_id(special.get("bos_token", ""))
+  prefix = (bos,) if config.get("add_bos_token") is True and bos is not None else ()
+  ends = tuple(dict.fromkeys(i for i in ids if i is not None))  # each once
+  return ServedModel(name, tokenizer, max_tokens_per_row, ends, prefix, chat.load_template(folder))
+
+
+def _generation_ends(folder: epath.Path) -> Sequence[int]:
+  path = folder / _GENERATION_FILE
+  if not path.exists():
+    return ()
+  try:
+    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
+  except (ValueError, AttributeError) as error:
+    raise ValueError(f"{path} must be a JSON object, got: {error}") from error
+  return ends if isinstance(ends, list) else [ends]

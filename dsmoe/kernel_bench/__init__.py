@@ -1,0 +1,1 @@
+"""The kernels and their baselines at the models' shapes, timed or compiled."""

@@ -1,0 +1,326 @@
+"""A kernel's cases measured: by the compilers, without a device, or by the clock, on one.
+
+By the clock, each way is checked against an oracle before any timing, and all are timed in turns,
+so that a busy machine slows all of them; on a GPU by the driver's own count of the time its kernels
+take. The grouped SwiGLU has two ways more, whose oracle is the reference: `dense`, every row
+through one expert, which is the bound; and `local dispatch`, the whole of what a layer does on one
+device.
+"""
+
+import functools
+import importlib
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+
+from dsmoe import runtime
+from dsmoe.compilers import compile_only
+from dsmoe.kernel_bench import cases
+from dsmoe.kernel_bench.cases import Shape
+from pallas_kernels.grouped_matmul import TILES, grouped_swiglu, tile_table
+
+_COLUMNS = {
+  "bytes": "MB",
+  "least_bytes": "least MB",
+  "declared_bytes": "declared MB",
+  "flops": "GFLOP",
+  "mxu_flops": "MXU GFLOP",
+  "bound_secs": "bound ms",
+  "cycles_bound": "cycles",
+  "bundles": "bundles",
+  "mxu_occupancy": "MXU",
+  "steady_mxu_occupancy": "MXU, loop",
+  "spill_share": "spills",
+  "fill_share": "fills",
+  "vmem_bytes": "VMEM MB",
+  "registers": "registers",
+  "spill_bytes": "spill B",
+  "shared_bytes": "shared B",
+  "blocks_per_sm": "blocks/SM",
+}
+_COLUMNS |= {
+  "median_secs": "ms",
+  "gflops_per_sec": "GFLOP/s",
+  "of_dense": "of dense",
+  "chosen": "chosen",
+}
+_SCALE = {"bytes": 1e-6, "least_bytes": 1e-6, "vmem_bytes": 1e-6}
+_SCALE |= {"declared_bytes": 1e-6, "flops": 1e-9, "mxu_flops": 1e-9}
+_SCALE |= {"bound_secs": 1e3, "median_secs": 1e3}
+
+
+def compile_row(
+  topology: str, kernel: str, implementation: str, name: str, shape: Shape, limit_secs: int = 0
+) -> dict:
+  """Returns a row of figures of a case compiled for a chip, in a process of its own.
+
+  Args:
+    topology: "v5p:2x2x1", say, or "h100".
+    kernel, implementation, shape: of the case.
+    name: of the shape.
+    limit_secs: how long compiling may take; 0: as long as it likes.
+
+  Returns:
+    What `compile_only.tpu_figures` or `h100_figures` say, the case's `flops` and `least_bytes`,
+    `bound_secs`: what FLOPs and bytes take at the chip's peaks, `cycles_bound`: the larger of that
+    and the schedule's cycles, `secs`: those at the clock. Of a case that cannot be compiled,
+    `error` and why.
+  """
+  chip = compile_only.chip_name(topology)
+  row: dict[str, Any] = dict(kernel=kernel, implementation=implementation, shape=name, chip=chip)
+  try:
+    found = cases.case(kernel, implementation, shape)
+    row |= {"flops": found.flops, "least_bytes": found.least_bytes}
+    row |= compile_only.in_fresh_process(
+      _figures, topology, kernel, implementation, shape, limit_secs=limit_secs
+    )
+  except Exception as error:
+    return row | {"error": reason(error)}
+  peaks = compile_only.CHIPS[chip]
+  row["bound_secs"] = max(row["flops"] / peaks.peak_flops, row["bytes"] / peaks.bandwidth)
+  row["secs"] = row["bound_secs"]
+  if "schedule_cycles" in row:
+    row["cycles_bound"] = max(row["schedule_cycles"], round(row["bound_secs"] * peaks.clock_hz))
+    row["secs"] = row["cycles_bound"] / peaks.clock_hz
+  return row
+
+
+def reason(error: Exception) -> str:
+  """Returns an error's kind and the beginning of its message, in a line; "absent" of a library."""
+  if isinstance(error, ImportError):
+    return f"absent: {error}"
+  return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _figures(topology: str, kernel: str, implementation: str, shape: Shape) -> dict[str, Any]:
+  jax.config.update("jax_platforms", "cpu")
+  found = cases.case(kernel, implementation, shape)
+  if topology.startswith("h100"):
+    return compile_only.h100_figures(found.fn, *found.args)
+  return compile_only.tpu_figures(topology, found.fn, *cases.known_args(kernel, shape))
+
+
+def ways(
+  kernel: str, shape: Shape, names: Iterable[str], oracle_name: str = "reference"
+) -> dict[str, tuple]:
+  """Returns (what makes the function, its oracle, their arguments) of each implementation."""
+  args = jax.jit(functools.partial(cases.OPERATIONS[kernel].draw, shape))()
+  known = cases.IMPLEMENTATIONS[kernel]
+  oracle = known[oracle_name](shape)
+  found = {name: (functools.partial(known[name], shape), oracle, args) for name in names}
+  return found if kernel != "grouped_swiglu" else _bounds_of_swiglu(shape, args) | found
+
+
+def _bounds_of_swiglu(shape: Shape, args: tuple) -> dict[str, tuple]:
+  x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E = args
+  one = tuple(w[:1] for w in (w_gate_EDF, w_up_EDF, w_down_EFD))
+
+  def dense(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E):
+    inner_PF = jax.nn.silu(x_PD @ w_gate_EDF[0]) * (x_PD @ w_up_EDF[0]) * weight_P[:, None]
+    return inner_PF.astype(x_PD.dtype) @ w_down_EFD[0]
+
+  swiglu = functools.partial(grouped_swiglu, implementation="reference")
+  routed = functools.partial(cases.routed_swiglu, implementation="reference")
+  return {
+    "dense": (lambda: dense, swiglu, (x_PD, weight_P, *one, sizes_E.sum(keepdims=True))),
+    "local dispatch": (
+      lambda: cases.routed_swiglu,
+      routed,
+      cases.OPERATIONS["routed_swiglu"].draw(shape),
+    ),
+  }
+
+
+def _with_gradient(fn: Callable) -> Callable:
+  """Returns a function of fn's arguments to its results and the gradients of the real ones."""
+
+  def run(*args):
+    real = [jnp.issubdtype(a.dtype, jnp.inexact) for a in args]
+
+    def of_real(*operands):
+      rest = iter(operands)
+      out = jax.tree.leaves(fn(*(next(rest) if r else a for r, a in zip(real, args))))
+      inexact = [o for o in out if jnp.issubdtype(o.dtype, jnp.inexact)]
+      return inexact, [o for o in out if not jnp.issubdtype(o.dtype, jnp.inexact)]
+
+    operands = [a for r, a in zip(real, args) if r]
+    values, vjp, others = jax.vjp(of_real, *operands, has_aux=True)
+    return values, others, vjp([jnp.sin(v.astype(jnp.float32)).astype(v.dtype) for v in values])
+
+  return run
+
+
+@jax.jit
+def _difference(a, b):
+  """Returns the largest difference over the largest magnitude; of integers, sums of both."""
+  reduce = jnp.sum if jnp.issubdtype(a.dtype, jnp.integer) else jnp.max
+  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  return reduce(jnp.abs(a - b)) / jnp.maximum(reduce(jnp.abs(b)), 1e-30)
+
+
+def check(fn: Callable, expected: Any, args: tuple) -> None:
+  """Raises AssertionError if fn does not return what is expected.
+
+  Of integers, sums are compared: where two experts' scores are equal but for rounding, a choice is
+  another, and with it two counts and the ranks behind it.
+  """
+  dtype = next(a.dtype for a in args if jnp.issubdtype(a.dtype, jnp.inexact))
+  limits = {True: 1e-3, False: 1e-4 if dtype == jnp.float32 else 5e-2}
+  actual = jax.jit(fn)(*args)
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    if a.shape != b.shape:
+      raise AssertionError(f"has shape {a.shape}, not {b.shape}")
+    limit, found = limits[jnp.issubdtype(a.dtype, jnp.integer)], float(_difference(a, b))
+    if not found <= limit:
+      raise AssertionError(f"differs by {found:.2g} of {a.dtype} {a.shape}, not {limit} at most")
+
+
+def _secs_of(run: Callable, args: tuple) -> float:
+  """Runs once and returns the seconds it took: on a GPU those of its kernels, else the clock's."""
+  if jax.default_backend() == "gpu":
+    profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
+    return profiler.Cupti(finalize=False).measure(run)(*args)[1] / 1e3
+  start = time.perf_counter()
+  jax.block_until_ready(run(*args))
+  return time.perf_counter() - start
+
+
+def _in_turns(compiled: dict[Any, tuple], rounds: int) -> dict[Any, list[float]]:
+  """Returns the seconds of each round of each (function, arguments), after two that warm up."""
+  secs: dict[Any, list[float]] = {key: [] for key in compiled}
+  to = rich.console.Console(stderr=True)
+  for round_number in rich.progress.track(range(rounds + 2), "timing", console=to, transient=True):
+    for key, (run, args) in compiled.items():
+      took = _secs_of(run, args)
+      if round_number >= 2:
+        secs[key].append(took)
+  return secs
+
+
+def measure(
+  kernel: str,
+  name: str,
+  shape: Shape,
+  names: Iterable[str],
+  rounds: int,
+  oracle_name: str = "reference",
+) -> list[dict]:
+  """Times the implementations of a kernel.
+
+  Args:
+    kernel: of `kernel_cases.OPERATIONS`.
+    name, shape: the shape and what it is called.
+    names: implementations.
+    rounds: how often each is timed, after two rounds that are not counted.
+    oracle_name: the implementation that the named ones are checked against.
+
+  Returns:
+    A row an implementation and direction: `median_secs`, `gflops_per_sec` of useful work, and
+    `of_dense`, the median of the rounds' ratios to the dense way, where there is one. Of what
+    does not run here or is wrong, a row with `error`.
+  """
+  options, rows = runtime.compiler_options(), []
+  device = jax.devices()[0].device_kind
+  head = {"kernel": kernel, "shape": name, "device": device, "tokens": shape.tokens}
+  compiled, expected = {}, {}
+  directions: dict[str, Callable] = {"forward": lambda fn: fn}
+  if f"{kernel}_gradient" in cases.OPERATIONS:
+    directions["forward + backward"] = _with_gradient
+  for way, (make, oracle, args) in ways(kernel, shape, names, oracle_name).items():
+    for direction, wrap in directions.items():
+      try:
+        fn = wrap(make())
+        if (oracle, direction) not in expected:
+          expected[oracle, direction] = jax.jit(wrap(oracle))(*args)
+        check(fn, expected[oracle, direction], args)
+      except Exception as error:
+        row = {"implementation": way, "direction": direction, "error": reason(error)}
+        rows.append(head | row)
+        continue
+      compiled[way, direction] = (jax.jit(fn, compiler_options=options), args)
+  expected.clear()
+  secs = _in_turns(compiled, rounds)
+  flops = cases.OPERATIONS[kernel].flops(shape)
+  for (way, direction), times in secs.items():
+    work = flops * (1 if direction == "forward" else 3)
+    dense = secs.get(("dense", direction))
+    rows.append(
+      head
+      | {
+        **{"implementation": way, "direction": direction},
+        "median_secs": statistics.median(times),
+        "gflops_per_sec": work / statistics.median(times) / 1e9,
+        "of_dense": statistics.median(d / t for d, t in zip(dense, times)) if dense else None,
+      }
+    )
+  return rows
+
+
+def tune(name: str, shape: Shape, names: Iterable[str], rounds: int, path: str) -> list[dict]:
+  """Times each tile of an expert layer, forward and backward; stores the fastest in a table.
+
+  Args:
+    name, shape: the shape and what it is called.
+    names: implementations that have tiles to choose from.
+    rounds: how often each tile is timed.
+    path: of the table, see `tile_table`.
+
+  Returns:
+    A row a tile; `chosen` of those stored.
+
+  Raises:
+    ValueError: for an implementation that has none.
+  """
+  if none := [n for n in names if n not in TILES]:
+    raise ValueError(f"only {', '.join(TILES)} have tiles to tune, got {', '.join(none)}")
+  args = cases.OPERATIONS["routed_swiglu"].draw(shape)
+  oracle = _with_gradient(cases.IMPLEMENTATIONS["routed_swiglu"]["reference"](shape))
+  expected = jax.jit(oracle)(*args)
+  _, D, F, E, P = shape.dims
+  rows: list[dict] = []
+  for implementation in names:
+    ways = {}
+    for tile in TILES[implementation]:
+      fn = functools.partial(cases.routed_swiglu, implementation=implementation, tile=tile)
+      check(_with_gradient(fn), expected, args)
+      run = jax.jit(_with_gradient(fn), compiler_options=runtime.compiler_options())
+      ways[tile] = (run, args)
+    medians = {t: statistics.median(times) for t, times in _in_turns(ways, rounds).items()}
+    best = min(medians, key=medians.__getitem__)
+    for tile, median_secs in medians.items():
+      rows.append(
+        {
+          **{"kernel": "routed_swiglu", "shape": name, "implementation": implementation},
+          **{"direction": f"tile of {tile}", "median_secs": median_secs, "chosen": tile == best},
+        }
+      )
+    what = tile_table.entry(implementation, P, E, D, F, shape.config.compute_dtype)
+    tile_table.store(path, what, best)
+  return rows
+
+
+def table(rows: list[dict]) -> rich.table.Table:
+  """Lays out the rows that have figures; a column that none has is left out."""
+  columns = {name: title for name, title in _COLUMNS.items() if any(name in row for row in rows)}
+  shown = rich.table.Table("kernel", "implementation", "shape", box=rich.box.SIMPLE)
+  for title in columns.values():
+    shown.add_column(title, justify="right")
+  for row in rows:
+    name = " ".join(filter(None, (row["implementation"], row.get("direction"))))
+    cells = ["" if row.get(c) is None else _figure(c, row[c]) for c in columns]
+    if "error" not in row:
+      shown.add_row(row["kernel"], name, row["shape"], *cells)
+  return shown
+
+
+def _figure(name: str, value: float) -> str:
+  value *= _SCALE.get(name, 1)
+  return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.3g}"

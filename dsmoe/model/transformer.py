@@ -1,0 +1,233 @@
+"""The transformer: embedding, dense blocks, MoE blocks, norm, head, MTP. Wiring only.
+
+Layers of one kind are stacked, and scanned when many, so compile time does not grow with
+depth. Each layer's weights are gathered from their shards just before use.
+
+Shapes: B batch, S sequence, D hidden, V vocabulary, L layers, E routed experts.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from dsmoe.config import ModelConfig
+from dsmoe.model import mtp, rope
+from dsmoe.model.attention import MLA
+from dsmoe.model.layers import SwiGLU, normal, ones, rms_norm
+from dsmoe.model.moe import MoE, MoEStats, RouterBias
+from dsmoe.parallel import sharding
+from dsmoe.training import balance
+
+# Kept in float32 under bfloat16 compute: the router decides by small differences.
+FLOAT32_PARAMETERS = ("router",)
+
+MAX_WRITTEN_OUT_LAYERS = 4  # of one kind
+
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+  "none": lambda fn: fn,
+  "dots": functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable),
+  "full": jax.checkpoint,
+}
+
+
+class ModelOutput(NamedTuple):
+  """What a forward pass leaves for the losses."""
+
+  hidden_BSD: jax.Array  # after the final norm
+  mtp_hidden: jax.Array | None  # [depth, B, S, D] of each MTP depth, after its norm
+  stats: MoEStats | None  # of every MoE layer, the MTP ones last: leading dimension L
+
+
+class Block(nnx.Module):
+  """Attention and a feed-forward part, each behind a norm and around a residual."""
+
+  def __init__(self, config: ModelConfig, use_moe: bool, rngs: nnx.Rngs):
+    self.config = config
+    self.use_moe = use_moe
+    self.attention_norm = ones(config.hidden_size)
+    self.attention = MLA(config, rngs)
+    self.mlp_norm = ones(config.hidden_size)
+    self.mlp: nnx.Module = (
+      MoE(config, rngs) if use_moe else SwiGLU(config, config.intermediate_size, rngs)
+    )
+
+  def __call__(self, x_BSD, cos_BSr, sin_BSr, segments_BS, balancer=balance.NONE):
+    """Returns [B, S, D] and, of a MoE block, its stats (else None)."""
+    eps = self.config.rms_norm_eps
+    with jax.named_scope("attention"):
+      h_BSD = rms_norm(x_BSD, self.attention_norm[...], eps)
+      x_BSD = x_BSD + self.attention(h_BSD, cos_BSr, sin_BSr, segments_BS)
+    with jax.named_scope("mlp"):
+      h_BSD = rms_norm(x_BSD, self.mlp_norm[...], eps)
+      out_BSD, stats = self.mlp(h_BSD, balancer) if self.use_moe else (self.mlp(h_BSD), None)
+    return x_BSD + out_BSD, stats
+
+
+def _stack(make, num: int, rngs: nnx.Rngs):
+  """Builds `num` modules with their parameters stacked along a leading dimension."""
+  return nnx.split_rngs(splits=num)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+
+
+def _apply_stack(layer, x_BSD, layers):
+  """Runs `layer(x, weights) -> (x, stats)` over stacked weights; stats gain a leading dimension.
+
+  A short stack is written out: a scan keeps what its gradient needs in stacked buffers, cleared,
+  filled and sliced, which on CPU is a fifth of a small model's step. A longer one is scanned, so
+  that compile time does not grow with depth.
+  """
+  num_layers = jax.tree.leaves(layers)[0].shape[0]
+  if num_layers > MAX_WRITTEN_OUT_LAYERS:
+    return jax.lax.scan(layer, x_BSD, layers)
+  stats = []
+  for i in range(num_layers):
+    x_BSD, layer_stats = layer(x_BSD, jax.tree.map(lambda w, i=i: w[i], layers))
+    stats.append(layer_stats)
+  return x_BSD, jax.tree.map(lambda *s: jnp.stack(s), *stats)
+
+
+def _gathered(graphdef, state) -> Any:
+  return nnx.merge(graphdef, sharding.gather_weights(state))
+
+
+class Transformer(nnx.Module):
+  """The model. Runs inside `sharding.shard_map`; see `logits` for a plain call."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    D, V = config.hidden_size, config.vocab_size
+    num_dense, num_moe = config.first_k_dense_replace, config.num_moe_layers
+    self.embed = normal(rngs, (V, D), config.initializer_range)  # [V, D]
+    if num_dense:
+      self.dense_layers = _stack(lambda r: Block(config, False, r), num_dense, rngs)
+    if num_moe:
+      self.moe_layers = _stack(lambda r: Block(config, True, r), num_moe, rngs)
+    self.norm = ones(D)
+    if not config.tie_word_embeddings:
+      self.head = normal(rngs, (D, V), config.initializer_range)  # [D, V]
+    if config.num_nextn_predict_layers:
+      self.mtp = _stack(
+        lambda r: mtp.MTPModule(config, Block(config, num_moe > 0, r), r),
+        config.num_nextn_predict_layers,
+        rngs,
+      )
+
+  def gathered_embed(self):
+    """Returns the whole embedding, [V, D]."""
+    return sharding.gather_weights({"embed": self.embed[...]})["embed"]
+
+  def gathered_head(self):
+    """Returns the whole output projection, [D, V]."""
+    if self.config.tie_word_embeddings:
+      return self.gathered_embed().T
+    return sharding.gather_weights({"head": self.head[...]})["head"]
+
+  def __call__(
+    self,
+    tokens_BS,
+    positions_BS,
+    segments_BS=None,
+    targets_BS=None,
+    balancer: balance.Balancer = balance.NONE,
+  ) -> ModelOutput:
+    """Runs every layer on this device's part of the batch.
+
+    Args:
+      tokens_BS: int32.
+      positions_BS: int32, for RoPE.
+      segments_BS: int32 document numbers; None when a row is one document.
+      targets_BS: int32 next tokens, for multi-token prediction; None leaves it out.
+      balancer: whose loss the stats carry.
+    """
+    config = self.config
+    embed_VD = self.gathered_embed()
+    # A row at a time: what a loop yields is kept, where XLA:CPU would otherwise compute each cos
+    # and sin anew for every head and layer that rotates by it.
+    cos_sin = jax.lax.map(lambda positions_S: rope.cos_sin(positions_S, config), positions_BS)
+    args = (*cos_sin, segments_BS, balancer)
+    x_BSD = embed_VD[tokens_BS]
+    stats: list[MoEStats] = []
+    for name in ("dense_layers", "moe_layers"):
+      if hasattr(self, name):
+        graphdef, layers = nnx.split(getattr(self, name))
+
+        def layer(x_BSD, state, graphdef=graphdef):
+          return _gathered(graphdef, state)(x_BSD, *args)
+
+        x_BSD, layer_stats = _apply_stack(REMAT[config.remat](layer), x_BSD, layers)
+        stats += [layer_stats] if layer_stats is not None else []
+    hidden_BSD = rms_norm(x_BSD, self.norm[...], config.rms_norm_eps)
+
+    mtp_hidden = None
+    depths = config.num_nextn_predict_layers
+    if depths and targets_BS is not None:
+      graphdef, layers = nnx.split(self.mtp)
+      ahead = jnp.stack([mtp.shift(targets_BS, k) for k in range(depths)])  # [depth, B, S]
+
+      def module(hidden_BSD, depth):
+        state, tokens_BS = depth
+        block = _gathered(graphdef, state)
+        hidden_BSD, layer_stats = block(hidden_BSD, embed_VD[tokens_BS], *args)
+        return hidden_BSD, (hidden_BSD, layer_stats)
+
+      _, (mtp_hidden, layer_stats) = jax.lax.scan(
+        REMAT[config.remat](module), hidden_BSD, (layers, ahead)
+      )
+      stats += [layer_stats] if layer_stats is not None else []
+    joined = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
+    return ModelOutput(hidden_BSD, mtp_hidden, joined)
+
+
+def build(config: ModelConfig, seed: int = 0) -> Transformer:
+  """Creates the model with fresh float32 weights; under `jax.eval_shape`, only its shapes."""
+  return Transformer(config, nnx.Rngs(params=seed))
+
+
+def split(model: Transformer):
+  """Returns (graphdef, params, router_bias): what it is, what the gradient moves, what not.
+
+  The last two are nested dicts of arrays; `nnx.merge` of the three is the model again.
+  """
+  parts: Any = nnx.split(model, nnx.Param, RouterBias)
+  return parts[0], nnx.to_pure_dict(parts[1]), nnx.to_pure_dict(parts[2])
+
+
+def compute_cast(params, config: ModelConfig):
+  """Casts matrices to the compute dtype once; vectors and the router stay float32."""
+
+  def cast(path, x):
+    is_vector = sharding.parameter_spec(path, x.ndim) == PartitionSpec()
+    if is_vector or path[-1].key in FLOAT32_PARAMETERS:
+      return x
+    return x.astype(config.compute_dtype)
+
+  return jax.tree.map_with_path(cast, params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(graphdef, config, params, bias, tokens_BS):
+  def forward(params, bias, tokens_BS):
+    model = nnx.merge(graphdef, compute_cast(params, config), bias)
+    positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
+    hidden_BSD = model(tokens_BS, positions_BS).hidden_BSD
+    return jnp.matmul(hidden_BSD, model.gathered_head(), preferred_element_type=jnp.float32)
+
+  batch = sharding.batch_spec()
+  specs = (sharding.parameter_specs(params), sharding.parameter_specs(bias), batch)
+  mesh = sharding.single_device_mesh()
+  return sharding.shard_map(forward, mesh, specs, batch)(params, bias, tokens_BS)
+
+
+def logits(model: Transformer, tokens_BS) -> jax.Array:
+  """Returns the float32 logits [B, S, V] of every position, on one device.
+
+  Args:
+    model: from `build` or `hf.load_pretrained`.
+    tokens_BS: int32, each row one document starting at position 0.
+  """
+  graphdef, params, bias = split(model)
+  return _logits(graphdef, model.config, params, bias, jnp.asarray(tokens_BS, jnp.int32))

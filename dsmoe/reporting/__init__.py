@@ -1,0 +1,1 @@
+"""What a run shows: metrics on disk, progress in the terminal, plots."""

@@ -1,0 +1,1 @@
+"""One optimizer step: losses, balancing, optimizer, and the jitted function that joins them."""

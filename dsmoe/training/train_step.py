@@ -1,0 +1,322 @@
+"""One optimizer step, one jitted function: microbatches, gradient, update, balance.
+
+Losses and gradients are computed inside `shard_map`, from one device's view; the
+optimizer's elementwise update runs outside it on the sharded arrays.
+
+Shapes: B batch, S sequence, D hidden, L MoE layers, E routed experts.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dsmoe import model as model_lib
+from dsmoe import runtime
+from dsmoe.config import Config
+from dsmoe.model import mtp
+from dsmoe.parallel import sharding
+from dsmoe.training import balance, losses, optim
+
+
+class TrainState(NamedTuple):
+  """Everything a step reads and writes; what a checkpoint holds besides the data position."""
+
+  step: Any  # int32 scalar, optimizer steps done
+  params: Any  # float32 masters
+  opt_state: Any
+  router_bias: Any  # float32, one leaf [L, E] a stack of MoE layers
+
+
+class Losses(NamedTuple):
+  """Float32 scalars, means over targets (balance: over sequences); `total` is minimised."""
+
+  total: jax.Array
+  cross_entropy: jax.Array
+  z_loss: jax.Array
+  mtp_loss: jax.Array
+  balance_loss: jax.Array
+
+
+class LoadStats(NamedTuple):
+  """Of every MoE layer, over the whole batch, the MTP ones last."""
+
+  counts_LE: jax.Array  # int32
+  groups_per_token_L: jax.Array  # float32
+
+
+def model_parts(config: Config):
+  """Returns (graphdef, params, router_bias) as shapes only."""
+  return model_lib.split(jax.eval_shape(lambda: model_lib.build(config.model, config.seed)))
+
+
+def _initial_state(config: Config) -> TrainState:
+  _, params, router_bias = model_lib.split(model_lib.build(config.model, config.seed))
+  opt_state = optim.make(config.optim, config.num_steps).init(params)
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, router_bias)
+
+
+def state_shardings(config: Config, mesh) -> TrainState:
+  """Returns the NamedSharding of every leaf of the state.
+
+  Raises:
+    ValueError: when a parameter does not divide over the mesh.
+  """
+  shapes = jax.eval_shape(lambda: _initial_state(config))
+  sharding.check_divisible(shapes.params, mesh)
+  specs = sharding.parameter_specs(shapes.params)
+  # Optimizer moments are trees like the parameters; its counters are replicated.
+  opt_specs = optax.tree_map_params(
+    optim.make(config.optim, config.num_steps),
+    lambda _, spec: spec,
+    shapes.opt_state,
+    specs,
+    transform_non_params=lambda _: jax.sharding.PartitionSpec(),
+  )
+  replicated = jax.sharding.PartitionSpec()
+  bias_specs = jax.tree.map(lambda _: replicated, shapes.router_bias)
+  return sharding.named(mesh, TrainState(replicated, specs, opt_specs, bias_specs))
+
+
+def init_state(config: Config, mesh) -> TrainState:
+  """Creates the state on the mesh, each array already in its final sharding."""
+  return jax.jit(lambda: _initial_state(config), out_shardings=state_shardings(config, mesh))()
+
+
+def abstract_state(config: Config, mesh) -> TrainState:
+  """Returns the state as ShapeDtypeStructs with shardings, for restoring into."""
+  shapes = jax.eval_shape(lambda: _initial_state(config))
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    state_shardings(config, mesh),
+  )
+
+
+def _mtp_weight(config: Config, step):
+  """Lambda at this step. Source: DeepSeek-V3 section 4.2, 0.3 and later 0.1."""
+  loss = config.loss
+  late = (loss.mtp_switch_step >= 0) & (step >= loss.mtp_switch_step)
+  return jnp.where(late, loss.mtp_final_loss_weight, loss.mtp_loss_weight)
+
+
+def _segments(batch, config: Config):
+  return None if config.data.cross_document_attention else batch["segments"]
+
+
+def _target_weights(batch, config: Config):
+  """Returns the weights of the next-token targets, then of each MTP depth's."""
+  depths = range(1, config.model.num_nextn_predict_layers + 1)
+  segments = _segments(batch, config)
+  later = [mtp.depth_weights(batch["weights"], segments, k) for k in depths]
+  return [batch["weights"], *later]
+
+
+def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weight, config: Config):
+  """Returns this device's share of (Losses, LoadStats) on one microbatch, summed over devices.
+
+  Args:
+    params: in compute dtype, sharded.
+    batch: this device's part of the microbatch, arrays [B, S].
+    totals: sum of target weights over the whole batch, one float32 for each of
+      `_target_weights`.
+    num_sequences: of the whole batch.
+    mtp_weight: lambda.
+  """
+  model = nnx.merge(graphdef, params, router_bias)
+  balancer = balance.make(config.balance)
+  targets = batch["targets"]
+  out = model(batch["tokens"], batch["positions"], _segments(batch, config), targets, balancer)
+  head_DV = model.gathered_head()
+
+  def cross_entropy(hidden_BSD, depth, weights):
+    with jax.named_scope("head"):
+      loss, parts = losses.chunked_cross_entropy(
+        hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
+        head_DV,
+        mtp.shift(targets, depth).reshape(-1),
+        weights.reshape(-1),
+        config.loss.z_loss_weight,
+        config.loss.cross_entropy_chunk_tokens,
+      )
+    return jax.tree.map(lambda x: x / jnp.maximum(totals[depth], 1), (loss, parts))
+
+  weights = _target_weights(batch, config)
+  main, parts = cross_entropy(out.hidden_BSD, 0, weights[0])
+  total = main
+  zero = jnp.zeros_like(main)
+  num_depths = config.model.num_nextn_predict_layers
+  depths = [cross_entropy(out.mtp_hidden[k], k + 1, weights[k + 1]) for k in range(num_depths)]
+  mtp_mean = sum((loss for loss, _ in depths), zero) / max(len(depths), 1)
+  total += mtp_weight * mtp_mean
+  balance_loss, stats = zero, None
+  if out.stats is not None:
+    balance_loss += jnp.sum(out.stats.balance_loss) / num_sequences
+    total += balance_loss
+    share = batch["tokens"].shape[0] / num_sequences
+    stats = LoadStats(out.stats.counts_E, out.stats.groups_per_token * share)
+  mtp_loss = sum((p.cross_entropy for _, p in depths), zero) / max(len(depths), 1)
+  each = Losses(
+    total, parts.cross_entropy, config.loss.z_loss_weight * parts.z_loss, mtp_loss, balance_loss
+  )
+  each, stats = sharding.sum_over_batch((each, stats))
+  return each.total, (each, stats)
+
+
+def _loss_and_grads(config: Config, graphdef):
+  """Returns the function run inside shard_map: (params, bias, step, batch) -> sums, gradients."""
+
+  def run(params, router_bias, step, batch):
+    n = config.num_microbatches
+    totals = sharding.sum_over_batch([jnp.sum(w) for w in _target_weights(batch, config)])
+    num_sequences = sharding.sum_over_batch(jnp.sum(jnp.ones_like(batch["weights"][:, 0])))
+    cast = model_lib.compute_cast(params, config.model)
+    weight = _mtp_weight(config, step)
+
+    def microbatch(part):
+      def loss(p):
+        return _loss(graphdef, p, router_bias, part, totals, num_sequences, weight, config)
+
+      (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(cast)
+      return aux, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    if n == 1:
+      return microbatch(batch)
+    parts = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
+    first = microbatch(jax.tree.map(lambda x: x[0], parts))
+
+    def accumulate(total, part):
+      return jax.tree.map(jnp.add, total, microbatch(part)), None
+
+    return jax.lax.scan(accumulate, first, jax.tree.map(lambda x: x[1:], parts))[0]
+
+  return run
+
+
+def _norms(grads) -> dict[str, jax.Array]:
+  """Returns the gradient norm of each top-level part, a vector [L] for a stack of layers."""
+  norms = {}
+  for name, part in grads.items():
+    leaves = jax.tree.leaves(part)
+    if name in ("dense_layers", "moe_layers", "mtp"):
+      squares = [jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in leaves]
+    else:
+      squares = [jnp.sum(jnp.square(g)) for g in leaves]
+    norms[name] = jnp.sqrt(sum(squares[1:], squares[0]))
+  return norms
+
+
+def make_train_step(config: Config, mesh):
+  """Returns the jitted step: (state, batch) -> (state, metrics).
+
+  The state is donated. `batch` holds global arrays [B, S] as `data.py` yields them.
+  Metrics: `losses` (Losses), `load` (LoadStats or None), `grad_norm`, `grad_norms`,
+  `learning_rate`, `finite` (bool: losses and gradients; when false the state returned is
+  the old one).
+
+  Raises:
+    ValueError: when the batch does not divide over the mesh and microbatches.
+  """
+  check_batch(config, mesh)
+  graphdef, params, router_bias = model_parts(config)
+  specs = sharding.parameter_specs(params)
+  bias_specs = sharding.parameter_specs(router_bias)
+  replicated = jax.sharding.PartitionSpec()
+  loss_and_grads = sharding.shard_map(
+    _loss_and_grads(config, graphdef),
+    mesh,
+    in_specs=(specs, bias_specs, replicated, sharding.batch_spec()),
+    out_specs=((replicated, replicated), specs),
+  )
+  optimizer = optim.make(config.optim, config.num_steps)
+  learning_rate = optim.schedule(config.optim, config.num_steps)
+  balancer = balance.make(config.balance)
+  shardings = state_shardings(config, mesh)
+
+  def train_step(state: TrainState, batch):
+    (each, load), grads = loss_and_grads(state.params, state.router_bias, state.step, batch)
+    with jax.named_scope("optimizer"):
+      grad_norm = optax.tree.norm(grads)
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+    router_bias = state.router_bias
+    if jax.tree.leaves(router_bias):
+      router_bias = update_bias(router_bias, load.counts_LE, balancer, state.step)
+    finite = jnp.isfinite(each.total) & jnp.isfinite(grad_norm)
+    new = TrainState(state.step + 1, params, opt_state, router_bias)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    metrics = {
+      "losses": each,
+      "load": load,
+      "grad_norm": grad_norm,
+      "grad_norms": _norms(grads),
+      "learning_rate": learning_rate(state.step),
+      "finite": finite,
+    }
+    return new, metrics
+
+  return jax.jit(
+    train_step,
+    donate_argnums=0,
+    in_shardings=(shardings, sharding.named(mesh, sharding.batch_spec())),
+    out_shardings=(shardings, None),
+    compiler_options=runtime.compiler_options(mesh.devices.flat[0].platform),
+  )
+
+
+def update_bias(router_bias, counts_LE, balancer: balance.Balancer, step):
+  """Applies the balancer to each stack's bias, whose rows follow each other in counts_LE."""
+  leaves, treedef = jax.tree.flatten(router_bias)
+  starts = [sum(leaf.shape[0] for leaf in leaves[:i]) for i in range(len(leaves))]
+  moved = [
+    balancer.update(leaf, counts_LE[start : start + leaf.shape[0]], step)
+    for leaf, start in zip(leaves, starts)
+  ]
+  return jax.tree.unflatten(treedef, moved)
+
+
+def make_eval_step(config: Config, mesh):
+  """Returns the jitted function (state, batch) -> (nats, weight): sums over the batch."""
+  check_batch(config, mesh)
+  graphdef, params, router_bias = model_parts(config)
+
+  def evaluate(params, router_bias, batch):
+    model = nnx.merge(graphdef, model_lib.compute_cast(params, config.model), router_bias)
+    hidden_BSD = model(batch["tokens"], batch["positions"], _segments(batch, config)).hidden_BSD
+    _, parts = losses.chunked_cross_entropy(
+      hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
+      model.gathered_head(),
+      batch["targets"].reshape(-1),
+      batch["weights"].reshape(-1),
+      0.0,
+      config.loss.cross_entropy_chunk_tokens,
+    )
+    return sharding.sum_over_batch((parts.cross_entropy, jnp.sum(batch["weights"])))
+
+  replicated = jax.sharding.PartitionSpec()
+  run = sharding.shard_map(
+    evaluate,
+    mesh,
+    in_specs=(
+      sharding.parameter_specs(params),
+      sharding.parameter_specs(router_bias),
+      sharding.batch_spec(),
+    ),
+    out_specs=replicated,
+  )
+  return jax.jit(
+    lambda state, batch: run(state.params, state.router_bias, batch),
+    compiler_options=runtime.compiler_options(mesh.devices.flat[0].platform),
+  )
+
+
+def check_batch(config: Config, mesh) -> None:
+  """Raises ValueError unless every device gets equally many sequences a microbatch."""
+  shards = sharding.num_batch_shards(mesh) * config.num_microbatches
+  if config.batch_size % shards:
+    raise ValueError(
+      f"batch_size ({config.batch_size}) must be divisible by devices along the batch "
+      f"({sharding.num_batch_shards(mesh)}) times num_microbatches ({config.num_microbatches})"
+    )

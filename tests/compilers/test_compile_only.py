@@ -1,0 +1,110 @@
+"""Compiling without a device: chips, processes, and what is read from a program's dump."""
+
+import math
+import os
+import time
+
+import numpy as np
+import pytest
+
+from dsmoe.compilers import compile_only
+from tests.compilers.test_bundles import CODE, DYNAMIC, TABLE
+
+# A Pallas kernel that declares 1,000 bytes, beside one fusion.
+MODULE = """HloModule made_up, is_scheduled=true
+
+%double (p0: f32[1024,128]) -> f32[1024,128] {
+  %p0 = f32[1024,128]{1,0:T(8,128)} parameter(0)
+  ROOT %sum = f32[1024,128]{1,0:T(8,128)} add(%p0, %p0)
+}
+
+ENTRY %main (a: f32[1024,128]) -> f32[1024,128] {
+  %a = f32[1024,128]{1,0:T(8,128)} parameter(0)
+  %add_fusion = f32[1024,128]{1,0:T(8,128)} fusion(%a), kind=kLoop, calls=%double, backend_config={"window_config":{"estimated_cycles":"70"},"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"4096"}]}
+  ROOT %ours.1 = f32[1024,128]{1,0:T(8,128)} custom-call(%add_fusion), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"AA","cost_estimate":{"flops":"COUNT","transcendentals":"0","bytes_accessed":"1000"}},"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"12288"}]}
+}
+"""
+
+
+def test_peaks_are_those_of_training():
+  from dsmoe.planning import accounting
+
+  for chip, kind in (
+    ("v5p", "TPU v5p"),
+    ("v6e", "TPU v6e"),
+    ("tpu7x", "TPU7x"),
+    ("h100", "NVIDIA H100 80GB HBM3"),
+  ):
+    assert compile_only.CHIPS[chip].peak_flops == accounting.PEAK_FLOPS[kind]
+
+
+@pytest.mark.parametrize("chip, macs_a_cycle", [("v5p", 8), ("v6e", 4), ("tpu7x", 4)])
+def test_clocks_reach_the_peaks(chip, macs_a_cycle):
+  """Rows all matrix units of a device take a cycle, times size^2, times two, is the peak."""
+  c = compile_only.CHIPS[chip]
+  assert macs_a_cycle * c.mxu_size**2 * 2 * c.clock_hz == pytest.approx(c.peak_flops, rel=2e-3)
+
+
+def test_unknown_chips_are_refused():
+  assert compile_only.chip_name("v6e:2x2x1") == "v6e"
+  with pytest.raises(ValueError, match="among v5p, v6e, tpu7x, h100, got 'v9:2x2x1'"):
+    compile_only.chip_name("v9:2x2x1")
+
+
+def test_a_fresh_process():
+  assert compile_only.in_fresh_process(os.getpid) != os.getpid()
+  with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+    compile_only.in_fresh_process(math.sqrt, -1.0)
+  with pytest.raises(RuntimeError, match="the compiling process died"):
+    compile_only.in_fresh_process(os._exit, 3, limit_secs=60)
+  with pytest.raises(TimeoutError, match="given up after 1 s"):
+    compile_only.in_fresh_process(time.sleep, 60, limit_secs=1)
+
+
+def _dump(folder, name, code):
+  (folder / f"17-{name}-02-final_bundles.txt").write_text(code)
+  (folder / f"17-{name}-01-schedule-analysis_final_bundles.txt").write_text("")
+  (folder / f"17-{name}-00-final_hlo-static-per-bundle-utilization.txt").write_text(TABLE)
+
+
+def test_figures_of_a_program(tmp_path):
+  _dump(tmp_path, "ours.1", CODE)
+  _dump(tmp_path, "another_fusion", CODE)  # the same code as add_fusion, dumped once
+  (tmp_path / "17-TLP-03-deduplication-map.txt").write_text(
+    "key:another_fusion\nordinal:1\nequivalent_hlos[size=2]:\n  another_fusion\n  add_fusion\n"
+  )
+  chip = compile_only.Chip(1e12, 4096.0, clock_hz=2.0, mxu_size=128)
+  found = compile_only.read_figures(MODULE.replace("COUNT", "77"), tmp_path, chip)
+  array = 1024 * 128 * 4
+  dma = 6 * 2048 * 32 + 512 * 32  # in at each of six steps; out at the first, when s3 < 1
+  assert found == {
+    "bytes": 2 * array + dma,
+    "declared_bytes": 1000,
+    "declared_flops": 77,
+    "dma_bytes": dma,
+    "mxu_flops": 2 * 96 * 40 * 128**2,
+    "vmem_bytes": 12288,
+    "estimated_cycles": 70,
+    # The fusion's code is 3 + 6 * 12 + 96 * 7 bundles at most. Of the kernel's, one is skipped at
+    # five of six steps.
+    "schedule_cycles": max(747, 2 * array // 4096 * 2) + 747,  # 3 + 6 * 12 + 96 * 7 bundles each
+    "bundles": 22,
+    "mxu_occupancy": pytest.approx(35 / 88),
+    "steady_mxu_occupancy": pytest.approx(25 / 28),
+    "spill_share": pytest.approx(2 / 22),
+    "fill_share": pytest.approx(3 / 22),
+  }
+
+
+def test_a_grid_that_is_data(tmp_path):
+  """Nothing is said without its size; with it, what the code does."""
+  _dump(tmp_path, "ours.1", DYNAMIC)
+  chip = compile_only.Chip(1e12, 4096.0, clock_hz=2.0, mxu_size=128)
+  text = MODULE.replace("COUNT", "77")
+  found = compile_only.read_figures(text, tmp_path, chip)
+  assert found["dma_bytes"] is None and found["mxu_flops"] is None
+  assert found["bytes"] == 2 * 1024 * 128 * 4 + 1000
+  sizes = {"ours": [{1: np.array([4])}]}
+  found = compile_only.read_figures(text, tmp_path, chip, sizes)
+  assert found["mxu_flops"] == 2 * 4 * 16 * 40 * 128**2
+  assert found["dma_bytes"] == 4 * 2048 * 32 + 512 * 32

@@ -1,0 +1,217 @@
+"""Tests of dsmoe/data/batches.py, and with it of the rows of dsmoe/data/packing.py.
+
+The oracles rebuild documents and rows from tokens with plain loops.
+"""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from dsmoe.data import batches as data
+from dsmoe.data import packing
+from tests.data import cases
+from tests.data.cases import (
+  EOS,
+  NAMES,
+  VOCAB,
+  assert_equal,
+  data_config,
+  row_by_loops,
+  text_config,
+  token_documents,
+  words,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return cases.make_folder(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def prepared(folder, tmp_path_factory):
+  return data.prepare(text_config(folder), VOCAB, tmp_path_factory.mktemp("cache"))
+
+
+def take(iterator, count):
+  return list(itertools.islice(iterator, count))
+
+
+def rows_of_source(prepared, config, source, count):
+  rows = packing.TrainRows(prepared.train[source], prepared, config, source)
+  return [rows[i] for i in range(count)]
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("fim_rate", [0.0, 0.5])
+@pytest.mark.parametrize("S", [16, 7, 1000])  # 1000: several epochs in a row
+def test_rows_are_the_stream_of_epochs(prepared, folder, cross, fim_rate, S):
+  config = text_config(folder, cross_document_attention=cross, fim_rate=fim_rate, sequence_length=S)
+  originals = token_documents(prepared.train[1])
+  num_fim = round(fim_rate * len(originals))
+  epoch_tokens = sum(map(len, originals)) + 3 * num_fim
+  rows = rows_of_source(prepared, config, 1, -(-3 * epoch_tokens // S))
+  stream = [int(t) for row in rows for t in row["tokens"]]
+  assert len(stream) >= 3 * epoch_tokens
+
+  # Each epoch is every document once, in another order; fill-in-the-middle undone.
+  orders, split_points = [], set()
+  for epoch in range(3):
+    part = stream[epoch * epoch_tokens : (epoch + 1) * epoch_tokens]
+    assert part[-1] == EOS
+    documents: list[list[int]] = []
+    for token in part:
+      if not documents or documents[-1][-1] == EOS:
+        documents.append([])
+      documents[-1].append(token)
+    restored = []
+    for document in documents:
+      if document[0] == 1:
+        assert [t for t in document if t in (1, 2, 3)] == [1, 2, 3]
+        b, c = document.index(2), document.index(3)
+        split_points.add((b, c))
+        document = document[1:b] + document[c + 1 : -1] + document[b + 1 : c] + [EOS]
+      restored.append(document)
+    assert sum(document[0] == 1 for document in documents) == num_fim
+    assert sorted(restored) == sorted(originals)
+    orders.append(tuple(originals.index(document) for document in restored))
+  assert len(set(orders)) > 1
+  assert len(split_points) > 2 if num_fim else not split_points
+
+  # Every row is its part of the stream, with the masks of loops over it.
+  number, numbers = 0, []
+  for token in stream:
+    numbers.append(number)
+    number += token == EOS
+  for r in range(3 * epoch_tokens // S - 1):
+    window = slice(r * S, r * S + S + 1)
+    assert_equal(rows[r], row_by_loops(stream[window], numbers[window], S, cross))
+
+
+def test_fill_in_the_middle_differs_by_document_and_epoch(tmp_path):
+  text = words(0, 50)
+  rows = [json.dumps({"text": text})] * 6
+  (tmp_path / "same.jsonl").write_text("\n".join(rows))
+  config = data_config(
+    train_globs=(f"{tmp_path}/same.jsonl",),
+    validation_globs=(),
+    fim_rate=1.0,
+    sequence_length=64,
+  )
+  prepared = data.prepare(config, VOCAB, tmp_path / "cache")
+  stream = np.concatenate([row["tokens"] for row in rows_of_source(prepared, config, 0, 100)])
+  ends = np.flatnonzero(stream == EOS)[:12]
+  documents = np.split(stream, ends + 1)[:12]  # two epochs
+  assert len({document.tobytes() for document in documents}) > 9
+
+
+@pytest.mark.parametrize("fim_rate", [0.0, 0.4])
+def test_any_number_of_processes_from_any_batch(prepared, folder, fim_rate):
+  config = text_config(folder, fim_rate=fim_rate)
+  batches = take(data.train_iterator(prepared, config, 8), 12)
+  for batch in batches:
+    for name in NAMES:
+      assert batch[name].shape == (8, 16)
+      assert batch[name].dtype == (np.float32 if name == "weights" else np.int32)
+  for count, start in itertools.product((1, 2, 4), (0, 5)):
+    parts = [
+      take(data.train_iterator(prepared, config, 8, p, count, start_batch=start), 7)
+      for p in range(count)
+    ]
+    for i in range(7):
+      joined = {name: np.concatenate([part[i][name] for part in parts]) for name in NAMES}
+      assert_equal(joined, batches[start + i])
+
+
+def test_far_away_batches_are_cheap_and_seeds_matter(prepared, folder):
+  config = text_config(folder)
+  far = take(data.train_iterator(prepared, config, 4, start_batch=10**9), 2)
+  assert_equal(far[1], next(data.train_iterator(prepared, config, 4, start_batch=10**9 + 1)))
+  a = next(data.train_iterator(prepared, config, 4))
+  b = next(data.train_iterator(prepared, dataclasses.replace(config, seed=1), 4))
+  assert (a["tokens"] != b["tokens"]).any()
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (0.2, 0.3)])
+def test_mixture_keeps_its_proportions(prepared, folder, weights):
+  config = text_config(folder, train_weights=weights)
+  rows = [iter(rows_of_source(prepared, config, source, 90)) for source in (0, 1)]
+  following, drawn = [next(r) for r in rows], [0, 0]
+  for batch in take(data.train_iterator(prepared, config, 10), 10):
+    for i in range(10):
+      (source,) = [s for s in (0, 1) if (batch["tokens"][i] == following[s]["tokens"]).all()]
+      assert_equal({name: batch[name][i] for name in NAMES}, following[source])
+      following[source] = next(rows[source])
+      drawn[source] += 1
+  assert abs(drawn[0] - 100 * weights[0] / sum(weights)) <= 1
+
+
+def test_synthetic(tmp_path):
+  config = data_config(
+    train_globs=("synthetic",), validation_globs=("synthetic",), sequence_length=32
+  )
+  prepared = data.prepare(config, 1000, tmp_path)
+  assert prepared.tokenizer is None
+  batches = take(data.train_iterator(prepared, config, 4), 3)
+  assert_equal(batches[2], next(data.train_iterator(prepared, config, 4, start_batch=2)))
+  rows = np.concatenate([batch["tokens"] for batch in batches])
+  assert len({row.tobytes() for row in rows}) == 12
+  assert 0 <= rows.min() and 900 < rows.max() < 1000
+  for batch in batches:
+    np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+    np.testing.assert_array_equal(batch["positions"], np.tile(np.arange(32), (4, 1)))
+    assert (batch["segments"] == 1).all() and (batch["weights"] == 1).all()
+  total = sum(batch["weights"].sum() for batch in data.validation_batches(prepared, config, 5))
+  assert total == prepared.validation_tokens == prepared.validation_bytes
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("S", [16, 5, 4000])
+def test_validation_has_every_token_once(prepared, folder, cross, S):
+  config = text_config(folder, cross_document_attention=cross, sequence_length=S)
+  documents = token_documents(prepared.validation)
+  batches = list(data.validation_batches(prepared, config, 4))
+  assert all(batch["tokens"].shape == (4, S) for batch in batches)
+  rows = [{name: batch[name][i] for name in NAMES} for batch in batches for i in range(4)]
+  targets = [int(t) for row in rows for t, w in zip(row["targets"], row["weights"]) if w]
+  assert targets == [token for document in documents for token in document]
+  assert sum(row["weights"].sum() for row in rows) == prepared.validation_tokens
+
+  stream, numbers = [EOS], [0]
+  for number, document in enumerate(documents, start=1):
+    stream += document
+    numbers += [number] * len(document)
+  for r, row in enumerate(rows):
+    part = slice(r * S, r * S + S + 1)
+    assert_equal(row, row_by_loops(stream[part], numbers[part], S, cross, 1.0))
+
+
+def test_validation_of_several_processes(prepared, folder):
+  config = text_config(folder)
+  batches = list(data.validation_batches(prepared, config, 8))
+  parts = [list(data.validation_batches(prepared, config, 8, p, 4)) for p in range(4)]
+  assert {len(part) for part in parts} == {len(batches)}
+  for i, batch in enumerate(batches):
+    assert_equal({n: np.concatenate([part[i][n] for part in parts]) for n in NAMES}, batch)
+
+
+def test_no_validation(folder, tmp_path):
+  prepared = data.prepare(text_config(folder, validation_globs=()), VOCAB, tmp_path)
+  assert prepared.validation_bytes == prepared.validation_tokens == 0
+  assert list(data.validation_batches(prepared, text_config(folder, validation_globs=()), 4)) == []
+
+
+def test_iterator_errors(prepared, folder):
+  config = text_config(folder)
+  for read in (data.train_iterator, lambda *args: next(data.validation_batches(*args))):
+    with pytest.raises(ValueError, match=r"batch_size \(8\) must be divisible by .*\(3\)"):
+      read(prepared, config, 8, 0, 3)
+    with pytest.raises(ValueError, match=r"process_index \(2\) .* process_count \(2\)"):
+      read(prepared, config, 8, 2, 2)
+  with pytest.raises(ValueError, match="start_batch must be at least 0, got -1"):
+    data.train_iterator(prepared, config, 8, start_batch=-1)
+  with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+    data.train_iterator(prepared, dataclasses.replace(config, seed=-1), 8)

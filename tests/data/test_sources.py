@@ -1,0 +1,108 @@
+"""Tests of dsmoe/data/sources.py."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dsmoe.data import sources
+from tests.data import cases
+from tests.data.cases import text_config, texts_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return cases.make_folder(tmp_path_factory.mktemp("corpus"))
+
+
+def test_text_jsonl_and_parquet_give_the_same_documents(folder, tmp_path):
+  texts = texts_of(folder, "a")
+  rows = [json.dumps({"id": i, "body": text}) for i, text in enumerate(texts)]
+  (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "", json.dumps({"body": ""})]) + "\n")
+  pq.write_table(pa.table({"id": range(len(texts)), "body": texts}), tmp_path / "rows.parquet")
+  for name in (f"{folder}/a/*.txt", f"{tmp_path}/*.jsonl", f"{tmp_path}/rows.parquet"):
+    source = sources.find_source(name, is_train=True)
+    assert list(sources.documents(source, "body")) == texts
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+  (tmp_path / "a.txt").write_bytes(b"ab\xff\xfecd\r\n")
+  (tmp_path / "b.jsonl").write_bytes(b'{"text": "ab\xff"}\n{"text": "\\ud800x"}\n')
+  source = sources.find_source(f"{tmp_path}/*", is_train=True)
+  texts = list(sources.documents(source, "text"))
+  assert texts[:2] == ["ab\ufffd\ufffdcd\r\n", "ab\ufffd"]
+  assert texts[2].endswith("x") and texts[2].encode()  # half a surrogate pair is gone
+
+
+def test_globs_descend_and_are_sorted(tmp_path):
+  for name in ("z.txt", "b/a.txt", "b/c/d.txt", "b/c/e.md"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  source = sources.find_source(f"{tmp_path}/**/*.txt", is_train=True)
+  assert [name for name, _ in source.files] == ["b/a.txt", "b/c/d.txt", "z.txt"]
+
+
+def test_standard_library():
+  train = sources.find_source("stdlib", is_train=True)
+  held_out = sources.find_source("stdlib", is_train=False)
+  modules = [
+    {name.split("/")[0].removesuffix(".py") for name, _ in s.files} for s in (train, held_out)
+  ]
+  assert not modules[0] & modules[1]
+  assert len(modules[1]) >= 10
+  assert {"ast", "asyncio"} <= modules[0] | modules[1]
+  for name, _ in (*train.files, *held_out.files):
+    assert not set(name.split("/")[:-1]) & {
+      "test",
+      "tests",
+      "site-packages",
+      "idlelib",
+      "__pycache__",
+    }
+  sizes = [sum(path.stat().length for _, path in s.files) for s in (train, held_out)]
+  assert 0.05 < sizes[1] / sum(sizes) < 0.08
+  assert sources.find_source("stdlib", is_train=False) == held_out
+  assert sources.sha256s(held_out, {}) == sources.sha256s(held_out, {})
+
+
+def test_untouched_files_are_not_hashed_again(tmp_path, monkeypatch):
+  path = tmp_path / "a.txt"
+  path.write_text("text")
+  source = sources.find_source(str(path), is_train=True)
+  known = {}
+  os.utime(path, (1e9, 1e9))
+  hashes = sources.sha256s(source, known)
+  assert hashes == {"a.txt": hashlib.sha256(b"text").hexdigest()}
+  with monkeypatch.context() as patch:
+    patch.setattr(sources, "file_sha256", None)
+    assert sources.sha256s(source, known) == hashes
+  path.write_text("TEXT")
+  assert sources.sha256s(source, known) == {"a.txt": hashlib.sha256(b"TEXT").hexdigest()}
+
+
+def test_sample_is_even_and_bounded(folder):
+  source = sources.find_source(f"{folder}/a/*.txt", is_train=True)
+  texts = texts_of(folder, "a")
+  size = sum(len(text.encode()) for text in texts)
+  assert list(sources.sample([source], "text", size)) == texts
+  some = list(sources.sample([source], "text", size // 2))
+  assert some == list(sources.sample([source], "text", size // 2))
+  assert 0 < len(some) < len(texts)
+  assert sum(len(text) for text in sources.sample([source], "text", 10)) <= 10
+
+
+def test_compressed_bits_per_byte(folder):
+  texts = texts_of(folder, "v")
+  joined = "".join(texts).encode()
+  bits = sources.compressed_bits_per_byte(sources.validation_documents(text_config(folder)))
+  assert bits == {
+    "gzip": 8 * len(gzip.compress(joined, 9)) / len(joined),
+    "xz": 8 * len(lzma.compress(joined, preset=9)) / len(joined),
+  }
+  with pytest.raises(ValueError, match="got 0 bytes"):
+    sources.compressed_bits_per_byte([])

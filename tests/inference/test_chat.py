@@ -1,0 +1,148 @@
+"""Tests of dsmoe/inference/chat.py and what is loaded beside a tokenizer."""
+
+import datetime
+import json
+
+import jinja2
+import pytest
+
+from dsmoe.inference import chat, text_model
+from tests.serving.running_server import TOKENIZER
+
+# In the manner of DeepSeek's.
+DEEPSEEK = """\
+{% if not add_generation_prompt is defined %}
+  {% set add_generation_prompt = false %}
+{% endif %}
+{{ bos_token }}
+{%- for message in messages %}
+  {%- if message['role'] == 'user' %}
+    {{- '<｜User｜>' + message['content'] }}
+  {%- elif message['role'] == 'assistant' %}
+    {{- '<｜Assistant｜>' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+  {%- elif message['role'] == 'tool' %}
+    {{- message | tojson }}
+    {%- continue %}
+  {%- else %}
+    {{- raise_exception('unknown role ' + message['role']) }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}
+{%- if enable_thinking %}<think>{% endif -%}
+"""
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+MESSAGES = [
+  {"role": "user", "content": "Tom & <Jerry>"},
+  {"role": "assistant", "content": "日本"},
+  {"role": "tool", "content": "é", "name": "t"},
+]
+RENDERED = (
+  '<s><｜User｜>Tom & <Jerry><｜Assistant｜>日本</s>{"role": "tool", "content": "é", "name": "t"}'
+)
+
+
+def test_render():
+  template = chat.ChatTemplate(DEEPSEEK, TOKENS)
+  assert template.render(MESSAGES, add_generation_prompt=False).strip() == RENDERED
+  assert template.render(MESSAGES).strip() == RENDERED + "<｜Assistant｜>"
+  thinking = template.render(MESSAGES, enable_thinking=True)
+  assert thinking.strip() == RENDERED + "<｜Assistant｜><think>"
+
+
+TEMPLATES = {
+  "deepseek": DEEPSEEK,
+  "white space": "{% for m in messages %}\n  {% if m.role %}\n {{ m.content }}\n{% endif %}\n{% endfor %}\n",
+  "json": "{{ messages | tojson(indent=2) }}{{ {'b': 1, 'a': '<'} | tojson(sort_keys=true) }}",
+  "tokens": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ tools is none }}{{ documents }}",
+  "loop": "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_hugging_face_renders_the_same(name):
+  utils = pytest.importorskip("transformers.utils.chat_template_utils")
+  ours = chat.ChatTemplate(TEMPLATES[name], TOKENS).render(MESSAGES)
+  [theirs], _ = utils.render_jinja_template(
+    conversations=[MESSAGES],
+    chat_template=TEMPLATES[name],
+    add_generation_prompt=True,
+    **TOKENS,
+  )
+  assert ours == theirs
+
+
+def test_the_date():
+  template = chat.ChatTemplate("{{ strftime_now('%Y-%m-%d') }}")
+  before = datetime.date.today()
+  text = template.render(MESSAGES)
+  assert str(before) <= text <= str(datetime.date.today())
+
+
+@pytest.mark.parametrize(
+  "source, message",
+  [
+    ("{{ raise_exception('only users') }}", "refused the messages: only users"),
+    ("{{ messages[7].content.strip() }}", "refused the messages: .*no element 7"),
+    ("{{ 1 / 0 }}", "refused the messages: division by zero"),
+    ("{{ messages.append(1) }}", "refused the messages: .*unsafe"),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refused the messages: .*unsafe"),
+    ("{% for x in range(10**9) %}x{% endfor %}", "refused the messages: Range too big"),
+  ],
+)
+def test_what_a_template_may_not_do(source, message):
+  with pytest.raises(ValueError, match=message):
+    chat.ChatTemplate(source).render(MESSAGES)
+  assert len(MESSAGES) == 3
+
+
+def test_invalid_jinja():
+  with pytest.raises(ValueError, match="must be valid Jinja, got: Unexpected end") as error:
+    chat.ChatTemplate("{% if x %}")
+  assert isinstance(error.value.__cause__, jinja2.TemplateError)
+
+
+def write(folder, name, values):
+  (folder / name).write_text(values if isinstance(values, str) else json.dumps(values))
+
+
+def test_where_templates_are_found(tmp_path):
+  assert chat.load_template(tmp_path) is None
+  config = {"eos_token": {"content": "</s>", "lstrip": False}, "bos_token": None}
+  write(tmp_path, chat.CONFIG_FILE, config | {"chat_template": "config{{ eos_token }}"})
+  assert chat.load_template(tmp_path).render(MESSAGES) == "config</s>"
+  several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "default"}]
+  write(tmp_path, chat.CONFIG_FILE, config | {"chat_template": several})
+  assert chat.load_template(tmp_path).render(MESSAGES) == "default"
+  write(tmp_path, chat.TEMPLATE_FILE, "file{{ eos_token }}")
+  assert chat.load_template(tmp_path).render(MESSAGES) == "file</s>"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_files_that_are_no_json_objects(tmp_path, text):
+  write(tmp_path, chat.CONFIG_FILE, text)
+  with pytest.raises(ValueError, match=r"tokenizer_config.json must be"):
+    chat.load_template(tmp_path)
+  (tmp_path / chat.CONFIG_FILE).unlink()
+  write(tmp_path, "generation_config.json", text)
+  with pytest.raises(ValueError, match=r"generation_config.json must be"):
+    text_model.load(tmp_path, TOKENIZER, "tiny", 64)
+
+
+def test_a_template_that_is_no_text(tmp_path):
+  write(tmp_path, chat.CONFIG_FILE, {"chat_template": 5})
+  with pytest.raises(ValueError, match="must be text, got a int"):
+    chat.load_template(tmp_path)
+
+
+def test_what_ends_and_begins_a_text(tmp_path):
+  assert text_model.load(tmp_path, TOKENIZER, "tiny", 64).stop_tokens == (0,)
+  config = {"eos_token": "<|fim_suffix|>", "bos_token": {"content": "<|fim_prefix|>"}}
+  write(tmp_path, chat.CONFIG_FILE, config)
+  write(tmp_path, "generation_config.json", {"eos_token_id": [3, 2]})
+  served = text_model.load(tmp_path, TOKENIZER, "tiny", 64)
+  assert (served.stop_tokens, served.prefix, served.template) == ((0, 2, 3), (), None)
+  write(tmp_path, chat.CONFIG_FILE, config | {"add_bos_token": True})
+  write(tmp_path, "generation_config.json", {"eos_token_id": 4})
+  served = text_model.load(tmp_path, TOKENIZER, "tiny", 64)
+  assert (served.stop_tokens, served.prefix) == ((0, 2, 4), (1,))

@@ -1,0 +1,246 @@
+"""Tokens to experts in FP8 and back: TPU's and H100's ways against loops, and their compilers."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from dsmoe.compilers.gpu_resources import h100_resources
+from pallas_kernels.quantized_matmul import gpu_routed, quantized_routed_swiglu, tpu_words
+from pallas_kernels.routing import Routed, ranks
+from tests import oracles
+from tests.helpers import assert_close, equations
+from tests.pallas_kernels.fp8_loops import draw, quantize, values
+from tests.pallas_kernels.gpu_topology import compile_for_h100, interpreted
+from tests.pallas_kernels.topologies import compile_for
+
+either_scale = pytest.mark.parametrize("power_of_two", [False, True], ids=["float32", "ue8m0"])
+struct = jax.ShapeDtypeStruct
+
+
+@either_scale
+@pytest.mark.parametrize("M, D, dtype", [(37, 1024, "bfloat16"), (3, 16896, "float32")])
+def test_tokens_travel_as_codes_and_scales(M, D, dtype, power_of_two):
+  """Exactly those of the loops, in their places; 132 tiles have two pieces of scales."""
+  K, W = 3, D // 4 + -(-D // 128 // 128) * 128
+  x = draw(1, M, D)
+  places = np.random.default_rng(2).permutation(2 * M * K)[: M * K].reshape(M, K)
+  scatter = jax.jit(lambda x, row: tpu_words.scatter(x, row, 2 * M * K, power_of_two))
+  with pltpu.force_tpu_interpret_mode():
+    words = np.asarray(scatter(jnp.asarray(x, dtype), places.astype(np.int32)))
+  assert words.shape == (2 * M * K, W) and words.dtype == np.uint32
+  codes, scales = quantize(x, 1, 128, power_of_two)
+  for m, k in np.ndindex(M, K):
+    row = words[places[m, k]]
+    byte = row[: D // 4].reshape(-1, 1, 128) >> np.array([0, 8, 16, 24], np.uint32)[:, None]
+    np.testing.assert_array_equal(byte.astype(np.uint8).reshape(-1), codes[m].view(np.uint8))
+    np.testing.assert_array_equal(row[D // 4 :][: D // 128].view(np.float32), scales[m])
+
+
+@either_scale
+@pytest.mark.parametrize("D, dtype", [(384, "bfloat16"), (8448, "float32")])
+def test_tokens_are_quantised_on_the_way(D, dtype, power_of_two):
+  """On H100, exactly as the loops do; 66 tiles take two turns. Bad tiles spoil themselves only."""
+  M, K, P = 5, 3, 24
+  x = draw(1, M, D)
+  x[1, 128:256] = 0
+  good = x.copy()
+  x[2, 5], x[3, 130], x[3, 300] = np.inf, np.nan, -np.inf
+  bad = {(2, 0), (3, 1), (3, 2)}
+  places = np.random.default_rng(2).permutation(P)[: M * K].reshape(M, K).astype(np.int32)
+  places[1, 2], places[4, 0] = -1, P  # no copies
+  fn = jax.jit(lambda x, row: gpu_routed.permute_quantized(x, row, P, power_of_two))
+  with interpreted():
+    codes, scales = map(np.asarray, fn(jnp.asarray(x, dtype), places))
+  assert codes.shape == (P, D) and scales.shape == (-(-D // 128 // 64) * 64, P)
+  expected_codes, expected_scales = quantize(good, 1, 128, power_of_two)
+  assert (expected_scales[1, 1], codes.dtype) == (1, expected_codes.dtype)
+  for m, k in np.ndindex(M, K):
+    if not 0 <= places[m, k] < P:
+      continue
+    for t in range(D // 128):
+      own = slice(t * 128, (t + 1) * 128)
+      if (m, t) in bad:
+        assert np.isnan(scales[t, places[m, k]])
+      else:
+        assert scales[t, places[m, k]] == expected_scales[m, t]
+        actual, expected = (
+          c.view(np.uint8) for c in (codes[places[m, k], own], expected_codes[m, own])
+        )
+        np.testing.assert_array_equal(actual, expected)
+
+
+M, K, E, D, F = 132, 2, 5, 400, 300  # sides padded to 512 and 384, columns in blocks of 256
+
+
+def _experts():
+  """Expert 1 has every token, two steps of rows; 0 and 3 have none."""
+  other = np.random.default_rng(3).choice([2, 4], M)
+  experts = np.stack([np.ones(M), other], axis=1).astype(np.int32)
+  experts[::3] = experts[::3, ::-1]
+  return experts
+
+
+def _inputs(dtype, tokens=M):
+  rng = np.random.default_rng(4)
+  normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+  weights = [normal(*s) * s[1] ** -0.5 for s in ((E, D, F), (E, D, F), (E, F, D))]
+  gates = rng.uniform(0.1, 2, (M, K)).astype(np.float32)
+  x, dy = normal(M, D)[:tokens], normal(M, D)[:tokens]
+  return x, gates[:tokens], tuple(w.astype(dtype) for w in weights), dy
+
+
+@functools.cache
+def _by_loops(dtype, power_of_two, tokens=M):
+  """Value and gradients of the first tokens, an expert at a time, in float64 but for rounding."""
+  inputs = jax.tree.map(lambda a: np.asarray(a, np.float64), _inputs(dtype, tokens))
+  x, gates, weights, dy = inputs
+  experts = _experts()[:tokens]
+  number = functools.partial(values, power_of_two=power_of_two)
+  rounded = lambda a: np.asarray(jnp.asarray(a, dtype), np.float64)  # noqa: E731
+  y, dx, dgates = np.zeros(x.shape), np.zeros(x.shape), np.zeros(gates.shape)
+  dweights = [np.zeros(w.shape) for w in weights]
+  for e in sorted(set(experts.reshape(-1).tolist())):
+    m, k = np.nonzero(experts == e)
+    w_gate, w_up, w_down = (number(w[e], 128, 128) for w in weights)
+    x_e, dy_e, weight = x[m], dy[m], gates[m, k][:, None]
+    gate, up = (rounded(number(x_e, 1, 128) @ w) for w in (w_gate, w_up))
+    sigmoid = oracles.sigmoid(gate)
+    act = gate * sigmoid * up
+    inner = rounded(act * weight)
+    y[m] += rounded(number(inner, 1, 128) @ w_down)
+    dinner = rounded(number(dy_e, 1, 128) @ w_down.T)
+    dgate = rounded(dinner * weight * up * sigmoid * (1 + gate * (1 - sigmoid)))
+    dup = rounded(dinner * weight * gate * sigmoid)
+    dx[m] += sum(rounded(number(d, 1, 128) @ w.T) for d, w in ((dgate, w_gate), (dup, w_up)))
+    dgates[m, k] = (dinner * act).sum(axis=1)
+    columns = lambda a: number(a, 128, 1)  # noqa: E731
+    for total, (left, right) in zip(dweights, [(x_e, dgate), (x_e, dup), (inner, dy_e)]):
+      total[e] = columns(left).T @ columns(right)
+  return y, (dx, dgates, tuple(dweights))
+
+
+def _value_and_gradients(x, gates, weights, dy, experts, implementation, power_of_two=False):
+  routed = lambda g: Routed(experts, g, *ranks(experts, weights[0].shape[0])[::-1])  # noqa: E731
+  y, vjp = jax.vjp(
+    lambda x, g, w: quantized_routed_swiglu(x, routed(g), w, implementation, power_of_two),
+    *(x, gates, weights),
+  )
+  return y, vjp(dy)
+
+
+@either_scale
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
+def test_value_and_gradients_match_loops(implementation, power_of_two):
+  run = jax.jit(functools.partial(_value_and_gradients, **_way(implementation, power_of_two)))
+  with pltpu.force_tpu_interpret_mode():
+    actual = run(*_inputs("bfloat16"), _experts())
+  assert_close(actual, _by_loops("bfloat16", power_of_two), "bfloat16")
+
+
+def _way(implementation, power_of_two=False):
+  return {"implementation": implementation, "power_of_two": power_of_two}
+
+
+def test_the_h100s_way_matches_loops():
+  """Rows are no multiple of eight. Both kinds of scale are tested where tokens are quantised."""
+  tokens, power_of_two = 9, True
+  run = jax.jit(functools.partial(_value_and_gradients, **_way("mosaic_gpu", power_of_two)))
+  with interpreted():
+    actual = run(*_inputs("bfloat16", tokens), _experts()[:tokens])
+    actual = jax.tree.map(np.asarray, actual)
+  assert_close(actual, _by_loops("bfloat16", power_of_two, tokens), "bfloat16")
+
+
+def test_the_tpus_way_is_the_plain_way():
+  """In float32, to the last digits: the codes are the same."""
+  with pltpu.force_tpu_interpret_mode():
+    actual, expected = (
+      jax.jit(functools.partial(_value_and_gradients, **_way(i)))(*_inputs("float32"), _experts())
+      for i in ("mosaic_tpu", "xla")
+    )
+  assert_close(actual, expected)
+  empty = [0, 3]
+  assert all(not np.asarray(dw)[empty].any() for dw in actual[1][2])
+
+
+@pytest.mark.parametrize(
+  "shapes, message",
+  [
+    (((4, 6), (3, 5, 8), (3, 5, 8), (3, 8, 5)), r"w_gate_EDF must have shape \(3, 6, 8\), got"),
+    (((4, 5), (3, 5, 8), (2, 5, 8), (3, 8, 5)), r"w_up_EDF must have shape \(3, 5, 8\), got"),
+    (((4, 5), (3, 5, 8), (3, 5, 8), (3, 5, 8)), r"w_down_EFD must have shape \(3, 8, 5\), got"),
+    (((3, 5), (3, 5, 8), (3, 5, 8), (3, 8, 5)), r"a row for each of 3 tokens, got \(4, 2\)"),
+    (((4, 5), (5, 8), (3, 5, 8), (3, 8, 5)), "w_gate_EDF must have 3 dimensions"),
+  ],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes, message):
+  x, *weights = (np.zeros(shape, np.float32) for shape in shapes)
+  experts = np.zeros((4, 2), np.int32)
+  with pytest.raises(ValueError, match=message):
+    quantized_routed_swiglu(x, Routed(experts, experts, np.zeros(3, int), experts), weights)
+
+
+def test_tokens_are_read_once_and_codes_written_once():
+  """By the kernel's own count at V3's shape: 0.59 of what the bfloat16 rows take."""
+  M, K, D, P = 8192, 8, 7168, 65536
+  tokens, rows = struct((M, D), jnp.bfloat16), struct((M, K), jnp.int32)
+  jaxpr = jax.make_jaxpr(lambda x, r: tpu_words.scatter(x, r, P, False))(tokens, rows)
+  (call,) = (e for e in equations(jaxpr.jaxpr) if e.primitive.name == "pallas_call")
+  least = 2 * M * D + P * (D + 4 * 128) + 4 * M * K  # 56 scales in a piece of 128
+  assert least <= call.params["cost_estimate"].bytes_accessed <= 1.001 * least
+  assert least < 0.6 * 2 * D * (M + P)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2x1", "tpu7x:2x2x1"])
+def test_compiles_at_the_widths_of_v3(topology):
+  """Forward and backward; nothing as large as the rows in bfloat16 is gathered by XLA."""
+  M, K, D, F, E = 1024, 4, 7168, 2048, 8
+  shapes = [(M, D), (M, K), [(E, D, F), (E, D, F), (E, F, D)], (M, D)]
+  dtypes = [jnp.bfloat16, jnp.float32, jnp.bfloat16, jnp.bfloat16]
+  args = [
+    [struct(own, d) for own in s] if isinstance(s, list) else struct(s, d)
+    for s, d in zip(shapes, dtypes)
+  ]
+  fn = functools.partial(_value_and_gradients, **_way("mosaic_tpu"))
+  text = compile_for(topology, fn, *args, struct((M, K), jnp.int32)).as_text()
+  for name in ("quantized_permute", "quantized_swiglu_in", "quantized_swiglu_out", "combine"):
+    assert name in text
+  gathered = re.findall(r"= \w+\[([\d,]+)\]\S* gather\(", text)
+  assert all(np.prod([int(n) for n in dims.split(",")]) < M * K * F for dims in gathered)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M, K, D, P", [(8192, 8, 7168, 65536), (40, 3, 256, 152)])
+@either_scale
+def test_permute_compiles_for_h100(M, K, D, P, power_of_two):
+  fn = lambda x, row: gpu_routed.permute_quantized(x, row, P, power_of_two)  # noqa: E731
+  compiled, printed = compile_for_h100(fn, struct((M, D), jnp.bfloat16), struct((M, K), jnp.int32))
+  found = h100_resources(printed)["permute_quantized"]
+  assert found["spill_store_bytes"] == 0
+  assert compiled.memory_analysis().temp_size_in_bytes < 1024  # codes and scales are stored once
+
+
+@pytest.mark.gpu
+def test_compiles_for_h100_at_the_widths_of_v3():
+  """Forward and gradients."""
+  M, K, D, F, E = 8192, 8, 7168, 2048, 8
+  weights = [struct(s, jnp.bfloat16) for s in ((E, D, F), (E, D, F), (E, F, D))]
+  args = struct((M, D), jnp.bfloat16), struct((M, K), jnp.float32), weights
+  rows = struct((M, K), jnp.int32), struct((E,), jnp.int32), struct((M, K), jnp.int32)
+
+  def forward(x, gates, weights, experts, counts, rank):
+    routed = Routed(experts, gates, counts, rank)
+    return quantized_routed_swiglu(x, routed, weights, "mosaic_gpu")
+
+  def gradients(x, gates, weights, experts, counts, rank, dy):
+    fn = lambda *a: forward(*a, experts, counts, rank)  # noqa: E731
+    return jax.vjp(fn, x, gates, weights)[1](dy)
+
+  compile_for_h100(forward, *args, *rows)
+  compile_for_h100(gradients, *args, *rows, args[0])

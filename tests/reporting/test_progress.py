@@ -1,0 +1,92 @@
+import io
+import sys
+
+import rich.console
+
+from dsmoe.reporting import progress
+
+LINE = {
+  "loss": 3.25,
+  "tokens_per_sec": 12345.6,
+  "mfu": 0.4123,
+  "gflops_per_sec": 9.0,
+  "step_secs": 0.5,
+}
+
+
+def _is_plain(text):
+  return all(c == "\n" or c.isprintable() for c in text)
+
+
+def test_off_a_terminal_an_update_is_a_plain_line(capsys, monkeypatch):
+  monkeypatch.setenv("FORCE_COLOR", "1")
+  with progress.Progress(total_steps=1000, start_step=10) as display:
+    display.update(20, LINE)
+    display.update(21, {})
+    display.update(30, LINE | {"mfu": None})
+    display.update(30, {"validation_loss": 3.5, "validation_bits_per_byte": 1.0})
+    display.print("[bold]a sample[/bold]\x1b[31m " + "long " * 40 + "end")
+  out = capsys.readouterr().out
+  assert out.splitlines() == [
+    "step 20/1000  loss 3.2500  12,346 tokens/s  MFU 41.2%  0:08:10 left",
+    "step 30/1000  loss 3.2500  12,346 tokens/s  9.0 GFLOP/s  0:08:05 left",
+    "step 30/1000  validation loss 3.5000  1.0000 bits/byte",
+    "[bold]a sample[/bold]\\x1b[31m " + "long " * 40 + "end",
+  ]
+  assert _is_plain(out)
+
+
+def test_on_a_terminal_there_is_a_bar_with_prints_above():
+  file = io.StringIO()
+  console = rich.console.Console(
+    file=file, force_terminal=True, width=100, _environ={"TERM": "xterm"}
+  )
+  with progress.Progress(total_steps=1000, console=console) as display:
+    display.update(20, LINE)
+    display.update(25, {"validation_loss": 3.5})
+    display.print("a remark")
+  out = file.getvalue()
+  assert "\x1b[" in out and "━" in out
+  last = out[out.rindex("step") :]
+  for part in ("25/1000", "loss 3.2500", "12,346 tokens/s", "MFU 41.2%", "0:08:08 left"):
+    assert part in last, part
+  assert "validation" not in last
+  for above in ("step 25/1000  validation loss 3.5000\n", "a remark\n"):
+    assert above in out[: out.rindex("step")]
+
+
+def test_summary_takes_last_values_medians_and_the_best_validation():
+  rows = [
+    {"step": 10, "loss": 4.0, "tokens": 100, "tokens_per_sec": 1.0, "mfu": None},
+    {"step": 20, "validation_loss": 2.0, "validation_bits_per_byte": 0.5},
+    {"step": 20, "loss": 3.0, "tokens": 2000, "tokens_per_sec": 30.0, "mfu": None},
+    {"step": 30, "loss": 2.5, "tokens": 3000, "tokens_per_sec": 20.0, "max_vio": [1.0, None, 2.0]},
+    {"step": 30, "validation_loss": 2.25, "validation_bits_per_byte": 0.75},
+  ]
+  assert progress.summary(iter(rows)) == [
+    ("steps", "30"),
+    ("tokens seen", "3,000"),
+    ("train loss", "2.5000"),
+    ("validation loss (nats/token)", "2.2500"),
+    ("validation bits per byte", "0.7500"),
+    ("best validation loss", "2.0000 at step 20"),
+    ("tokens/s, median", "20"),
+    ("MaxVio, mean (largest) layer", "1.5 (2)"),
+  ]
+  assert progress.summary([]) == []
+
+
+def test_final_table_is_plain_off_a_terminal(capsys):
+  rows = [("parameters", "1,234"), ("note", "[red]kept as it is[/red]")]
+  table = progress.final_table(rows, title="a run")
+  with progress.Progress(total_steps=1) as display:
+    display.print(table)
+  out = capsys.readouterr().out
+  assert _is_plain(out)
+  words = [line.split() for line in out.splitlines() if line.strip()]
+  assert words == [
+    ["a", "run"],
+    ["parameters", "1,234"],
+    ["note", "[red]kept", "as", "it", "is[/red]"],
+  ]
+  assert not sys.stdout.isatty()

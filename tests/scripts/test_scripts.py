@@ -1,0 +1,217 @@
+"""Every script runs, once; what it prints is what it promises."""
+
+import json
+import subprocess
+
+import pytest
+
+from dsmoe import train
+from tests import runs
+from tests.data.cases import VOCAB, make_folder
+from tests.helpers import small_config
+
+PUBLISHED = ("deepseek_v3", "deepseek_v2", "deepseek_v2_lite", "moonlight_16b", "kimi_k2")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  return make_folder(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def workdir(corpus, tmp_path_factory):
+  """A run of three steps on text."""
+  folder = tmp_path_factory.mktemp("run")
+  config = small_config(
+    **runs.TWO_LAYERS,
+    **{"model.vocab_size": VOCAB, "num_steps": 3, "log.log_every_steps": 1},
+    **{"data.train_globs": (f"{corpus}/a/*.txt",)},
+    **{"data.validation_globs": (f"{corpus}/v/*.txt",)},
+  )
+  assert train.train(config, folder) == 3
+  return folder
+
+
+def failure(*args) -> str:
+  code, out, err = runs.finish(runs.start(*args))
+  assert code != 0, out
+  assert "Traceback" not in err
+  return err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_compute_report_json(name):
+  out = runs.run("scripts/compute_report.py", f"--config=experiments/{name}.py", "--json")
+  values = json.loads(out)
+  assert values["active_params"] < values["total_params"]
+  assert set(values["flops_per_token"]) == {"causal", "non_causal", "causal_mtp"}
+  assert values["kv_cache_bytes_per_token"] > 0
+  assert values["training_flops"]["6nd"] == pytest.approx(
+    6 * values["active_params"] * values["training_tokens"]
+  )
+
+
+def test_compute_report_table():
+  # 14.8T tokens in 2.664M GPU hours. Source: DeepSeek-V3 (arXiv:2412.19437), table 1.
+  args = ("--config=experiments/deepseek_v3.py", "--tokens_per_sec=1543", "--chip=h100")
+  out = runs.run("scripts/compute_report.py", *args)
+  for text in ("671,026,419,200", "70,272", "250.4 GFLOP", "39.1%", "43.9%"):
+    assert text in out
+  assert failure("scripts/compute_report.py", *args[:2]).startswith("--tokens_per_sec needs")
+
+
+def test_bench_train():
+  args = ("scripts/bench_train.py", f"--config={runs.SHORT_RUN}", "--steps=2")
+  values = json.loads(runs.run(*args, "--json").splitlines()[-1])
+  for name in ("tokens_per_sec", "compile_secs", "peak_rss_mib", "loss", "gflops_per_sec"):
+    assert values[name] > 0, name
+  assert "tokens per sec" in runs.run(*args)
+
+
+def test_generate(workdir):
+  args = ("scripts/generate.py", f"--workdir={workdir}", "--num_tokens=8")
+  sampled = runs.run(*args, "--prompt=alpha beta", "--temperature=1")
+  likeliest = runs.run(*args, "--prompt=alpha beta", "--temperature=0", "--step=3")
+  assert sampled.startswith("alpha beta") and likeliest.startswith("alpha beta")
+  assert len(sampled) > len("alpha beta\n") and sampled != likeliest
+
+
+def test_generate_from_a_file(workdir, tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  prompts = ["alpha", "beta gamma", "alpha beta"]
+  path.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts))
+  args = ("scripts/generate.py", f"--workdir={workdir}", "--num_tokens=8", "--temperature=0")
+  rows = [json.loads(line) for line in runs.run(*args, f"--prompts={path}").splitlines()]
+  assert sorted(row["prompt"] for row in rows) == sorted(prompts)
+  text = {row["prompt"]: row["text"] for row in rows}
+  assert runs.run(*args, "--prompt=alpha beta").rstrip("\n") == "alpha beta" + text["alpha beta"]
+  missing = failure(*args, "--prompts=/nowhere.txt")
+  assert missing == "generate: the file of prompts must exist, got /nowhere.txt"
+
+
+def test_generate_talks(workdir):
+  """Without a template it says what is missing; with one, two turns and a fresh start."""
+  args = ("scripts/generate.py", f"--workdir={workdir}", "--num_tokens=8", "--chat")
+  assert "--chat needs a chat template" in failure(*args)
+  template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+  path = workdir / "data" / "tokenizer_config.json"
+  path.write_text(json.dumps({"chat_template": template}))
+  try:
+    process = runs.start(*args, stdin=subprocess.PIPE)
+    out, err = process.communicate("alpha\nbeta\n\ngamma\n", timeout=runs.LIMIT_SECS)
+  finally:
+    path.unlink()
+  assert process.returncode == 0, err
+  assert out.count("> ") >= 5 and "(a new conversation)" in out
+  assert "tokens written" in err
+
+
+def test_bench_decode():
+  small = ["--config.model.hidden_size=32", "--config.model.vocab_size=64"]
+  out = runs.run(
+    *("scripts/bench_decode.py", "--config=experiments/bench_small.py", *small, "--json"),
+    *("--batches=1,3", "--prompt_tokens=9", "--new_tokens=65", "--repeats=3"),
+  )
+  rows = json.loads(out.strip().splitlines()[-1])["runs"]
+  assert [row["batch"] for row in rows] == [1, 3]
+  for row in rows:
+    assert row["cache_bytes_per_token"] == 4 * 4 * (64 + 16)
+    for name in ("prefill", "decode", "decode_bound"):
+      assert row[f"{name}_tokens_per_sec"] > 0
+  one, three = (row["weight_bytes_per_step"] for row in rows)
+  assert one < three < 3 * one
+
+
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (("--prompt=",), "a prompt must have at least 1 token, got 0"),
+    (("--prompt=a", "--step=2"), "([3]), got 2"),
+    (("--prompt=a", "--workdir=/nowhere"), "must hold config.json, got /nowhere"),
+  ],
+)
+def test_generate_refuses_in_one_sentence(workdir, args, message):
+  last = failure("scripts/generate.py", f"--workdir={workdir}", *args)
+  assert last.startswith("generate: ") and last.endswith(message)
+
+
+def test_evaluate_text_is_the_runs_own_validation(workdir, corpus):
+  args = ("scripts/evaluate.py", f"--workdir={workdir}")
+  values = json.loads(runs.run(*args, f"--text={corpus}/v/*.txt", "--json"))
+  last = [json.loads(line) for line in (workdir / "metrics.jsonl").open()][-1]
+  assert values["step"] == last["step"] == 3
+  assert values["nats_per_token"] == pytest.approx(last["validation_loss"], rel=1e-5)
+  assert values["bits_per_byte"] == pytest.approx(last["validation_bits_per_byte"], rel=1e-5)
+  assert failure(*args, "--text=/nowhere/*").startswith("evaluate: ")
+
+
+def test_evaluate_choices(workdir, tmp_path):
+  path = tmp_path / "questions.jsonl"
+  questions = [{"question": "alpha", "choices": ["beta", "qqqq", "##"], "answer": 0}] * 2
+  path.write_text("\n".join(map(json.dumps, questions)))
+  out = runs.run("scripts/evaluate.py", f"--workdir={workdir}", f"--choices={path}")
+  for text in ("accuracy", "accuracy per byte", "margin"):
+    assert text in out
+
+
+def test_report(workdir):
+  out = runs.run("-m", "scripts.report", f"--workdir={workdir}", "--noplots")
+  assert "validation loss" in out
+
+
+def test_bench_kernels():
+  small = ["--config.model.hidden_size=32", "--config.model.moe_intermediate_size=16"]
+  out = runs.run(
+    *("scripts/bench_kernels.py", "--config=experiments/bench_small.py", *small),
+    *("--tokens=96", "--rounds=2", "--implementations=ragged_dot,mosaic_tpu", "--json"),
+  )
+  rows = json.loads(out.strip().splitlines()[-1])
+  wrong = [row for row in rows if "error" in row]
+  assert [row["direction"] for row in wrong] == ["forward", "forward + backward"]
+  assert all(row["implementation"] == "mosaic_tpu" and "CPU" in row["error"] for row in wrong)
+  rows = [row for row in rows if row not in wrong]
+  assert {row["implementation"] for row in rows} == {"dense", "ragged_dot", "local dispatch"}
+  for row in rows:
+    assert row["median_secs"] > 0 and row["of_dense"] > 0
+    work = 6 * 96 * 4 * 32 * 16 * (1 if row["direction"] == "forward" else 3)
+    assert row["gflops_per_sec"] * 1e9 * row["median_secs"] == pytest.approx(work)
+
+
+@pytest.mark.tpu
+def test_bench_kernels_compiles(tmp_path):
+  pytest.importorskip("libtpu", reason="needs libtpu, the compiler of TPUs: pip install .[tpu]")
+  args = ("scripts/bench_kernels.py", "--compile-only", "--topology=v6e:2x2x1", "--shapes=tiny")
+  picture = tmp_path / "roofline.png"
+  out = runs.run(*args, "--kernels=routing,grouped_matmul", "--json", f"--plot={picture}")
+  rows = json.loads(out.strip().splitlines()[-1])
+  found = {(row["kernel"], row["implementation"]): row for row in rows}
+  assert "absent" in found["grouped_matmul", "tokamax"]["error"]
+  for kernel in ("routing", "grouped_matmul"):
+    for name in ("reference", "mosaic_tpu"):
+      row = found[kernel, name]
+      assert row["chip"] == "v6e" and row["shape"] == "tiny"
+      assert row["bytes"] > 0 and row["bundles"] > 0 and row["cycles_bound"] > 0
+  assert found["grouped_matmul", "mosaic_tpu"]["mxu_occupancy"] > 0
+  assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+  "args, message",
+  [
+    (("--compile-only", "--kernels=sorting"), "--kernels must be among routing,"),
+    (("--compile-only", "--shapes=v9"), "--shapes must be among v3, v2_lite, tiny, got v9"),
+    (("--compile-only", "--topology=v9:2x2"), "of a chip among v5p, v6e, tpu7x, h100, got 'v9"),
+    ((), "give one of --config and --shapes, whose sizes are timed, or --compile-only"),
+    (("--shapes=tiny", "--tokens=8"), "--tokens goes with --config"),
+    (
+      ("--shapes=tiny", "--oracle=xla"),
+      "--oracle must be an implementation of grouped_swiglu (ref",
+    ),
+    (("--shapes=tiny", "--tune=t.json", "--oracle=blocked"), "it takes no --oracle"),
+    (("--compile-only", "--tune=t.json"), "--tune times kernels on a device, which --compile-only"),
+    (("--tune=t.json", "--implementations=ragged_dot"), "--tune's implementations must be among"),
+  ],
+)
+def test_bench_kernels_refuses_in_one_sentence(args, message):
+  code, out, err = runs.finish(runs.start("scripts/bench_kernels.py", *args))
+  assert code != 0 and message in out + err and "Traceback" not in err

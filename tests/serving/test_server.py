@@ -1,0 +1,289 @@
+"""Tests of dsmoe/serving: answers, as the official client and raw sockets see them."""
+
+import concurrent.futures
+import math
+
+import openai
+import pytest
+
+from dsmoe.serving import requests
+from tests.serving.fake_batcher import FakeBatcher, continuation, logprob
+from tests.serving.running_server import TOKENIZER, running, served_model
+
+
+@pytest.fixture(scope="module")
+def server():
+  with running() as result:
+    yield result
+
+
+@pytest.fixture(scope="module")
+def client(server):
+  return server.client()
+
+
+def encode(text):
+  return TOKENIZER.encode(text, add_special_tokens=False).ids
+
+
+def expected(prompt, place=0, **values):
+  """The fake's continuation of a prompt (text or ids), as the server should ask for it."""
+  ids = encode(prompt) if isinstance(prompt, str) else prompt
+  body = {"model": "tiny", "prompt": ids, "n": place + 1, "max_tokens": 16, "seed": 0} | values
+  return continuation(ids, requests.parse(body, served_model(), False).rows[place].sampling)
+
+
+def text(ids):
+  return TOKENIZER.decode(ids)
+
+
+def complete(client, prompt, **kwargs):
+  return client.completions.create(**{"model": "tiny", "prompt": prompt, "seed": 0} | kwargs)
+
+
+def chat(client, content="hello", **kwargs):
+  messages = [{"role": "user", "content": content}]
+  values = {"model": "tiny", "messages": messages, "seed": 0, "max_tokens": 20}
+  return client.chat.completions.create(**values | kwargs)
+
+
+CHAT_PROMPT = "<user>hello<assistant>"
+
+
+def test_models(client):
+  assert [model.id for model in client.models.list()] == ["tiny"]
+  assert client.models.retrieve("tiny").id == "tiny"
+  with pytest.raises(openai.NotFoundError, match="'huge' does not exist"):
+    client.models.retrieve("huge")
+
+
+def test_completion(client):
+  answer = complete(client, "def f1(x):", max_tokens=7)
+  [choice] = answer.choices
+  assert choice.text == text(expected("def f1(x):", max_tokens=7))
+  assert (choice.finish_reason, choice.index, choice.logprobs) == ("length", 0, None)
+  assert answer.object == "text_completion" and answer.model == "tiny"
+  assert answer.usage.prompt_tokens == len(encode("def f1(x):"))
+  assert answer.usage.completion_tokens == 7
+  assert answer.usage.total_tokens == answer.usage.prompt_tokens + 7
+
+
+def test_prompts_of_every_form_and_choices_in_order(client):
+  texts = ["return x", "def f2", "naïve"]
+  ids = [encode(entry) for entry in texts]
+  for prompt in (texts, ids):
+    choices = complete(client, prompt, n=2, max_tokens=12).choices
+    assert [choice.index for choice in choices] == list(range(6))
+    for place, choice in enumerate(choices):
+      seed = {"seed": place}  # each choice has a seed of its own
+      assert choice.text == text(expected(texts[place // 2], max_tokens=12, **seed))
+  assert complete(client, ids[0]).choices[0].text == text(expected(ids[0]))
+  assert complete(client, "", max_tokens=3).usage.prompt_tokens == 1  # the end of a document
+
+
+def test_default_length_and_seed(server, client):
+  del server.batcher.submitted[:]
+  for _ in range(2):
+    client.completions.create(model="tiny", prompt="def", temperature=0.5, top_p=0.25)
+  first, second = (sampling for _, sampling in server.batcher.submitted)
+  assert (first.max_tokens, first.temperature, first.top_p) == (16, 0.5, 0.25)
+  assert first.seed != second.seed and first.stop_tokens == (0,)
+
+
+def test_echo_with_logprobs_as_harnesses_ask(client):
+  # One token more than is scored; the prompt's tokens carry the answer.
+  prompt = [5, 300, 41, 42]
+  [choice] = complete(client, prompt, max_tokens=1, logprobs=2, echo=True).choices
+  ids = prompt + expected(prompt, max_tokens=1)
+  assert choice.text == text(ids)
+  assert choice.logprobs.token_logprobs == [None, *(logprob(i, 2).logprob for i in ids[1:])]
+  assert "".join(choice.logprobs.tokens) == choice.text
+  starts = [len(text(ids[:n])) for n in range(len(ids))]
+  assert choice.logprobs.text_offset == starts
+  assert choice.logprobs.top_logprobs[0] is None
+  for token, top in zip(choice.logprobs.tokens[1:], choice.logprobs.top_logprobs[1:]):
+    assert max(top, key=top.get) == token and len(top) == 2
+
+
+def test_echo_alone(client):
+  [choice] = complete(client, "naïve 日本語", max_tokens=0, logprobs=1, echo=True).choices
+  assert choice.text == "naïve 日本語" and choice.finish_reason == "length"
+  assert len(choice.logprobs.tokens) == len(encode("naïve 日本語"))
+  [choice] = complete(client, "def f", max_tokens=4, echo=True).choices
+  assert choice.text == "def f" + text(expected("def f", max_tokens=4))
+
+
+def test_the_only_token_has_its_logprob_even_if_it_ends_the_text(client):
+  # The fake repeats the last token of its prompt: here the end of a document.
+  [choice] = complete(client, [40, 0], max_tokens=1, logprobs=1, echo=True).choices
+  assert choice.finish_reason == "stop" and len(choice.logprobs.token_logprobs) == 3
+  assert choice.text == text([40])
+  [choice] = complete(client, [40, 0], max_tokens=5).choices
+  assert (choice.text, choice.finish_reason) == ("", "stop")
+
+
+def test_logprobs_of_tokens_that_are_no_characters(client):
+  ids = encode("日🙄")
+  [choice] = complete(client, ids, max_tokens=0, echo=True, logprobs=0).choices
+  assert choice.text == "日🙄"
+  spelt = [token for token in choice.logprobs.tokens if token.startswith("bytes:\\x")]
+  assert len(spelt) >= 4 and choice.logprobs.text_offset[-1] == 1
+
+
+def test_impossible_tokens_have_finite_logprobs():
+  class Certain(FakeBatcher):
+    def _advance(self, number, row):
+      event = super()._advance(number, row)
+      low = tuple(entry._replace(logprob=-math.inf) for entry in event.logprobs)
+      return event._replace(logprobs=low)
+
+  with running(Certain()) as server:
+    [choice] = complete(server.client(), [40, 41], logprobs=0, max_tokens=2).choices
+  assert choice.logprobs.token_logprobs == [-9999.0, -9999.0]
+
+
+def streamed(stream):
+  """Joins a stream's text by choice; returns it with the finish reasons and the last chunk."""
+  texts, finishes, last = {}, {}, None
+  for last in stream:
+    for choice in last.choices:
+      delta = choice.text if hasattr(choice, "text") else choice.delta.content
+      texts[choice.index] = texts.get(choice.index, "") + (delta or "")
+      assert choice.index not in finishes
+      if choice.finish_reason:
+        finishes[choice.index] = choice.finish_reason
+  return texts, finishes, last
+
+
+def test_completion_stream(client):
+  whole = complete(client, ["def f", "naïve"], n=2, max_tokens=30)
+  stream = complete(client, ["def f", "naïve"], n=2, max_tokens=30, stream=True)
+  texts, finishes, _ = streamed(stream)
+  assert texts == {choice.index: choice.text for choice in whole.choices}
+  assert finishes == {choice.index: "length" for choice in whole.choices}
+
+
+def test_stream_with_usage_and_logprobs(client):
+  options = {"include_usage": True}
+  stream = complete(client, "def f", logprobs=1, echo=True, stream=True, stream_options=options)
+  chunks = list(stream)
+  assert all(chunk.usage is None for chunk in chunks[:-1])
+  assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 16
+  whole = complete(client, "def f", logprobs=1, echo=True).choices[0]
+  choices = [choice for chunk in chunks for choice in chunk.choices]
+  assert "".join(choice.text for choice in choices) == whole.text
+  for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+    parts = [value for choice in choices for value in getattr(choice.logprobs, name)]
+    assert parts == getattr(whole.logprobs, name)
+
+
+def test_chat(client):
+  answer = chat(client)
+  [choice] = answer.choices
+  assert choice.message.role == "assistant" and choice.finish_reason == "length"
+  assert choice.message.content == text(expected(CHAT_PROMPT, max_tokens=20))
+  assert answer.usage.prompt_tokens == len(encode(CHAT_PROMPT))
+  parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+  assert chat(client, parts).choices[0].message.content == choice.message.content
+
+
+def test_chat_stream(client):
+  stream = chat(client, n=2, stream=True, stream_options={"include_usage": True})
+  chunks = list(stream)
+  roles = [choice.delta.role for chunk in chunks for choice in chunk.choices if choice.delta.role]
+  assert roles == ["assistant", "assistant"]
+  texts, finishes, last = streamed(iter(chunks))
+  for place, seed in ((0, 0), (1, 1)):
+    assert texts[place] == text(expected(CHAT_PROMPT, max_tokens=20, seed=seed))
+  assert finishes == {0: "length", 1: "length"} and last.usage.completion_tokens == 40
+
+
+def test_chat_logprobs(client):
+  [choice] = chat(client, logprobs=True, top_logprobs=2).choices
+  ids = expected(CHAT_PROMPT, max_tokens=20)
+  assert b"".join(bytes(entry.bytes) for entry in choice.logprobs.content) == text(ids).encode()
+  assert [entry.logprob for entry in choice.logprobs.content] == [-i / 8 for i in ids]
+  assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
+  [choice] = chat(client, logprobs=True).choices
+  assert all(entry.top_logprobs == [] for entry in choice.logprobs.content)
+
+
+def test_chat_as_long_as_there_is_room(server, client):
+  del server.batcher.submitted[:]
+  chat(client, max_tokens=None)
+  chat(client, max_tokens=None, max_completion_tokens=9)
+  room = 512 - len(encode(CHAT_PROMPT))
+  assert [sampling.max_tokens for _, sampling in server.batcher.submitted] == [room, 9]
+
+
+def test_a_stop_string_ends_the_text_and_the_row(server, client):
+  prompt = encode("return x * 1\n")
+  full = text(expected(prompt, max_tokens=400))
+  stop = full[9:12]
+  for stops in (stop, ["never in there", stop]):
+    [choice] = complete(client, prompt, max_tokens=400, stop=stops, logprobs=0).choices
+    assert choice.text == full[: full.index(stop)] and choice.finish_reason == "stop"
+    assert all(offset < len(choice.text) for offset in choice.logprobs.text_offset)
+  stream = complete(client, prompt, max_tokens=400, stop=stop, stream=True)
+  assert streamed(stream)[:2] == ({0: full[: full.index(stop)]}, {0: "stop"})
+  assert server.batcher.num_running == 0
+
+
+def test_what_may_begin_a_stop_string_comes_at_the_end(client):
+  full = text(expected("def f", max_tokens=9))
+  [choice] = complete(client, "def f", max_tokens=9, stop=full[-3:] + "!").choices
+  assert choice.text == full and choice.finish_reason == "length"
+
+
+def test_sixteen_clients_at_once_each_get_their_own_answer(server):
+  def one(number):
+    prompt = f"def f{number}(x): return {number * 7}"
+    own = server.client()
+    for turn in range(4):
+      values = {"max_tokens": 20 + number, "seed": number * turn}
+      if turn % 2:
+        texts, finishes, _ = streamed(complete(own, prompt, n=2, stream=True, **values))
+        assert finishes == {0: "length", 1: "length"}
+      else:
+        answer = complete(own, prompt, n=2, **values)
+        texts = {choice.index: choice.text for choice in answer.choices}
+      for place in range(2):
+        seed = {"seed": number * turn + place}
+        assert texts[place] == text(expected(prompt, **values | seed))
+    return number
+
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    assert sorted(pool.map(one, range(16))) == list(range(16))
+  assert server.batcher.num_running == server.batcher.num_waiting == 0
+
+
+def test_metrics(server, client):
+  names = ("dsmoe_new_tokens_total", "dsmoe_prompt_tokens_total", "dsmoe_request_secs_count")
+  before = [server.metric(name) for name in names]
+  complete(client, [7, 8, 9], max_tokens=11)
+  grown = [server.metric(name) - old for name, old in zip(names, before)]
+  assert grown == [11, 3, 1]
+  assert server.metric("dsmoe_batcher_cache_pages") == 64
+  assert server.metric("dsmoe_batcher_new_tokens_total") == 7
+  assert server.metric("dsmoe_queue_length") == server.metric("dsmoe_running_rows") == 0
+  assert server.metric("dsmoe_first_token_secs_count") >= 1
+  assert server.metric('dsmoe_requests_total{route="/v1/completions",status="200"}') >= 1
+  server.raw("GET", "/some/where")
+  assert server.metric('dsmoe_requests_total{route="other",status="404"}') >= 1
+
+
+def test_settings_arrive():
+  body = {"model": "tiny", "prompt": [1, 2], "temperature": 0, "top_p": 0, "top_k": 3, "min_p": 0.5}
+  body |= {"repetition_penalty": 1.5, "seed": -1, "logprobs": 4, "echo": True, "max_tokens": 9}
+  [(prompt, sampling)] = requests.parse(body, served_model(), False).rows
+  assert prompt == [1, 2] and sampling.seed == 2**63 - 1 and 0 < sampling.top_p < 1e-6
+  assert (sampling.temperature, sampling.top_k, sampling.min_p) == (0, 3, 0.5)
+  assert (sampling.repetition_penalty, sampling.logprobs) == (1.5, 4)
+  assert sampling.prompt_logprobs and sampling.max_tokens == 9
+
+
+def test_a_prefix_goes_before_text_only():
+  served = served_model(prefix=(3,))
+  for prompt, ids in (("def", [3, *encode("def")]), ([9], [9]), ("", [3])):
+    body = {"model": "tiny", "prompt": prompt}
+    assert requests.parse(body, served, False).rows[0].prompt == ids

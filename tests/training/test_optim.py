@@ -1,0 +1,132 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dsmoe.config import OptimConfig
+from dsmoe.training import optim
+from tests.helpers import assert_close, random_parts, small_config
+
+CONFIG = OptimConfig(
+  name="adamw",
+  learning_rate=0.02,
+  schedule="wsd",
+  warmup_steps=5,
+  decay_steps=8,
+  final_learning_rate=0.004,
+  beta1=0.9,
+  beta2=0.95,
+  epsilon=1e-3,  # large enough to be seen
+  weight_decay=0.1,
+  clip_norm=0.0,
+  moment_dtype="float32",
+)
+PEAK, FINAL, WARMUP, DECAY, STEPS = 0.02, 0.004, 5, 8, 30
+
+
+def _wsd(step):
+  if step < WARMUP:
+    return PEAK * step / WARMUP
+  if step < STEPS - DECAY:
+    return PEAK
+  return PEAK + (FINAL - PEAK) * min((step - (STEPS - DECAY)) / DECAY, 1)
+
+
+def _cosine(step):
+  if step < WARMUP:
+    return PEAK * step / WARMUP
+  done = min((step - WARMUP) / (STEPS - WARMUP), 1)
+  return FINAL + (PEAK - FINAL) * (1 + math.cos(math.pi * done)) / 2
+
+
+@pytest.mark.parametrize("name, expected", [("wsd", _wsd), ("cosine", _cosine)])
+def test_schedules_match_their_closed_forms(name, expected):
+  schedule = optim.schedule(dataclasses.replace(CONFIG, schedule=name), STEPS)
+  steps = np.arange(STEPS + 4)
+  actual = np.asarray(jax.vmap(schedule)(steps))
+  assert_close(actual, np.array([expected(s) for s in steps]))
+  assert actual[0] == 0 and actual[-1] == np.float32(FINAL)
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine"])
+def test_no_warmup_starts_at_the_peak(name):
+  config = dataclasses.replace(CONFIG, schedule=name, warmup_steps=0)
+  assert_close(optim.schedule(config, STEPS)(0), PEAK)
+
+
+def _step(p, g, mu, nu, t, lr, decay):
+  """One step of AdamW, t from 1. Source: arXiv:1711.05101, algorithm 2."""
+  mu = 0.9 * mu + 0.1 * g
+  nu = 0.95 * nu + 0.05 * g * g
+  update = (mu / (1 - 0.9**t)) / (np.sqrt(nu / (1 - 0.95**t)) + 1e-3) + decay * p
+  return p - lr * update, mu, nu
+
+
+def _gradients(rng):
+  return {
+    "attention_norm": rng.standard_normal(3),
+    "o_bias": rng.standard_normal(4),
+    "experts": {"w_up": rng.standard_normal((2, 3, 4))},
+  }
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0, 50.0])
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_adamw_matches_numpy(clip_norm, moment_dtype):
+  config = dataclasses.replace(CONFIG, clip_norm=clip_norm, moment_dtype=moment_dtype)
+  optimizer = optim.make(config, STEPS)
+  rng = np.random.default_rng(0)
+  expected = _gradients(rng)  # as parameters
+  params = jax.tree.map(lambda p: p.astype(np.float32), expected)
+  state = optimizer.init(params)
+  first = optax.tree_utils.tree_get(state, "mu")
+  assert {m.dtype.name for m in jax.tree.leaves(first)} == {moment_dtype}
+  assert {n.dtype.name for n in jax.tree.leaves(optax.tree_utils.tree_get(state, "nu"))} == {
+    "float32"
+  }
+
+  @jax.jit
+  def step(params, state, gradients):
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  paths = [("attention_norm",), ("o_bias",), ("experts", "w_up")]
+  get = lambda tree, path: tree[path[0]] if len(path) == 1 else tree[path[0]][path[1]]  # noqa: E731
+  values = {path: get(expected, path) for path in paths}
+  moments = {path: (0.0, 0.0) for path in paths}
+  for t in range(1, 8):  # over the end of the warm-up
+    gradients = _gradients(rng)
+    params, state = step(params, state, jax.tree.map(lambda g: g.astype(np.float32), gradients))
+    norm = math.sqrt(sum((get(gradients, path) ** 2).sum() for path in paths))
+    factor = min(1.0, clip_norm / norm) if clip_norm else 1.0
+    assert (factor < 1) == (clip_norm == 1.0)
+    for path in paths:
+      decay = 0.1 if path[-1] == "w_up" else 0.0
+      g = get(gradients, path) * factor
+      p, mu, nu = _step(values[path], g, *moments[path], t, _wsd(t - 1), decay)
+      if moment_dtype == "bfloat16":
+        mu = np.asarray(jnp.asarray(mu, jnp.bfloat16), np.float64)
+      values[path], moments[path] = p, (mu, nu)
+  kind = "op_float32" if moment_dtype == "float32" else "bfloat16"
+  for path in paths:
+    assert_close(get(params, path), values[path], kind)
+
+
+def test_only_matrices_of_the_model_decay():
+  config = small_config(**{"model.attention_bias": True})
+  _, params, _ = random_parts(config, 0)
+  mask = optim.decayed(params)
+  kept = {path[-1].key for path, on in jax.tree.leaves_with_path(mask) if not on}
+  moved = {path[-1].key for path, on in jax.tree.leaves_with_path(mask) if on}
+  assert kept == {
+    *("norm", "attention_norm", "mlp_norm", "q_a_norm", "kv_a_norm", "embed_norm", "hidden_norm"),
+    *("q_a_bias", "kv_a_bias", "o_bias"),
+  }
+  assert moved == {
+    *("embed", "head", "q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj", "eh_proj"),
+    *("router", "w_gate", "w_up", "w_down"),
+  }

@@ -1,0 +1,129 @@
+"""The whole step: devices, microbatches and rematerialisation change nothing."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from dsmoe.parallel import sharding
+from dsmoe.training import train_step
+from tests.helpers import assert_close, mesh_of, random_batch, small_config
+
+# A seed whose routing has no near-ties, so that rounding cannot flip a choice.
+MARGIN_SEED = 0
+
+
+@functools.cache
+def first_step(
+  num_devices: int = 1, num_microbatches: int = 1, remat: str = "none", dispatch: str = "local"
+):
+  """Returns (initial params, state after one step, metrics) as NumPy arrays."""
+  config = small_config(
+    **{
+      "num_microbatches": num_microbatches,
+      "model.remat": remat,
+      "model.dispatch": dispatch,
+      "optim.warmup_steps": 0,
+    }
+  )
+  mesh = mesh_of(num_devices)
+  state = train_step.init_state(config, mesh)
+  before = jax.device_get(state.params)
+  step = train_step.make_train_step(config, mesh)
+  state, metrics = step(state, random_batch(config, MARGIN_SEED))
+  return before, jax.device_get(state), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize(
+  "variant",
+  [
+    dict(num_microbatches=4),
+    dict(num_devices=2),
+    dict(num_devices=4, remat="full"),
+    dict(num_devices=8, num_microbatches=2, remat="dots"),
+    dict(dispatch="dense"),
+  ],
+  ids=str,
+)
+def test_step_does_not_depend_on_how_it_is_computed(variant):
+  before, expected, expected_metrics = first_step()
+  before_other, actual, metrics = first_step(**variant)
+  jax.tree.map(np.testing.assert_array_equal, before_other, before)
+  # Integers and the bias they move: exactly equal.
+  np.testing.assert_array_equal(metrics["load"].counts_LE, expected_metrics["load"].counts_LE)
+  jax.tree.map(np.testing.assert_array_equal, actual.router_bias, expected.router_bias)
+  assert_close(metrics["load"].groups_per_token_L, expected_metrics["load"].groups_per_token_L)
+  assert_close(metrics["losses"], expected_metrics["losses"])
+  assert_close(metrics["grad_norms"], expected_metrics["grad_norms"])
+  # Adam's first moment is (1 - beta1) times the clipped gradient: compares every gradient.
+  mu = optax.tree_utils.tree_get(actual.opt_state, "mu")
+  assert_close(mu, optax.tree_utils.tree_get(expected.opt_state, "mu"))
+
+
+def test_bias_moved_against_the_load():
+  _, state, metrics = first_step()
+  counts = metrics["load"].counts_LE
+  bias = np.concatenate(jax.tree.leaves(state.router_bias))
+  assert counts.sum(axis=1).tolist() == [16 * 14 * 3] * 5  # every choice counted, 3 + 2 MTP layers
+  expected = 0.001 * np.sign(counts.mean(axis=1, keepdims=True) - counts)
+  np.testing.assert_array_equal(bias, expected.astype(np.float32))
+  assert (bias != 0).any()
+
+
+def test_batch_that_does_not_divide_is_refused():
+  config = small_config(**{"batch_size": 12})
+  with pytest.raises(ValueError, match=r"batch_size \(12\) must be divisible"):
+    train_step.make_train_step(config, mesh_of(8))
+
+
+def test_hidden_size_that_does_not_divide_is_refused():
+  config = small_config(**{"model.hidden_size": 44})
+  with pytest.raises(ValueError, match=r"\(44\) must be divisible by the mesh axis 'data' \(8\)"):
+    train_step.init_state(config, mesh_of(8))
+
+
+def test_state_is_created_sharded():
+  config = small_config()
+  state = train_step.init_state(config, mesh_of(8))
+  w_gate = state.params["moe_layers"]["mlp"]["experts"]["w_gate"]
+  assert w_gate.sharding.spec == jax.sharding.PartitionSpec(None, "expert", "data", None)
+  assert w_gate.addressable_shards[0].data.shape == (3, 12, 5, 18)
+  mu = optax.tree_utils.tree_get(state.opt_state, "mu")
+  assert mu["moe_layers"]["mlp"]["experts"]["w_gate"].sharding == w_gate.sharding
+
+
+def test_compiled_step_gathers_and_scatters_weights():
+  """No all-reduce is as large as a weight; weights are all-gathered."""
+  config = small_config()
+  mesh = mesh_of(8)
+  state = train_step.abstract_state(config, mesh)
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding.named(mesh, sharding.batch_spec())
+    ),
+    random_batch(config, 0),
+  )
+  text = train_step.make_train_step(config, mesh).lower(state, batch).compile().as_text()
+  assert "all-gather" in text and "reduce-scatter" in text
+  smallest_matrix = 16 * 24  # in elements, of the matrices gathered here
+  for line in text.splitlines():
+    if " all-reduce(" in line:
+      result = line.split(" all-reduce(")[0].split("=", 1)[1]
+      for shape in result.replace("(", " ").split():
+        if "[" in shape:
+          dims = [int(d) for d in shape.split("[")[1].split("]")[0].split(",") if d]
+          assert np.prod(dims, initial=1) < smallest_matrix, line
+
+
+def test_non_finite_loss_keeps_the_old_state():
+  config = small_config()
+  mesh = mesh_of(1)
+  state = train_step.init_state(config, mesh)
+  params = state.params
+  params["norm"] = params["norm"] * np.inf
+  old = jax.device_get(state)
+  state, metrics = train_step.make_train_step(config, mesh)(state, random_batch(config, 0))
+  assert not metrics["finite"]
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), old)
