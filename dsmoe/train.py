@@ -22,8 +22,9 @@ from dsmoe.data import records, sources
 from dsmoe.evaluation import evaluate
 from dsmoe.inference import batcher
 from dsmoe.inference.sampling import Sampling
-from dsmoe.parallel import sharding
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
+from dsmoe.platforms import cpu
 from dsmoe.reporting import metrics, plots, progress
 from dsmoe.training import train_step
 
@@ -91,7 +92,7 @@ def train(
     NonFiniteError: when a loss or gradient is not finite.
   """
   workdir = epath.Path(workdir)
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = mesh_lib.make_mesh(config.mesh)
   train_step.check_batch(config, mesh)
   records.find_sources(config.data)  # a wrong glob is refused before anything is written
   abstract = train_step.abstract_state(config, mesh)
@@ -145,7 +146,7 @@ def train(
     start = time.perf_counter()
     batch = evaluate.to_global(next(batches), mesh)
     step_fn = step_fn.lower(state, batch).compile()
-    runtime.release_memory()
+    cpu.release_memory()
     bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
     logged_step, logged_time = first, time.perf_counter()
     saved = first

@@ -26,6 +26,7 @@ from dsmoe.config import ModelConfig
 from dsmoe.inference import batcher, cache
 from dsmoe.inference.sampling import Sampling
 from dsmoe.planning import accounting
+from dsmoe.platforms import cpu
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Numbers of rows.")
@@ -86,7 +87,7 @@ def measure(config: ModelConfig, params, router_bias, rows: int) -> dict[str, An
   timed(engine, rows, _NEW.value, rng)
   timed(engine, rows, 1, rng)
   warm_up_secs = time.perf_counter() - start
-  runtime.release_memory()
+  cpu.release_memory()
   first = [timed(engine, rows, 1, rng) for _ in range(_REPEATS.value)]
   whole = [timed(engine, rows, _NEW.value, rng) for _ in range(_REPEATS.value)]
   first_secs = statistics.median(first)

@@ -26,8 +26,9 @@ from dsmoe.config import Config
 from dsmoe.data import batches as data
 from dsmoe.data import records
 from dsmoe.evaluation import evaluate
-from dsmoe.parallel import sharding
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
+from dsmoe.platforms import cpu
 from dsmoe.reporting import progress
 from dsmoe.training import train_step
 
@@ -54,7 +55,7 @@ def peak_device_mib() -> float | None:
 
 def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
   """Compiles the step and runs it; returns the figures."""
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = mesh_lib.make_mesh(config.mesh)
   directory = config.data.cache_dir or folder
   prepared = records.prepare(config.data, config.model.vocab_size, directory)
   processes = (jax.process_index(), jax.process_count())
@@ -64,7 +65,7 @@ def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
   start = time.perf_counter()
   step_fn = train_step.make_train_step(config, mesh).lower(state, batch).compile()
   compile_secs = time.perf_counter() - start
-  runtime.release_memory()
+  cpu.release_memory()
 
   tokens = config.batch_size * config.data.sequence_length
   secs = []

@@ -8,7 +8,8 @@ from flax import nnx
 
 from dsmoe import config as config_lib
 from dsmoe import model as model_lib
-from dsmoe.parallel import sharding
+from dsmoe.model import parameters
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import train_step
 from experiments import base
 
@@ -87,7 +88,7 @@ def random_batch(config: config_lib.Config, seed: int) -> dict[str, np.ndarray]:
 def mesh_of(num_devices: int):
   """A mesh of the first devices, all on `data`."""
   config = config_lib.MeshConfig(stage=1, data=num_devices, expert=1, context=1, model=1)
-  return sharding.make_mesh(config, jax.devices()[:num_devices])
+  return mesh_lib.make_mesh(config, jax.devices()[:num_devices])
 
 
 def random_parts(config: config_lib.Config, seed: int):
@@ -123,9 +124,9 @@ def forward(config: config_lib.Config):
     out = model(batch["tokens"], batch["positions"], segments, batch["targets"])
     return out.hidden_BSD, [] if out.mtp_hidden is None else list(out.mtp_hidden)
 
-  rows = sharding.batch_spec()
-  specs = (sharding.parameter_specs(params), sharding.parameter_specs(bias), rows)
-  return jax.jit(sharding.shard_map(run, mesh_of(1), specs, rows))
+  rows = mesh_lib.batch_spec()
+  specs = (parameters.specs(params), parameters.specs(bias), rows)
+  return jax.jit(mesh_lib.shard_map(run, mesh_of(1), specs, rows))
 
 
 def equations(jaxpr):
@@ -148,8 +149,8 @@ def largest_intermediate(fn, *args) -> int:
 
 def abstract_step(config: config_lib.Config, devices):
   """Returns a mesh of the devices and a train step's arguments there, as shapes: state, batch."""
-  mesh = sharding.make_mesh(config.mesh, devices)
-  spec = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
+  mesh = mesh_lib.make_mesh(config.mesh, devices)
+  spec = jax.sharding.NamedSharding(mesh, mesh_lib.batch_spec())
   batch = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), random_batch(config, 0)
   )

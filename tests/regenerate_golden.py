@@ -10,7 +10,7 @@ import pathlib
 import jax
 
 from dsmoe import config as config_lib
-from dsmoe.parallel import sharding
+from dsmoe.model import parameters
 from dsmoe.training import train_step
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
@@ -33,7 +33,7 @@ def parameter_tree(config: config_lib.Config) -> str:
   for tree in (params, router_bias):
     for path, leaf in jax.tree.leaves_with_path(tree):
       name = "/".join(key.key for key in path)
-      spec = ", ".join(map(str, sharding.parameter_spec(path, leaf.ndim)))
+      spec = ", ".join(map(str, parameters.spec(path, leaf.ndim)))
       lines.append(f"{name} {leaf.dtype} {list(leaf.shape)} ({spec})\n")
   return "".join(lines)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsmoe import runtime
+from dsmoe import platforms, runtime
 
 CLUSTERS = [
   "TPU_WORKER_HOSTNAMES",
@@ -60,17 +60,17 @@ def test_a_cluster_is_joined_after_that(calls, monkeypatch, variable):
 
 
 def test_compiler_options_are_for_cpu_and_this_compiler_knows_them(monkeypatch):
-  run = jax.jit(lambda x: x @ x, compiler_options=runtime.compiler_options())
+  run = jax.jit(lambda x: x @ x, compiler_options=platforms.compiler_options())
   x = np.array([[1, 2], [3, 4]], np.float32)
   assert run(x).tolist() == [[7, 10], [15, 22]]
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-  assert runtime.compiler_options() == {}
-  assert runtime.compiler_options("cpu") and runtime.compiler_options("tpu") == {}
+  assert platforms.compiler_options() == {}
+  assert platforms.compiler_options("cpu") and platforms.compiler_options("tpu") == {}
 
 
 RELEASE = """
-from dsmoe import runtime
-runtime.keep_memory()
+from dsmoe.platforms import cpu
+cpu.keep_memory()
 def resident_mib():
   return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 import numpy as np
@@ -79,7 +79,7 @@ last = np.ones(2**16, np.uint8)  # above the others: the heap cannot just shrink
 held = resident_mib()
 del blocks
 kept = resident_mib()
-runtime.release_memory()
+cpu.release_memory()
 print(held - kept, kept - resident_mib())
 """
 
@@ -94,8 +94,8 @@ def test_freed_memory_is_kept_until_released():
 
 
 STEPS = """
-from dsmoe import runtime
-runtime.keep_memory()
+from dsmoe.platforms import cpu
+cpu.keep_memory()
 import resource
 import jax, jax.numpy as jnp
 run = jax.jit(lambda x: (x @ x.T) @ x)  # 256 MiB in between

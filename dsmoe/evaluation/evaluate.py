@@ -19,12 +19,12 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from dsmoe import checkpoint
-from dsmoe import model as model_lib
 from dsmoe.config import Config
 from dsmoe.data import batches as data
 from dsmoe.data import records
 from dsmoe.data import tokenizer as tokenizer_lib
-from dsmoe.parallel import sharding
+from dsmoe.model import parameters
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import train_step
 
 
@@ -59,7 +59,7 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> Run:
   config = checkpoint.load_config(workdir)
   # The run may have been on more devices than there are here.
   config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1))
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = mesh_lib.make_mesh(config.mesh)
   params, router_bias, step = load_weights(config, workdir, mesh, step)
   folder = epath.Path(config.data.cache_dir or workdir / "data")
   return Run(config, folder / "tokenizer.json", params, router_bias, mesh, step)
@@ -73,7 +73,7 @@ def load_weights(config: Config, workdir: epath.PathLike, mesh, step: int | None
 
 def to_global(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
   """Turns this process's rows into global arrays sharded over the mesh."""
-  shard = jax.sharding.NamedSharding(mesh, sharding.batch_spec())
+  shard = jax.sharding.NamedSharding(mesh, mesh_lib.batch_spec())
   return {k: jax.make_array_from_process_local_data(shard, v) for k, v in batch.items()}
 
 
@@ -110,7 +110,7 @@ def score_text(run: Run, text_glob: str) -> dict[str, float]:
     ValueError: when nothing matches, or the run has no tokenizer.
   """
   run.tokenizer()
-  shards = sharding.num_batch_shards(run.mesh)
+  shards = mesh_lib.num_batch_shards(run.mesh)
   config = dataclasses.replace(
     run.config,
     batch_size=run.config.batch_size + -run.config.batch_size % shards,
@@ -148,7 +148,7 @@ def make_row_loglikelihoods(config: Config, mesh):
 
   def rows(params, router_bias, tokens_BS, targets_BS, weights_BS):
     B, S = tokens_BS.shape
-    model = nnx.merge(graphdef, model_lib.compute_cast(params, config.model), router_bias)
+    model = nnx.merge(graphdef, parameters.compute_cast(params, config.model), router_bias)
     positions_BS = jnp.broadcast_to(jnp.arange(S), tokens_BS.shape)
     hidden_BSD = model(tokens_BS, positions_BS).hidden_BSD
     head_DV = model.gathered_head()
@@ -164,9 +164,9 @@ def make_row_loglikelihoods(config: Config, mesh):
     log_p_BS = jax.lax.map(log_p, chunks).reshape(B, S)
     return jnp.sum(log_p_BS * weights_BS, axis=1)
 
-  batch = sharding.batch_spec()
-  specs = (sharding.parameter_specs(params), sharding.parameter_specs(router_bias))
-  return jax.jit(sharding.shard_map(rows, mesh, (*specs, batch, batch, batch), batch))
+  batch = mesh_lib.batch_spec()
+  specs = (parameters.specs(params), parameters.specs(router_bias))
+  return jax.jit(mesh_lib.shard_map(rows, mesh, (*specs, batch, batch, batch), batch))
 
 
 def loglikelihoods(
@@ -195,7 +195,7 @@ def loglikelihoods(
         f"must not exceed max_position_embeddings ({limit}) by more than 1"
       )
   fn = make_row_loglikelihoods(run.config, run.mesh)
-  B = batch_size + -batch_size % sharding.num_batch_shards(run.mesh)
+  B = batch_size + -batch_size % mesh_lib.num_batch_shards(run.mesh)
   result = np.zeros(len(pairs))
   order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
   for group in [order[i : i + B] for i in range(0, len(order), B)]:

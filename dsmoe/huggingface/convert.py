@@ -23,7 +23,7 @@ from dsmoe.huggingface import loading, staging
 from dsmoe.huggingface import text as hf_text
 from dsmoe.huggingface.config import FIELDS, config_to_hf, fail, fp8_settings
 from dsmoe.huggingface.fp8 import FP8_BLOCK, quantise
-from dsmoe.model import transformer
+from dsmoe.model import parameters
 
 STEP = 0  # of an imported checkpoint
 FORMATS = ("float32", "bfloat16", "fp8")
@@ -125,7 +125,7 @@ def import_folder(
       if path not in arrays:
         part = list(slot.shape)
         part[slot.inputs] = slot.block(limit)
-        exact = len(slot.shape) == 1 or slot.path[-1] in transformer.FLOAT32_PARAMETERS
+        exact = parameters.of(slot.path).float32
         arrays[path] = slices.create(
           step_folder / "state",
           path,

@@ -25,9 +25,10 @@ from dsmoe.config import ModelConfig
 from dsmoe.huggingface import loading
 from dsmoe.huggingface.config import FIELDS, fail
 from dsmoe.huggingface.convert import leaf_shapes, state_path
-from dsmoe.model import mtp, rope
+from dsmoe.model import attention, mtp, parameters, rope
+from dsmoe.model.block import Block
 from dsmoe.model.layers import rms_norm
-from dsmoe.parallel import sharding
+from dsmoe.parallel import mesh as mesh_lib
 
 
 class Source(NamedTuple):
@@ -102,12 +103,13 @@ def _apply(graphdef, config, params, router_bias, *inputs):
   def forward(params, router_bias, *inputs):
     B, S, _ = inputs[0].shape
     cos_sin = rope.cos_sin(jnp.broadcast_to(jnp.arange(S), (B, S)), config)
-    return nnx.merge(graphdef, params, router_bias)(*inputs, *cos_sin, None)[0]
+    attend = attention.within_rows(None)
+    return nnx.merge(graphdef, params, router_bias)(*inputs, cos_sin, attend)[0]
 
-  rows = sharding.batch_spec()
-  specs = (sharding.parameter_specs(params), sharding.parameter_specs(router_bias))
+  rows = mesh_lib.batch_spec()
+  specs = (parameters.specs(params), parameters.specs(router_bias))
   specs += (rows,) * len(inputs)
-  return sharding.shard_map(forward, sharding.single_device_mesh(), specs, rows)(
+  return mesh_lib.shard_map(forward, mesh_lib.single_device_mesh(), specs, rows)(
     params, router_bias, *inputs
   )
 
@@ -117,7 +119,7 @@ def _graph(config: ModelConfig, stack: str):
 
   def build():
     rngs = nnx.Rngs(params=0)
-    block = model_lib.Block(config, stack != "dense_layers" and config.num_moe_layers > 0, rngs)
+    block = Block(config, stack != "dense_layers" and config.num_moe_layers > 0, rngs)
     return mtp.MTPModule(config, block, rngs) if stack == "mtp" else block
 
   return model_lib.split(jax.eval_shape(build))[0]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsmoe import runtime
+from dsmoe import platforms
 from dsmoe.inference import cache, sampling
 from dsmoe.inference.cached_attention import Place, expanded, in_latent_space
 from dsmoe.inference.forward import Architecture, Weights, draft, forward, head, last_logits
@@ -218,7 +218,7 @@ def decode(
 @functools.cache
 def _compiled_prefill():
   # When first called, so that importing this module starts no backend.
-  options = runtime.compiler_options()
+  options = platforms.compiler_options()
   return jax.jit(_prefill, static_argnums=(0, 1, 2), donate_argnums=4, compiler_options=options)
 
 

@@ -1,7 +1,7 @@
-"""The model as generation runs it: layers written out, over the latent cache.
+"""The model as generation runs it: its blocks one by one, over the latent cache.
 
-Each weight is a buffer of its own: a scan over layers would copy all experts of one to slice
-it, and decoding reads only those that a token chose.
+A layer's weights are buffers of their own, but for its experts, which stay in their stack: decoding
+reads single experts out of it, where a scan over layers would copy all of a layer's first.
 
 Shapes: B rows, S new tokens of a row, D hidden, W numbers of a latent, V vocabulary, N pages,
 T tokens of a page.
@@ -17,10 +17,11 @@ from flax import nnx
 
 from dsmoe import model as model_lib
 from dsmoe.config import ModelConfig
-from dsmoe.inference import cache, cached_attention, sampling
+from dsmoe.inference import cached_attention, sampling
 from dsmoe.inference.cached_attention import Place
-from dsmoe.model import rope
+from dsmoe.model import parameters, rope
 from dsmoe.model.layers import rms_norm
+from dsmoe.model.moe import MoEOptions
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,55 +83,53 @@ def prepare(config: ModelConfig, params, router_bias, speculate: bool = False):
     ValueError: when drafts are asked of a model without an MTP module.
   """
   arch = architecture(config, speculate)
-  params, router_bias = _prepared(config, params, router_bias)
+  prepared = _prepared(config, {k: v for k, v in params.items() if k != "mtp" or speculate})
 
   def layers_of(name: str, num: int):
-    if not num:
-      return []
-    # Taken out, so that a stack is given back when its layers are cut.
-    stack = params.pop(name), router_bias.pop(name, {})
-    layers = [jax.tree.map(lambda x, i=i: x[i], stack) for i in range(num)]
-    blocks = [p["block"] if name == "mtp" else p for p, _ in layers]
-    absorbed = [
-      cached_attention.absorbed(config, block["attention"]["kv_b_proj"]) for block in blocks
-    ]
-    return [(*layer, extra) for layer, extra in zip(layers, absorbed)]
+    layers = []
+    for i in range(num):
+      layer, bias = (
+        jax.tree.map_with_path(lambda path, x, i=i: x if _is_shared(path) else x[i], tree)
+        for tree in (prepared[name], router_bias.get(name, {}))
+      )
+      block = layer["block"] if name == "mtp" else layer
+      absorbed = cached_attention.absorb(config, block["attention"]["kv_b_proj"])
+      layers.append((layer, bias, absorbed))
+    return layers
 
   layers = layers_of("dense_layers", config.first_k_dense_replace)
   layers += layers_of("moe_layers", config.num_moe_layers)
-  embed_VD = params["embed"]
-  head_DV = embed_VD.T if config.tie_word_embeddings else params["head"]
+  embed_VD = prepared["embed"]
+  head_DV = embed_VD.T if config.tie_word_embeddings else prepared["head"]
   mtp = layers_of("mtp", 1)[0] if speculate else None
-  return arch, Weights(embed_VD, tuple(layers), params["norm"], head_DV, mtp)
+  return arch, Weights(embed_VD, tuple(layers), prepared["norm"], head_DV, mtp)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _prepared(config: ModelConfig, params, router_bias):
-  """Casts to the compute dtype and puts rotated columns in half-split order."""
-  params = model_lib.compute_cast(params, config)
-  if config.rope_interleave:
-    turned = ("q_proj", "q_b_proj", "kv_a_proj", "kv_a_bias")
-    params = jax.tree.map_with_path(
-      lambda path, x: rope.half_split_columns(x, config) if path[-1].key in turned else x, params
-    )
-  return params, router_bias
+def _is_shared(path) -> bool:
+  """Returns whether a stack's array serves every layer whole: the experts' matrices.
 
-
-def _block(block, absorbed, attend, x_BSD, cos_sin, pages_NTW, place: Place):
-  """One layer. Returns its output and its pages with the new tokens.
-
-  They are written before they are read, so that the order is plain and no copy is made.
+  They are nearly all of a model. Decoding reads single experts out of the stack, so no second copy
+  of it is made where training computes in the same dtype.
   """
-  mla, eps, S = block.attention, block.config.rms_norm_eps, x_BSD.shape[1]
-  h_BSD = rms_norm(x_BSD, block.attention_norm[...], eps)
-  q_BSHA = mla.queries(h_BSD, *cos_sin)
-  new_BSW = jnp.concatenate(mla.latents(h_BSD, *cos_sin), axis=-1)
-  pages_NTW = cache.write(pages_NTW, new_BSW, *place)
-  out_BSHU = attend(mla, absorbed, q_BSHA, new_BSW, pages_NTW, place).astype(x_BSD.dtype)
-  x_BSD = x_BSD + mla.output(out_BSHU)
-  h_BSD = rms_norm(x_BSD, block.mlp_norm[...], eps)
-  y_BSD = block.mlp.infer(h_BSD, place.real_BS(S)) if block.use_moe else block.mlp(h_BSD)
-  return x_BSD + y_BSD, pages_NTW
+  return "experts" in parameters.of(path).dims
+
+
+def _prepared(config: ModelConfig, params):
+  """Casts to the compute dtype and puts rotated columns in half-split order.
+
+  What neither changes is returned as it is, not copied: a jitted function would copy it.
+  """
+  turned = ("q_proj", "q_b_proj", "kv_a_proj", "kv_a_bias") if config.rope_interleave else ()
+
+  def prepared(path, x):
+    if not parameters.of(path).float32 and x.dtype != config.compute_dtype:
+      x = x.astype(config.compute_dtype)
+    return _half_split(config, x) if path[-1].key in turned else x
+
+  return jax.tree.map_with_path(prepared, params)
+
+
+_half_split = jax.jit(lambda config, x: rope.half_split_columns(x, config), static_argnums=0)
 
 
 def forward(arch: Architecture, weights: Weights, kept, tokens_BS, place: Place, attend):
@@ -145,17 +144,22 @@ def forward(arch: Architecture, weights: Weights, kept, tokens_BS, place: Place,
   Returns:
     (hidden [B, S, D] after the final norm, the cache with the new tokens).
   """
-  config = arch.config
-  cos_sin = rope.cos_sin(place.position_BS(tokens_BS.shape[1]), config)
+  config, S = arch.config, tokens_BS.shape[1]
+  cos_sin = rope.cos_sin(place.position_BS(S), config)
   x_BSD = weights.embed_VD[tokens_BS]
   layers = []
-  for graphdef, layer, pages_NTW in zip(arch.graphdefs, weights.layers, kept.layers):
+  for i, (graphdef, layer) in enumerate(zip(arch.graphdefs, weights.layers)):
     params, bias, absorbed = layer
     block = nnx.merge(graphdef, params, bias)
-    x_BSD, pages_NTW = _block(block, absorbed, attend, x_BSD, cos_sin, pages_NTW, place)
+    options = _moe_options(place, S, i - config.first_k_dense_replace)
+    x_BSD, _, pages_NTW = block(x_BSD, cos_sin, attend(absorbed, kept.layers[i], place), options)
     layers.append(pages_NTW)
   hidden_BSD = rms_norm(x_BSD, weights.norm_D, config.rms_norm_eps)
   return hidden_BSD, kept._replace(layers=tuple(layers))
+
+
+def _moe_options(place: Place, S: int, layer: int) -> MoEOptions:
+  return MoEOptions(real_BS=place.real_BS(S), inference=True, layer=layer)
 
 
 def draft(arch: Architecture, weights: Weights, kept, hidden_BSD, next_BS, place: Place, attend):
@@ -169,11 +173,14 @@ def draft(arch: Architecture, weights: Weights, kept, hidden_BSD, next_BS, place
     (int32 [B], the likeliest token after the last of `next_BS` that counts; the cache).
   """
   params, bias, absorbed = weights.mtp
-  module = nnx.merge(arch.mtp_graphdef, params, bias)
-  cos_sin = rope.cos_sin(place.position_BS(next_BS.shape[1]), arch.config)
-  hidden_BSD, pages_NTW = module.around(
-    lambda x_BSD: _block(module.block, absorbed, attend, x_BSD, cos_sin, kept.mtp, place),
-    *(hidden_BSD, weights.embed_VD[next_BS]),
+  module, S = nnx.merge(arch.mtp_graphdef, params, bias), next_BS.shape[1]
+  cos_sin = rope.cos_sin(place.position_BS(S), arch.config)
+  hidden_BSD, _, pages_NTW = module(
+    hidden_BSD,
+    weights.embed_VD[next_BS],
+    cos_sin,
+    attend(absorbed, kept.mtp, place),
+    _moe_options(place, S, 0),
   )
   token_B = sampling.argmax(last_logits(weights, hidden_BSD, place))
   return token_B, kept._replace(mtp=pages_NTW)

@@ -21,7 +21,7 @@ import rich.console
 import rich.progress
 import rich.table
 
-from dsmoe import runtime
+from dsmoe import platforms
 from dsmoe.compilers import compile_only
 from dsmoe.kernel_bench import cases
 from dsmoe.kernel_bench.cases import Shape
@@ -227,7 +227,7 @@ def measure(
     `of_dense`, the median of the rounds' ratios to the dense way, where there is one. Of what
     does not run here or is wrong, a row with `error`.
   """
-  options, rows = runtime.compiler_options(), []
+  options, rows = platforms.compiler_options(), []
   device = jax.devices()[0].device_kind
   head = {"kernel": kernel, "shape": name, "device": device, "tokens": shape.tokens}
   compiled, expected = {}, {}
@@ -291,7 +291,7 @@ def tune(name: str, shape: Shape, names: Iterable[str], rounds: int, path: str) 
     for tile in TILES[implementation]:
       fn = functools.partial(cases.routed_swiglu, implementation=implementation, tile=tile)
       check(_with_gradient(fn), expected, args)
-      run = jax.jit(_with_gradient(fn), compiler_options=runtime.compiler_options())
+      run = jax.jit(_with_gradient(fn), compiler_options=platforms.compiler_options())
       ways[tile] = (run, args)
     medians = {t: statistics.median(times) for t, times in _in_turns(ways, rounds).items()}
     best = min(medians, key=medians.__getitem__)

@@ -1,6 +1,7 @@
 """The model: transformer, block, attention, mixture of experts, multi-token prediction."""
 
 from dsmoe.model.moe import RouterBias
-from dsmoe.model.transformer import Block, Transformer, build, compute_cast, logits, split
+from dsmoe.model.parameters import compute_cast
+from dsmoe.model.transformer import Transformer, build, logits, split
 
-__all__ = ["Block", "RouterBias", "Transformer", "build", "compute_cast", "logits", "split"]
+__all__ = ["RouterBias", "Transformer", "build", "compute_cast", "logits", "split"]

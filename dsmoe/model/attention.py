@@ -1,4 +1,4 @@
-"""Multi-head latent attention, expanded form, for training and full forward passes.
+"""Multi-head latent attention: queries, latents, and the projections around what is attended to.
 
 Keys and values are expanded from one latent of kv_lora_rank numbers a token; a rotary key
 of qk_rope_head_dim numbers is shared by all heads. Source: DeepSeek-V2 (arXiv:2405.04434)
@@ -9,6 +9,7 @@ Q q_lora, C kv_lora.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -73,30 +74,30 @@ class MLA(nnx.Module):
     c_BSC = rms_norm(c_BSC, self.kv_a_norm[...], LATENT_NORM_EPS)
     return c_BSC, rope.rotate(k_BSR, cos_BSr, sin_BSr)
 
-  def __call__(self, x_BSD, cos_BSr, sin_BSr, segments_BS):
-    """Attends within each row.
+  def expand(self, c_BSC, k_BSR):
+    """Returns the keys [B, S, H, N + R] and values [B, S, H, U] that latents stand for."""
+    kv = project(c_BSC, self.kv_b_proj[...], self.config)
+    k_BSHN, v_BSHU = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
+    shape = (*k_BSHN.shape[:3], self.config.qk_rope_head_dim)
+    k_BSHR = jnp.broadcast_to(k_BSR[:, :, None], shape)
+    return jnp.concatenate([k_BSHN, k_BSHR], axis=-1), v_BSHU
+
+  def __call__(self, x_BSD, cos_sin, attend: Callable):
+    """Attends from each token to what `attend` reads.
 
     Args:
       x_BSD: normalised hidden states.
-      cos_BSr, sin_BSr: float32 [B, S, R / 2], from `rope.cos_sin`.
-      segments_BS: int32, or None for one document a row.
+      cos_sin: float32 [B, S, R / 2] each, from `rope.cos_sin`.
+      attend: (this module, queries [B, S, H, N + R], latents [B, S, C], rotated shared keys
+        [B, S, R]) -> (outputs [B, S, H, U], anything); `within_rows` for training.
 
     Returns:
-      [B, S, D].
+      ([B, S, D], the second value of `attend`).
     """
-    config = self.config
-    q_BSHA = self.queries(x_BSD, cos_BSr, sin_BSr)
-    c_BSC, k_BSR = self.latents(x_BSD, cos_BSr, sin_BSr)
-    kv = project(c_BSC, self.kv_b_proj[...], config)
-    k_BSHN, v_BSHU = jnp.split(kv, [config.qk_nope_head_dim], axis=-1)
-    k_BSHR = jnp.broadcast_to(k_BSR[:, :, None], (*k_BSHN.shape[:3], config.qk_rope_head_dim))
-    k_BSHA = jnp.concatenate([k_BSHN, k_BSHR], axis=-1)
-    out_BSHU = causal_attention(
-      *(q_BSHA, k_BSHA, v_BSHU, segments_BS, rope.softmax_scale(config)),
-      implementation=config.kernels.attention,
-      chunk_tokens=config.attention_chunk_tokens,
-    )
-    return self.output(out_BSHU)
+    q_BSHA = self.queries(x_BSD, *cos_sin)
+    c_BSC, k_BSR = self.latents(x_BSD, *cos_sin)
+    out_BSHU, attended = attend(self, q_BSHA, c_BSC, k_BSR)
+    return self.output(out_BSHU.astype(x_BSD.dtype)), attended
 
   def output(self, out_BSHU):
     """Joins the heads' outputs to [B, S, D]."""
@@ -107,3 +108,26 @@ class MLA(nnx.Module):
     if self.config.attention_bias:
       out_BSD = out_BSD + self.o_bias[...].astype(out_BSD.dtype)[None, None]
     return out_BSD
+
+
+def within_rows(segments_BS) -> Callable:
+  """Returns the `attend` of training: each token sees itself and earlier ones of its document.
+
+  Args:
+    segments_BS: int32 document numbers, or None for one document a row.
+  """
+
+  def attend(mla: MLA, q_BSHA, c_BSC, k_BSR):
+    k_BSHA, v_BSHU = mla.expand(c_BSC, k_BSR)
+    out_BSHU = causal_attention(
+      q_BSHA,
+      k_BSHA,
+      v_BSHU,
+      segments_BS,
+      rope.softmax_scale(mla.config),
+      implementation=mla.config.kernels.attention,
+      chunk_tokens=mla.config.attention_chunk_tokens,
+    )
+    return out_BSHU, None
+
+  return attend

@@ -7,7 +7,8 @@ inner size, K experts a token.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,7 @@ from dsmoe.config import ModelConfig
 from dsmoe.model import routing
 from dsmoe.model.layers import SwiGLU, normal
 from dsmoe.parallel import dispatch
-from dsmoe.training import balance
-
-FEW_TOKENS = 128
+from dsmoe.parallel.experts import ExpertWeights
 
 
 class RouterBias(nnx.Variable):
@@ -34,6 +33,22 @@ class MoEStats(NamedTuple):
   balance_loss: jax.Array  # float32, summed over sequences
 
 
+class MoEOptions(NamedTuple):
+  """How a mixture of experts is run, besides its config."""
+
+  # (float32 scores [B, S, E], experts a token) -> float32 scalar; None: no loss
+  balance_loss: Callable | None = None
+  # bool [B, S], tokens that count; others may come out as anything. None: all of them
+  real_BS: Any = None
+  # No gradient is taken: paths without one may be chosen.
+  inference: bool = False
+  # Of the layer, where the experts' weights are those of its whole stack, [L, E, ...].
+  layer: int | None = None
+
+
+TRAINING = MoEOptions()
+
+
 class Experts(nnx.Module):
   """The routed experts' weights, stacked."""
 
@@ -43,6 +58,15 @@ class Experts(nnx.Module):
     self.w_gate = init((E, D, F))
     self.w_up = init((E, D, F))
     self.w_down = init((E, F, D))
+
+  def weights(self, layer: int | None) -> ExpertWeights:
+    """Returns the layer's weights; see `MoEOptions.layer`."""
+    w_gate, w_up, w_down = self.w_gate[...], self.w_up[...], self.w_down[...]
+    if layer is None:
+      return ExpertWeights(w_gate, w_up, w_down)
+    E = w_gate.shape[1]
+    w_gate, w_up, w_down = (w.reshape(-1, *w.shape[2:]) for w in (w_gate, w_up, w_down))
+    return ExpertWeights(w_gate, w_up, w_down, first=layer * E, num=E)
 
 
 class MoE(nnx.Module):
@@ -65,38 +89,32 @@ class MoE(nnx.Module):
     bias_E = self.router_bias[...] if self.config.uses_router_bias else None
     return routing.route(logits_ME, bias_E, self.config), logits_ME
 
-  def infer(self, x_BSD, real_BS):
-    """Returns [B, S, D] without statistics, reading only chosen experts when tokens are few.
-
-    `real_BS` is bool: what comes out for other tokens has no meaning.
-    """
-    x_MD = x_BSD.reshape(-1, x_BSD.shape[-1])
-    routed, _ = self.route(x_MD)
-    experts = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
-    if x_MD.shape[0] <= FEW_TOKENS and self.config.matmul_precision == "compute_dtype":
-      y_MD = dispatch.few(x_MD, routed, experts, real_BS.reshape(-1))
-    else:
-      y_MD = dispatch.local(x_MD, routed, experts, self.config)
-    y_BSD = y_MD.reshape(x_BSD.shape)
-    return y_BSD + self.shared(x_BSD) if self.config.n_shared_experts else y_BSD
-
-  def __call__(self, x_BSD, balancer: balance.Balancer = balance.NONE):
+  def __call__(self, x_BSD, options: MoEOptions = TRAINING):
     """Returns [B, S, D] and the layer's `MoEStats`."""
     config = self.config
     B, S, D = x_BSD.shape
     x_MD = x_BSD.reshape(B * S, D)
     with jax.named_scope("routing"):
       routed, logits_ME = self.route(x_MD)
-    experts = (self.experts.w_gate[...], self.experts.w_up[...], self.experts.w_down[...])
-    back_end = dispatch.BACK_ENDS[config.dispatch]
-    y_BSD = back_end(x_MD, routed, experts, config).reshape(B, S, D)
+    y_MD = dispatch.routed_experts(
+      x_MD,
+      routed,
+      self.experts.weights(options.layer),
+      config,
+      None if options.real_BS is None else options.real_BS.reshape(-1),
+      options.inference,
+    )
+    y_BSD = y_MD.reshape(B, S, D)
     if config.n_shared_experts:
       with jax.named_scope("shared_experts"):
         y_BSD = y_BSD + self.shared(x_BSD)
-    scores_BSE = routing.scores(logits_ME, config.scoring_func).reshape(B, S, -1)
+    balance_loss = jnp.zeros((), jnp.float32)
+    if options.balance_loss is not None:
+      scores_BSE = routing.scores(logits_ME, config.scoring_func).reshape(B, S, -1)
+      balance_loss = options.balance_loss(scores_BSE, config.num_experts_per_tok)
     stats = MoEStats(
       counts_E=routed.counts_E,
       groups_per_token=routing.groups_touched(routed.expert_MK, config),
-      balance_loss=balancer.loss(scores_BSE, config.num_experts_per_tok),
+      balance_loss=balance_loss,
     )
     return y_BSD, stats

@@ -29,30 +29,22 @@ class MTPModule(nnx.Module):
     self.norm = ones(D)
 
   def __call__(self, hidden_BSD, embedded_BSD, *block_args):
-    """Advances one depth: `around` its block, called with `block_args`."""
-    return self.around(lambda x_BSD: self.block(x_BSD, *block_args), hidden_BSD, embedded_BSD)
-
-  def around(self, block, hidden_BSD, embedded_BSD):
-    """Joins the inputs, runs the block and norms its output.
+    """Advances one depth: joins the inputs, runs the block and norms its output.
 
     Args:
-      block: [B, S, D] -> ([B, S, D], stats).
-      hidden_BSD: the depth before, after its norm.
-      embedded_BSD: embedding of the token this depth looks at next.
+      hidden_BSD: of the depth before, after its norm.
+      embedded_BSD: embedding of the token that this depth looks at next.
+      *block_args: what the block is called with besides hidden states; see `Block`.
 
     Returns:
-      [B, S, D] after this depth's norm, and the block's stats.
+      ([B, S, D] after this depth's norm, the block's other results).
     """
     eps = self.config.rms_norm_eps
-    joined = jnp.concatenate(
-      [
-        rms_norm(embedded_BSD, self.embed_norm[...], eps),
-        rms_norm(hidden_BSD, self.hidden_norm[...], eps),
-      ],
-      axis=-1,
-    )
-    x_BSD, stats = block(joined @ self.eh_proj[...])
-    return rms_norm(x_BSD, self.norm[...], eps), stats
+    embedded_BSD = rms_norm(embedded_BSD, self.embed_norm[...], eps)
+    hidden_BSD = rms_norm(hidden_BSD, self.hidden_norm[...], eps)
+    joined = jnp.concatenate([embedded_BSD, hidden_BSD], axis=-1)
+    x_BSD, stats, attended = self.block(joined @ self.eh_proj[...], *block_args)
+    return rms_norm(x_BSD, self.norm[...], eps), stats, attended
 
 
 def shift(x_BS, by: int):

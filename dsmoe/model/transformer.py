@@ -13,20 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 
+from dsmoe import platforms
 from dsmoe.config import ModelConfig
-from dsmoe.model import mtp, rope
-from dsmoe.model.attention import MLA
-from dsmoe.model.layers import SwiGLU, normal, ones, rms_norm
-from dsmoe.model.moe import MoE, MoEStats, RouterBias
-from dsmoe.parallel import sharding
-from dsmoe.training import balance
-
-# Kept in float32 under bfloat16 compute: the router decides by small differences.
-FLOAT32_PARAMETERS = ("router",)
-
-MAX_WRITTEN_OUT_LAYERS = 4  # of one kind
+from dsmoe.model import attention, mtp, parameters, rope
+from dsmoe.model.block import Block
+from dsmoe.model.layers import normal, ones, rms_norm
+from dsmoe.model.moe import MoEOptions, MoEStats, RouterBias
+from dsmoe.parallel import mesh as mesh_lib
 
 REMAT: dict[str, Callable[[Callable], Callable]] = {
   "none": lambda fn: fn,
@@ -43,45 +37,15 @@ class ModelOutput(NamedTuple):
   stats: MoEStats | None  # of every MoE layer, the MTP ones last: leading dimension L
 
 
-class Block(nnx.Module):
-  """Attention and a feed-forward part, each behind a norm and around a residual."""
-
-  def __init__(self, config: ModelConfig, use_moe: bool, rngs: nnx.Rngs):
-    self.config = config
-    self.use_moe = use_moe
-    self.attention_norm = ones(config.hidden_size)
-    self.attention = MLA(config, rngs)
-    self.mlp_norm = ones(config.hidden_size)
-    self.mlp: nnx.Module = (
-      MoE(config, rngs) if use_moe else SwiGLU(config, config.intermediate_size, rngs)
-    )
-
-  def __call__(self, x_BSD, cos_BSr, sin_BSr, segments_BS, balancer=balance.NONE):
-    """Returns [B, S, D] and, of a MoE block, its stats (else None)."""
-    eps = self.config.rms_norm_eps
-    with jax.named_scope("attention"):
-      h_BSD = rms_norm(x_BSD, self.attention_norm[...], eps)
-      x_BSD = x_BSD + self.attention(h_BSD, cos_BSr, sin_BSr, segments_BS)
-    with jax.named_scope("mlp"):
-      h_BSD = rms_norm(x_BSD, self.mlp_norm[...], eps)
-      out_BSD, stats = self.mlp(h_BSD, balancer) if self.use_moe else (self.mlp(h_BSD), None)
-    return x_BSD + out_BSD, stats
-
-
 def _stack(make, num: int, rngs: nnx.Rngs):
   """Builds `num` modules with their parameters stacked along a leading dimension."""
   return nnx.split_rngs(splits=num)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
 
 
 def _apply_stack(layer, x_BSD, layers):
-  """Runs `layer(x, weights) -> (x, stats)` over stacked weights; stats gain a leading dimension.
-
-  A short stack is written out: a scan keeps what its gradient needs in stacked buffers, cleared,
-  filled and sliced, which on CPU is a fifth of a small model's step. A longer one is scanned, so
-  that compile time does not grow with depth.
-  """
+  """Runs `layer(x, weights) -> (x, stats)` over stacked weights; stats gain a leading dimension."""
   num_layers = jax.tree.leaves(layers)[0].shape[0]
-  if num_layers > MAX_WRITTEN_OUT_LAYERS:
+  if not platforms.writes_out(num_layers):
     return jax.lax.scan(layer, x_BSD, layers)
   stats = []
   for i in range(num_layers):
@@ -91,11 +55,11 @@ def _apply_stack(layer, x_BSD, layers):
 
 
 def _gathered(graphdef, state) -> Any:
-  return nnx.merge(graphdef, sharding.gather_weights(state))
+  return nnx.merge(graphdef, parameters.gathered(state))
 
 
 class Transformer(nnx.Module):
-  """The model. Runs inside `sharding.shard_map`; see `logits` for a plain call."""
+  """The model. Runs inside `mesh.shard_map`; see `logits` for a plain call."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
@@ -118,13 +82,13 @@ class Transformer(nnx.Module):
 
   def gathered_embed(self):
     """Returns the whole embedding, [V, D]."""
-    return sharding.gather_weights({"embed": self.embed[...]})["embed"]
+    return parameters.gathered({"embed": self.embed[...]})["embed"]
 
   def gathered_head(self):
     """Returns the whole output projection, [D, V]."""
     if self.config.tie_word_embeddings:
       return self.gathered_embed().T
-    return sharding.gather_weights({"head": self.head[...]})["head"]
+    return parameters.gathered({"head": self.head[...]})["head"]
 
   def __call__(
     self,
@@ -132,7 +96,7 @@ class Transformer(nnx.Module):
     positions_BS,
     segments_BS=None,
     targets_BS=None,
-    balancer: balance.Balancer = balance.NONE,
+    balance_loss: Callable | None = None,
   ) -> ModelOutput:
     """Runs every layer on this device's part of the batch.
 
@@ -141,14 +105,12 @@ class Transformer(nnx.Module):
       positions_BS: int32, for RoPE.
       segments_BS: int32 document numbers; None when a row is one document.
       targets_BS: int32 next tokens, for multi-token prediction; None leaves it out.
-      balancer: whose loss the stats carry.
+      balance_loss: a loss on each layer's scores that the stats carry; see `MoEOptions`.
     """
     config = self.config
     embed_VD = self.gathered_embed()
-    # A row at a time: what a loop yields is kept, where XLA:CPU would otherwise compute each cos
-    # and sin anew for every head and layer that rotates by it.
-    cos_sin = jax.lax.map(lambda positions_S: rope.cos_sin(positions_S, config), positions_BS)
-    args = (*cos_sin, segments_BS, balancer)
+    cos_sin = platforms.computed_once(lambda x: rope.cos_sin(x, config), positions_BS)
+    block_args = (cos_sin, attention.within_rows(segments_BS), MoEOptions(balance_loss))
     x_BSD = embed_VD[tokens_BS]
     stats: list[MoEStats] = []
     for name in ("dense_layers", "moe_layers"):
@@ -156,7 +118,8 @@ class Transformer(nnx.Module):
         graphdef, layers = nnx.split(getattr(self, name))
 
         def layer(x_BSD, state, graphdef=graphdef):
-          return _gathered(graphdef, state)(x_BSD, *args)
+          x_BSD, layer_stats, _ = _gathered(graphdef, state)(x_BSD, *block_args)
+          return x_BSD, layer_stats
 
         x_BSD, layer_stats = _apply_stack(REMAT[config.remat](layer), x_BSD, layers)
         stats += [layer_stats] if layer_stats is not None else []
@@ -170,8 +133,9 @@ class Transformer(nnx.Module):
 
       def module(hidden_BSD, depth):
         state, tokens_BS = depth
-        block = _gathered(graphdef, state)
-        hidden_BSD, layer_stats = block(hidden_BSD, embed_VD[tokens_BS], *args)
+        hidden_BSD, layer_stats, _ = _gathered(graphdef, state)(
+          hidden_BSD, embed_VD[tokens_BS], *block_args
+        )
         return hidden_BSD, (hidden_BSD, layer_stats)
 
       _, (mtp_hidden, layer_stats) = jax.lax.scan(
@@ -196,30 +160,18 @@ def split(model: Transformer):
   return parts[0], nnx.to_pure_dict(parts[1]), nnx.to_pure_dict(parts[2])
 
 
-def compute_cast(params, config: ModelConfig):
-  """Casts matrices to the compute dtype once; vectors and the router stay float32."""
-
-  def cast(path, x):
-    is_vector = sharding.parameter_spec(path, x.ndim) == PartitionSpec()
-    if is_vector or path[-1].key in FLOAT32_PARAMETERS:
-      return x
-    return x.astype(config.compute_dtype)
-
-  return jax.tree.map_with_path(cast, params)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(graphdef, config, params, bias, tokens_BS):
   def forward(params, bias, tokens_BS):
-    model = nnx.merge(graphdef, compute_cast(params, config), bias)
+    model = nnx.merge(graphdef, parameters.compute_cast(params, config), bias)
     positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
     hidden_BSD = model(tokens_BS, positions_BS).hidden_BSD
     return jnp.matmul(hidden_BSD, model.gathered_head(), preferred_element_type=jnp.float32)
 
-  batch = sharding.batch_spec()
-  specs = (sharding.parameter_specs(params), sharding.parameter_specs(bias), batch)
-  mesh = sharding.single_device_mesh()
-  return sharding.shard_map(forward, mesh, specs, batch)(params, bias, tokens_BS)
+  batch = mesh_lib.batch_spec()
+  specs = (parameters.specs(params), parameters.specs(bias), batch)
+  mesh = mesh_lib.single_device_mesh()
+  return mesh_lib.shard_map(forward, mesh, specs, batch)(params, bias, tokens_BS)
 
 
 def logits(model: Transformer, tokens_BS) -> jax.Array:

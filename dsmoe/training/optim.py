@@ -1,13 +1,12 @@
 """Optimizer and learning-rate schedule, from optax. New ones are added to the two tables."""
 
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from dsmoe.config import OptimConfig
+from dsmoe.model import parameters
 
 
 def _cosine(config: OptimConfig, num_steps: int) -> optax.Schedule:
@@ -41,18 +40,13 @@ def _adamw(config: OptimConfig, learning_rate: optax.Schedule) -> optax.Gradient
     b2=config.beta2,
     eps=config.epsilon,
     weight_decay=config.weight_decay,
-    mask=decayed,
+    mask=parameters.decayed,
     mu_dtype=jnp.dtype(config.moment_dtype),
   )
 
 
 SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {"cosine": _cosine, "wsd": _wsd}
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": _adamw}
-
-
-def decayed(params: Any) -> Any:
-  """Returns a tree of bools: whether weight decay applies. Norms and biases have none."""
-  return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(("norm", "bias")), params)
 
 
 def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:

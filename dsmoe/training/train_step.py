@@ -14,11 +14,13 @@ import optax
 from flax import nnx
 
 from dsmoe import model as model_lib
-from dsmoe import runtime
-from dsmoe.config import Config
-from dsmoe.model import mtp
-from dsmoe.parallel import sharding
+from dsmoe import platforms
+from dsmoe.config import Config, ModelConfig
+from dsmoe.model import mtp, parameters
+from dsmoe.parallel import collectives
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import balance, losses, optim
+from pallas_kernels import varying
 
 
 class TrainState(NamedTuple):
@@ -65,8 +67,8 @@ def state_shardings(config: Config, mesh) -> TrainState:
     ValueError: when a parameter does not divide over the mesh.
   """
   shapes = jax.eval_shape(lambda: _initial_state(config))
-  sharding.check_divisible(shapes.params, mesh)
-  specs = sharding.parameter_specs(shapes.params)
+  parameters.check_divisible(shapes.params, mesh)
+  specs = parameters.specs(shapes.params)
   # Optimizer moments are trees like the parameters; its counters are replicated.
   opt_specs = optax.tree_map_params(
     optim.make(config.optim, config.num_steps),
@@ -77,7 +79,7 @@ def state_shardings(config: Config, mesh) -> TrainState:
   )
   replicated = jax.sharding.PartitionSpec()
   bias_specs = jax.tree.map(lambda _: replicated, shapes.router_bias)
-  return sharding.named(mesh, TrainState(replicated, specs, opt_specs, bias_specs))
+  return mesh_lib.named(mesh, TrainState(replicated, specs, opt_specs, bias_specs))
 
 
 def init_state(config: Config, mesh) -> TrainState:
@@ -128,7 +130,7 @@ def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weigh
   model = nnx.merge(graphdef, params, router_bias)
   balancer = balance.make(config.balance)
   targets = batch["targets"]
-  out = model(batch["tokens"], batch["positions"], _segments(batch, config), targets, balancer)
+  out = model(batch["tokens"], batch["positions"], _segments(batch, config), targets, balancer.loss)
   head_DV = model.gathered_head()
 
   def cross_entropy(hidden_BSD, depth, weights):
@@ -161,7 +163,7 @@ def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weigh
   each = Losses(
     total, parts.cross_entropy, config.loss.z_loss_weight * parts.z_loss, mtp_loss, balance_loss
   )
-  each, stats = sharding.sum_over_batch((each, stats))
+  each, stats = collectives.sum_over_batch((each, stats))
   return each.total, (each, stats)
 
 
@@ -170,9 +172,9 @@ def _loss_and_grads(config: Config, graphdef):
 
   def run(params, router_bias, step, batch):
     n = config.num_microbatches
-    totals = sharding.sum_over_batch([jnp.sum(w) for w in _target_weights(batch, config)])
-    num_sequences = sharding.sum_over_batch(jnp.sum(jnp.ones_like(batch["weights"][:, 0])))
-    cast = model_lib.compute_cast(params, config.model)
+    totals = collectives.sum_over_batch([jnp.sum(w) for w in _target_weights(batch, config)])
+    num_sequences = collectives.sum_over_batch(jnp.sum(jnp.ones_like(batch["weights"][:, 0])))
+    cast = parameters.compute_cast(params, config.model)
     weight = _mtp_weight(config, step)
 
     def microbatch(part):
@@ -185,14 +187,22 @@ def _loss_and_grads(config: Config, graphdef):
     if n == 1:
       return microbatch(batch)
     parts = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
-    first = microbatch(jax.tree.map(lambda x: x[0], parts))
 
     def accumulate(total, part):
       return jax.tree.map(jnp.add, total, microbatch(part)), None
 
-    return jax.lax.scan(accumulate, first, jax.tree.map(lambda x: x[1:], parts))[0]
+    return jax.lax.scan(accumulate, _no_microbatch(config.model, cast), parts)[0]
 
   return run
+
+
+def _no_microbatch(config: ModelConfig, params):
+  """Returns zeros of what a microbatch yields: ((Losses, LoadStats or None), gradients)."""
+  depths = config.num_nextn_predict_layers
+  zero, L = jnp.zeros(()), config.num_moe_layers + (depths if config.num_moe_layers else 0)
+  load = LoadStats(jnp.zeros((L, config.n_routed_experts), jnp.int32), jnp.zeros(L)) if L else None
+  grads = jax.tree.map(lambda p: varying.zeros_like_operands(p.shape, jnp.float32, p), params)
+  return (Losses(zero, zero, zero, zero, zero), load), grads
 
 
 def _norms(grads) -> dict[str, jax.Array]:
@@ -200,7 +210,7 @@ def _norms(grads) -> dict[str, jax.Array]:
   norms = {}
   for name, part in grads.items():
     leaves = jax.tree.leaves(part)
-    if name in ("dense_layers", "moe_layers", "mtp"):
+    if name in parameters.STACKS:
       squares = [jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in leaves]
     else:
       squares = [jnp.sum(jnp.square(g)) for g in leaves]
@@ -221,13 +231,13 @@ def make_train_step(config: Config, mesh):
   """
   check_batch(config, mesh)
   graphdef, params, router_bias = model_parts(config)
-  specs = sharding.parameter_specs(params)
-  bias_specs = sharding.parameter_specs(router_bias)
+  specs = parameters.specs(params)
+  bias_specs = parameters.specs(router_bias)
   replicated = jax.sharding.PartitionSpec()
-  loss_and_grads = sharding.shard_map(
+  loss_and_grads = mesh_lib.shard_map(
     _loss_and_grads(config, graphdef),
     mesh,
-    in_specs=(specs, bias_specs, replicated, sharding.batch_spec()),
+    in_specs=(specs, bias_specs, replicated, mesh_lib.batch_spec()),
     out_specs=((replicated, replicated), specs),
   )
   optimizer = optim.make(config.optim, config.num_steps)
@@ -260,21 +270,26 @@ def make_train_step(config: Config, mesh):
   return jax.jit(
     train_step,
     donate_argnums=0,
-    in_shardings=(shardings, sharding.named(mesh, sharding.batch_spec())),
+    in_shardings=(shardings, mesh_lib.named(mesh, mesh_lib.batch_spec())),
     out_shardings=(shardings, None),
-    compiler_options=runtime.compiler_options(mesh.devices.flat[0].platform),
+    compiler_options=platforms.compiler_options(mesh_lib.platform_of(mesh)),
   )
 
 
 def update_bias(router_bias, counts_LE, balancer: balance.Balancer, step):
-  """Applies the balancer to each stack's bias, whose rows follow each other in counts_LE."""
-  leaves, treedef = jax.tree.flatten(router_bias)
-  starts = [sum(leaf.shape[0] for leaf in leaves[:i]) for i in range(len(leaves))]
-  moved = [
-    balancer.update(leaf, counts_LE[start : start + leaf.shape[0]], step)
-    for leaf, start in zip(leaves, starts)
-  ]
-  return jax.tree.unflatten(treedef, moved)
+  """Applies the balancer to each stack's bias.
+
+  Args:
+    router_bias: float32, a leaf [layers, E] for each stack that has one.
+    counts_LE: int32, of every MoE layer, the stacks in the order of `parameters.STACKS`.
+    balancer: whose update is applied.
+    step: int32 scalar, optimizer steps done.
+  """
+  first, moved = 0, {}
+  for name, bias_LE in parameters.by_stack(router_bias):
+    moved[name] = balancer.update(bias_LE, counts_LE[first : first + bias_LE.shape[0]], step)
+    first += bias_LE.shape[0]
+  return jax.tree.map_with_path(lambda path, _: moved[path[0].key], router_bias)
 
 
 def make_eval_step(config: Config, mesh):
@@ -283,7 +298,7 @@ def make_eval_step(config: Config, mesh):
   graphdef, params, router_bias = model_parts(config)
 
   def evaluate(params, router_bias, batch):
-    model = nnx.merge(graphdef, model_lib.compute_cast(params, config.model), router_bias)
+    model = nnx.merge(graphdef, parameters.compute_cast(params, config.model), router_bias)
     hidden_BSD = model(batch["tokens"], batch["positions"], _segments(batch, config)).hidden_BSD
     _, parts = losses.chunked_cross_entropy(
       hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
@@ -293,30 +308,30 @@ def make_eval_step(config: Config, mesh):
       0.0,
       config.loss.cross_entropy_chunk_tokens,
     )
-    return sharding.sum_over_batch((parts.cross_entropy, jnp.sum(batch["weights"])))
+    return collectives.sum_over_batch((parts.cross_entropy, jnp.sum(batch["weights"])))
 
   replicated = jax.sharding.PartitionSpec()
-  run = sharding.shard_map(
+  run = mesh_lib.shard_map(
     evaluate,
     mesh,
     in_specs=(
-      sharding.parameter_specs(params),
-      sharding.parameter_specs(router_bias),
-      sharding.batch_spec(),
+      parameters.specs(params),
+      parameters.specs(router_bias),
+      mesh_lib.batch_spec(),
     ),
     out_specs=replicated,
   )
   return jax.jit(
     lambda state, batch: run(state.params, state.router_bias, batch),
-    compiler_options=runtime.compiler_options(mesh.devices.flat[0].platform),
+    compiler_options=platforms.compiler_options(mesh_lib.platform_of(mesh)),
   )
 
 
 def check_batch(config: Config, mesh) -> None:
   """Raises ValueError unless every device gets equally many sequences a microbatch."""
-  shards = sharding.num_batch_shards(mesh) * config.num_microbatches
+  shards = mesh_lib.num_batch_shards(mesh) * config.num_microbatches
   if config.batch_size % shards:
     raise ValueError(
       f"batch_size ({config.batch_size}) must be divisible by devices along the batch "
-      f"({sharding.num_batch_shards(mesh)}) times num_microbatches ({config.num_microbatches})"
+      f"({mesh_lib.num_batch_shards(mesh)}) times num_microbatches ({config.num_microbatches})"
     )

@@ -6,14 +6,14 @@ from pallas_kernels.mla_attention.api import (
   causal_attention,
   decode_attention,
   decode_width,
+  prefill_attention,
 )
-from pallas_kernels.mla_attention.cpu import causal_attention_with_normaliser
 
 __all__ = [
   "CAUSAL_IMPLEMENTATIONS",
   "DECODE_IMPLEMENTATIONS",
   "causal_attention",
-  "causal_attention_with_normaliser",
   "decode_attention",
   "decode_width",
+  "prefill_attention",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu, traffic
+from pallas_kernels import mosaic_gpu, varying
 from pallas_kernels.mla_attention import cpu, gpu, gpu_decode, reference, tpu, tpu_decode
 
 CAUSAL_IMPLEMENTATIONS: dict[str, Callable] = {
@@ -17,6 +17,14 @@ CAUSAL_IMPLEMENTATIONS: dict[str, Callable] = {
   "xla": cpu.causal_attention,
   "mosaic_tpu": tpu.causal_attention,
   "mosaic_gpu": gpu.causal_attention,
+}
+
+# The same, with the log of each softmax's normaliser as a second result; without gradients.
+_WITH_NORMALISER: dict[str, Callable] = {
+  "reference": reference.causal_attention_with_normaliser,
+  "xla": cpu.causal_attention_with_normaliser,
+  "mosaic_tpu": tpu.causal_attention_with_normaliser,
+  "mosaic_gpu": gpu.causal_attention_with_normaliser,
 }
 
 DECODE_IMPLEMENTATIONS: dict[str, Callable] = {
@@ -51,6 +59,27 @@ def _check_floating(name: str, array, rank: int) -> None:
     raise ValueError(f"{name} must be bfloat16 or float32, got {array.dtype}")
 
 
+def _checked(q_BSHA, k_BSHA, v_BSHU, segments_BS, implementation, chunk_tokens: int):
+  """Checks what `causal_attention` takes; returns the implementation and its positional operands."""
+  _check_floating("q_BSHA", q_BSHA, 4)
+  _check_floating("v_BSHU", v_BSHU, 4)
+  B, S, H, _ = q_BSHA.shape
+  arrays = {
+    "k_BSHA": (k_BSHA, q_BSHA.shape, q_BSHA.dtype),
+    "v_BSHU": (v_BSHU, (B, S, H, v_BSHU.shape[3]), q_BSHA.dtype),
+  }
+  if segments_BS is not None:
+    arrays["segments_BS"] = (segments_BS, (B, S), jnp.int32)
+  _check(arrays)
+  if chunk_tokens < 1:
+    raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+  refused = gpu.refused(q_BSHA, v_BSHU)
+  implementation = _choose(implementation, CAUSAL_IMPLEMENTATIONS, refused)
+  # Rows are taken by traced numbers, which NumPy's own arrays refuse.
+  operands = varying.vary_alike(*map(jnp.asarray, (q_BSHA, k_BSHA, v_BSHU)))
+  return implementation, (*operands, None if segments_BS is None else jnp.asarray(segments_BS))
+
+
 def causal_attention(
   q_BSHA,
   k_BSHA,
@@ -82,27 +111,64 @@ def causal_attention(
 
   Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2.
   """
-  _check_floating("q_BSHA", q_BSHA, 4)
-  _check_floating("v_BSHU", v_BSHU, 4)
-  B, S, H, _ = q_BSHA.shape
-  arrays = {
-    "k_BSHA": (k_BSHA, q_BSHA.shape, q_BSHA.dtype),
-    "v_BSHU": (v_BSHU, (B, S, H, v_BSHU.shape[3]), q_BSHA.dtype),
-  }
-  if segments_BS is not None:
-    arrays["segments_BS"] = (segments_BS, (B, S), jnp.int32)
-  _check(arrays)
-  if chunk_tokens < 1:
-    raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-  refused = gpu.refused(q_BSHA, v_BSHU)
-  implementation = _choose(implementation, CAUSAL_IMPLEMENTATIONS, refused)
-  # Rows are taken by traced numbers, which NumPy's own arrays refuse.
-  q_BSHA, k_BSHA, v_BSHU = traffic.vary_alike(*map(jnp.asarray, (q_BSHA, k_BSHA, v_BSHU)))
-  segments_BS = None if segments_BS is None else jnp.asarray(segments_BS)
+  implementation, operands = _checked(
+    q_BSHA, k_BSHA, v_BSHU, segments_BS, implementation, chunk_tokens
+  )
   if implementation == "xla":
-    return cpu.causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens)
-  fn = CAUSAL_IMPLEMENTATIONS[implementation]
-  return fn(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale)
+    return cpu.causal_attention(*operands, scale, chunk_tokens)
+  return CAUSAL_IMPLEMENTATIONS[implementation](*operands, scale)
+
+
+def prefill_attention(
+  q_BSHA,
+  k_BSHA,
+  v_BSHU,
+  expand: Callable,
+  pages_NTW,
+  table_BP,
+  first_B,
+  scale: float,
+  implementation: str | None = None,
+  chunk_tokens: int = 512,
+):
+  """Attention of new tokens to themselves, causally, and to the row's tokens in the cache.
+
+  The new tokens attend to each other by `causal_attention`'s implementations; the softmax then
+  continues over the cached tokens, in plain XLA, a block of pages at a time.
+
+  Args:
+    q_BSHA, k_BSHA, v_BSHU: of the new tokens, as in `causal_attention`.
+    expand: latents [B, t, W] -> keys [B, t, H, A] and values [B, t, H, U].
+    pages_NTW: the cache, in q's dtype.
+    table_BP: int32, each row's pages in order.
+    first_B: int32, the row's tokens that are in the cache before the new ones.
+    scale, implementation, chunk_tokens: as in `causal_attention`.
+
+  Returns:
+    [B, S, H, U] in v's dtype. No gradient is meant.
+
+  Raises:
+    ValueError: as `causal_attention`.
+  """
+  implementation, operands = _checked(q_BSHA, k_BSHA, v_BSHU, None, implementation, chunk_tokens)
+  more = (chunk_tokens,) if implementation == "xla" else ()
+  out_BSHU, log_z_BHS = _WITH_NORMALISER[implementation](*operands, scale, *more)
+
+  def expand_heads_first(latents_BTW):
+    return tuple(a.swapaxes(1, 2) for a in expand(latents_BTW))
+
+  top = log_z_BHS[..., None]
+  running = cpu.Running(top, jnp.ones_like(top), out_BSHU.swapaxes(1, 2).astype(jnp.float32))
+  out_BHSU = cpu.attend_to_pages(
+    running,
+    operands[0].swapaxes(1, 2),
+    expand_heads_first,
+    pages_NTW,
+    table_BP,
+    jnp.broadcast_to(first_B[:, None], q_BSHA.shape[:2]),
+    scale,
+  )
+  return out_BHSU.swapaxes(1, 2).astype(v_BSHU.dtype)
 
 
 def decode_width(W: int, implementation: str | None = None) -> int:

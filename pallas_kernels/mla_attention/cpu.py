@@ -5,9 +5,13 @@ tokens, N pages of T tokens, W numbers a token, P pages of a row, C numbers of a
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels import varying
 
 BLOCK_TOKENS = 128  # of the cache, read at once
 
@@ -66,7 +70,7 @@ def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float, chunk_to
 
 
 def causal_attention_with_normaliser(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens):
-  """`causal_attention`, and the log of each softmax's normaliser, float32 [B, H, S]; no gradient."""
+  """Also returns the log of each softmax's normaliser, float32 [B, H, S]; no gradient."""
   out_BSHU, saved = _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens)
   return out_BSHU, saved[-1]
 
@@ -137,40 +141,81 @@ def _attention_bwd(scale, chunk_tokens, saved, dout_BSHU):
 causal_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def decode_attention(q_BSHW, pages_NTW, table_BP, end_BS, scale: float, value_width: int):
-  """See `api.decode_attention`. The loop over blocks of pages ends with the longest row."""
-  B, S, H, W = q_BSHW.shape
-  page_tokens = pages_NTW.shape[1]
+class Running(NamedTuple):
+  """A softmax over some keys so far, float32 [..., 1] and [..., U]."""
+
+  top: Any  # the largest logit
+  z: Any  # sum of exp(logit - top)
+  acc: Any  # sum of exp(logit - top) times values
+
+
+def attend_to_pages(
+  running: Running, q_BGXA, expand: Callable, pages_NTW, table_BP, end_BX, scale: float
+):
+  """Continues a softmax over the cached tokens of each row, a block of pages at a time.
+
+  The loop ends with the longest row: the cost follows the tokens present.
+
+  Args:
+    running: of queries [B, G, X]; G groups of X queries share keys.
+    q_BGXA: queries, not scaled.
+    expand: latents [B, t, W] of a block's tokens -> keys [B, G, t, A] and values [B, G, t, U].
+    pages_NTW: the cache. What lies behind a row's last visible token is not read as a number.
+    table_BP: int32, each row's pages in order.
+    end_BX: int32, each query sees the row's tokens before this one.
+    scale: factor on the logits.
+
+  Returns:
+    float32 [B, G, X, U]: the weighted mean of values; zeros where a query has seen nothing.
+  """
+  B, page_tokens = table_BP.shape[0], pages_NTW.shape[1]
   block_pages = max(1, BLOCK_TOKENS // page_tokens)
   block_tokens = block_pages * page_tokens
   table_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % block_pages)))
-  q_BXW, end_BX = q_BSHW.reshape(B, S * H, W), jnp.repeat(end_BS, H, axis=1)
-  end_B = jnp.max(end_BS, axis=1)
+  end_B = jnp.max(end_BX, axis=1)
 
-  def block(j, carry):
-    top, z, acc = carry
+  def block(j, running: Running):
     page_Bp = jax.lax.dynamic_slice_in_dim(table_BP, j * block_pages, block_pages, axis=1)
     place_T = j * block_tokens + jnp.arange(block_tokens)
-    # Behind a row's end may lie anything, and no mask of logits keeps out 0 x NaN.
+    # Behind a row's end may lie infinities, and no mask of logits keeps out 0 x NaN.
     own_BT1 = (place_T[None, :] < end_B[:, None])[..., None]
-    latents_BTW = jnp.where(own_BT1, pages_NTW[page_Bp].reshape(B, block_tokens, W), 0)
-    logits = jnp.einsum("bxw,btw->bxt", q_BXW, latents_BTW, preferred_element_type=f32) * scale
-    visible = place_T[None, None, :] < end_BX[:, :, None]
-    logits = jnp.where(visible, logits, -jnp.inf)
-    new_top = jnp.maximum(top, jnp.max(logits, axis=-1, keepdims=True))
-    p, kept = jnp.exp(logits - new_top), jnp.exp(top - new_top)
-    # All W numbers are summed and not the C of a value: cutting them off would copy the latents.
-    values = jnp.einsum(
-      "bxt,btw->bxw", p.astype(q_BXW.dtype), latents_BTW, preferred_element_type=f32
+    latents_BTW = jnp.where(own_BT1, pages_NTW[page_Bp].reshape(B, block_tokens, -1), 0)
+    keys_BGTA, values_BGTU = expand(latents_BTW)
+    logits = jnp.einsum("bgxa,bgta->bgxt", q_BGXA, keys_BGTA, preferred_element_type=f32) * scale
+    visible_BXT = place_T[None, None, :] < end_BX[:, :, None]
+    logits = jnp.where(visible_BXT[:, None], logits, -jnp.inf)
+    top = jnp.maximum(running.top, jnp.max(logits, axis=-1, keepdims=True))
+    p, kept = jnp.exp(logits - top), jnp.exp(running.top - top)
+    sums = jnp.einsum(
+      "bgxt,bgtu->bgxu", p.astype(values_BGTU.dtype), values_BGTU, preferred_element_type=f32
     )
-    return new_top, z * kept + jnp.sum(p, axis=-1, keepdims=True), acc * kept + values
+    z = running.z * kept + jnp.sum(p, axis=-1, keepdims=True)
+    return Running(top, z, running.acc * kept + sums)
 
-  operands = (q_BSHW, pages_NTW, table_BP, end_BS)
-  axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-  # -1e30 and not -inf, whose difference to itself is no number.
-  carry = [jnp.full((B, S * H, n), fill, f32) for n, fill in ((1, -1e30), (1, 0), (W, 0))]
-  carry = jax.lax.pcast(tuple(carry), tuple(axes), to="varying")
+  operands = (q_BGXA, pages_NTW, table_BP, end_BX)
+  running = varying.varying_like(running, running, *operands)
   num_blocks = (jnp.max(end_B) + block_tokens - 1) // block_tokens
-  _, z, acc = jax.lax.fori_loop(0, num_blocks, block, carry)
-  out_BXC = acc[..., :value_width] / jnp.where(z > 0, z, 1)
-  return out_BXC.reshape(B, S, H, value_width).astype(q_BSHW.dtype)
+  _, z, acc = jax.lax.fori_loop(0, num_blocks, block, running)
+  return acc / jnp.where(z > 0, z, 1)
+
+
+def decode_attention(q_BSHW, pages_NTW, table_BP, end_BS, scale: float, value_width: int):
+  """See `api.decode_attention`."""
+  B, S, H, W = q_BSHW.shape
+
+  def as_they_are(latents_BTW):
+    # All W numbers are summed and not the C of a value: cutting them off would copy the latents.
+    return latents_BTW[:, None], latents_BTW[:, None]
+
+  # -1e30 and not -inf, whose difference to itself is no number.
+  start = [jnp.full((B, 1, S * H, n), fill, f32) for n, fill in ((1, -1e30), (1, 0), (W, 0))]
+  out_B1XW = attend_to_pages(
+    Running(*start),
+    q_BSHW.reshape(B, 1, S * H, W),
+    as_they_are,
+    pages_NTW,
+    table_BP,
+    jnp.repeat(end_BS, H, axis=1),
+    scale,
+  )
+  return out_B1XW.reshape(B, S, H, W)[..., :value_width].astype(q_BSHW.dtype)

@@ -400,6 +400,17 @@ def refused(q_BSHA, v_BSHU) -> str | None:
   return None
 
 
+def _padded(q_BSHA, k_BSHA, v_BSHU, segments_BS):
+  """Returns the operands with a multiple of 128 tokens; the new ones are seen by no query."""
+  if rule := refused(q_BSHA, v_BSHU):
+    raise ValueError(rule)
+  more = -q_BSHA.shape[1] % ROWS
+  operands = (q_BSHA, k_BSHA, v_BSHU, segments_BS)
+  if not more:
+    return operands
+  return jax.tree.map(lambda a: jnp.pad(a, [(0, 0), (0, more)] + [(0, 0)] * (a.ndim - 2)), operands)
+
+
 def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
   """See `api.causal_attention`; bfloat16 or float16, head dims multiples of 64.
 
@@ -407,12 +418,13 @@ def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
 
   Source: FlashAttention-3 (arXiv:2407.08608), without its overlap of two blocks' softmax.
   """
+  out_BSHU = _attention(*_padded(q_BSHA, k_BSHA, v_BSHU, segments_BS), scale)
+  return out_BSHU[:, : q_BSHA.shape[1]]
+
+
+def causal_attention_with_normaliser(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
+  """Also returns the log of each softmax's normaliser, float32 [B, H, S]; no gradient."""
   S = q_BSHA.shape[1]
-  if rule := refused(q_BSHA, v_BSHU):
-    raise ValueError(rule)
-  more = -S % ROWS
-  if more:  # later than every query: seen by none
-    long = lambda a: jnp.pad(a, [(0, 0), (0, more)] + [(0, 0)] * (a.ndim - 2))  # noqa: E731
-    q_BSHA, k_BSHA, v_BSHU = long(q_BSHA), long(k_BSHA), long(v_BSHU)
-    segments_BS = None if segments_BS is None else long(segments_BS)
-  return _attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale)[:, :S]
+  q_BSHA, k_BSHA, v_BSHU, segments_BS = _padded(q_BSHA, k_BSHA, v_BSHU, segments_BS)
+  out_BSHU, log2_z_BHS = _forward(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale)
+  return out_BSHU[:, :S], log2_z_BHS[:, :, :S] / LOG2E

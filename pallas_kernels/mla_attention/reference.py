@@ -3,6 +3,7 @@
 Shapes: see `api`.
 """
 
+import jax
 import jax.numpy as jnp
 
 
@@ -14,15 +15,27 @@ def _softmax(logits, visible):
   return exp / jnp.where(z > 0, z, 1)
 
 
-def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
-  """See `api.causal_attention`. Holds [B, H, S, S]."""
+def _logits(q_BSHA, k_BSHA, segments_BS, scale: float):
+  """Returns all logits, float32 [B, H, S, S], and which are visible, bool."""
   place_S = jnp.arange(q_BSHA.shape[1])
   visible_BST = (place_S[:, None] >= place_S[None, :])[None]
   if segments_BS is not None:
     visible_BST = visible_BST & (segments_BS[:, :, None] == segments_BS[:, None, :])
   logits_BHST = jnp.einsum("bsha,btha->bhst", q_BSHA, k_BSHA, preferred_element_type=jnp.float32)
-  p_BHST = _softmax(logits_BHST * scale, visible_BST[:, None])
+  return logits_BHST * scale, visible_BST[:, None]
+
+
+def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
+  """See `api.causal_attention`. Holds [B, H, S, S]."""
+  p_BHST = _softmax(*_logits(q_BSHA, k_BSHA, segments_BS, scale))
   return jnp.einsum("bhst,bthu->bshu", p_BHST.astype(v_BSHU.dtype), v_BSHU)
+
+
+def causal_attention_with_normaliser(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
+  """Also returns the log of each softmax's normaliser, float32 [B, H, S]."""
+  logits_BHST, visible_BHST = _logits(q_BSHA, k_BSHA, segments_BS, scale)
+  log_z_BHS = jax.nn.logsumexp(jnp.where(visible_BHST, logits_BHST, -jnp.inf), axis=-1)
+  return causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale), log_z_BHS
 
 
 def decode_attention(q_BSHW, pages_NTW, table_BP, end_BS, scale: float, value_width: int):

@@ -384,11 +384,8 @@ def _block(S: int, most: int) -> int:
   return min(-(-S // (number * unit)) * unit, most)
 
 
-def causal_attention(
-  q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float, block_tokens: int = BLOCK_TOKENS
-):
-  """See `api.causal_attention`; a grid step of the gradient has at most `block_tokens` queries and
-  keys, of the forward twice as many."""
+def _prepared(q_BSHA, k_BSHA, v_BSHU, segments_BS, block_tokens: int):
+  """Returns q, k, v as [B, H, S, ...] and segments [B, 1, S] or None, padded; a block's tokens."""
   S = q_BSHA.shape[1]
   n = _block(S, block_tokens)
   behind = -S % n  # tokens behind the last, which none before them sees
@@ -396,9 +393,30 @@ def causal_attention(
   def heads_first(a):
     return jnp.pad(a, ((0, 0), (0, behind), (0, 0), (0, 0))).swapaxes(1, 2)
 
-  q_BHSA, k_BHSA, v_BHSU = map(heads_first, (q_BSHA, k_BSHA, v_BSHU))
   segments_B1S = segments_BS
   if segments_BS is not None:
     segments_B1S = jnp.pad(segments_BS, ((0, 0), (0, behind)))[:, None]
+  return heads_first(q_BSHA), heads_first(k_BSHA), heads_first(v_BSHU), segments_B1S, n
+
+
+def causal_attention(
+  q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float, block_tokens: int = BLOCK_TOKENS
+):
+  """See `api.causal_attention`; a grid step of the gradient has at most `block_tokens` queries and
+  keys, of the forward twice as many."""
+  S = q_BSHA.shape[1]
+  q_BHSA, k_BHSA, v_BHSU, segments_B1S, n = _prepared(
+    q_BSHA, k_BSHA, v_BSHU, segments_BS, block_tokens
+  )
   out_BHSU = _attention(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n)
   return out_BHSU.swapaxes(1, 2)[:, :S]
+
+
+def causal_attention_with_normaliser(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
+  """Also returns the log of each softmax's normaliser, float32 [B, H, S]; no gradient."""
+  S = q_BSHA.shape[1]
+  q_BHSA, k_BHSA, v_BHSU, segments_B1S, n = _prepared(
+    q_BSHA, k_BSHA, v_BSHU, segments_BS, BLOCK_TOKENS
+  )
+  out_BHSU, log2_z_BH1S = _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n)
+  return out_BHSU.swapaxes(1, 2)[:, :S], log2_z_BH1S[:, :, 0, :S] * math.log(2)

@@ -21,9 +21,10 @@ from safetensors.numpy import load_file
 
 from dsmoe import model as model_lib
 from dsmoe.huggingface import loading
-from dsmoe.model import mtp, rope
+from dsmoe.model import mtp, parameters, rope
 from dsmoe.model.layers import rms_norm
-from dsmoe.parallel import sharding
+from dsmoe.parallel import collectives
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import losses
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "cases"
@@ -122,7 +123,7 @@ def _loss_and_grads(graphdef, config, params, router_bias, batch, mtp_weight):
         weights = mtp.depth_weights(batch["weights"], None, depth).reshape(-1)
         hidden_MD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
         loss, _ = losses.chunked_cross_entropy(hidden_MD, head_DV, targets, weights, 0.0, 32)
-        return sharding.sum_over_batch(loss / jnp.sum(weights))
+        return collectives.sum_over_batch(loss / jnp.sum(weights))
 
       hidden = [out.hidden_BSD, *([] if out.mtp_hidden is None else out.mtp_hidden)]
       loss, *mtp_losses = [cross_entropy(h, depth) for depth, h in enumerate(hidden)]
@@ -134,11 +135,11 @@ def _loss_and_grads(graphdef, config, params, router_bias, batch, mtp_weight):
 
     return jax.grad(loss_of, has_aux=True)(params)
 
-  specs, bias_specs = sharding.parameter_specs(params), sharding.parameter_specs(router_bias)
-  whole, rows = jax.sharding.PartitionSpec(), sharding.batch_spec()
-  fn = sharding.shard_map(
+  specs, bias_specs = parameters.specs(params), parameters.specs(router_bias)
+  whole, rows = jax.sharding.PartitionSpec(), mesh_lib.batch_spec()
+  fn = mesh_lib.shard_map(
     run,
-    sharding.single_device_mesh(),
+    mesh_lib.single_device_mesh(),
     (specs, bias_specs, rows, whole),
     (specs, Outcome(whole, rows, whole, rows)),
   )
@@ -150,7 +151,7 @@ def loss_and_grads(model, batch, mtp_weight: float = 0.0, params=None) -> tuple[
   graphdef, own, router_bias = model_lib.split(model)
   params = own if params is None else params
   # Placed as the gradients will be, so that updated parameters do not compile it anew.
-  specs = sharding.named(sharding.single_device_mesh(), sharding.parameter_specs(params))
+  specs = mesh_lib.named(mesh_lib.single_device_mesh(), parameters.specs(params))
   params, weight = jax.device_put(params, specs), jnp.float32(mtp_weight)
   return _loss_and_grads(graphdef, model.config, params, router_bias, batch, weight)
 

@@ -15,7 +15,9 @@ from dsmoe.inference import cache, decode, forward, sampling
 from dsmoe.inference.cached_attention import Place, expanded, in_latent_space
 from dsmoe.inference.sampling import Sampling
 from dsmoe.model import moe, routing
-from dsmoe.parallel import dispatch
+from dsmoe.parallel import chosen, dispatch
+from dsmoe.parallel.experts import ExpertWeights
+from pallas_kernels.mla_attention import api as mla_api
 from pallas_kernels.routing import Routed, ranks
 from tests import oracles
 from tests.helpers import TOLERANCE, assert_close, random_model, random_parts, small_config
@@ -87,7 +89,7 @@ def test_prefill_in_parts_and_decoding_equal_a_full_pass_at_every_position(
   assert len(full_routes) == 2
   seen.clear()
 
-  kernels = config_lib.KernelsConfig(decode_attention=implementation)
+  kernels = config_lib.KernelsConfig(attention=implementation, decode_attention=implementation)
   model = dataclasses.replace(CONFIG.model, kernels=kernels)
   arch, weights = forward.prepare(model, *random_parts(CONFIG, 0)[1:])
   kept = cache.empty(model, 48)
@@ -113,7 +115,8 @@ def test_prefill_in_parts_and_decoding_equal_a_full_pass_at_every_position(
     part = np.zeros((2, 48), np.int32)
     for row in range(2):
       part[row, : count[row]] = tokens[row, first[row] : first[row] + count[row]]
-    logits, kept = take_in(weights, kept, part, _place(first, count))
+    with pltpu.force_tpu_interpret_mode():
+      logits, kept = take_in(weights, kept, part, _place(first, count))
     compare(np.asarray(logits), first, count)
     first = first + count
   many = ((1, 4), (2, 6)) if implementation is None else ((2, 1),)
@@ -128,6 +131,57 @@ def test_prefill_in_parts_and_decoding_equal_a_full_pass_at_every_position(
       first = first + S
   decoded = sum(S * steps for S, steps in many)
   assert all(compared[row, : lengths[row] + decoded].all() for row in range(2))
+
+
+@pytest.mark.parametrize(
+  "fields, path",
+  [
+    ({}, "chosen"),
+    ({"kernels": config_lib.KernelsConfig(grouped_matmul="reference")}, "local"),
+    ({"matmul_precision": "fp8"}, "local"),
+    ({"dispatch": "dense"}, "dense"),
+  ],
+  ids=str,
+)
+def test_decoding_takes_the_path_that_the_config_names(monkeypatch, fields, path):
+  taken = []
+  monkeypatch.setattr(dispatch.chosen, "chosen", lambda *args: taken.append("chosen"))
+  for name in ("local", "dense"):
+    back_end = lambda *args, name=name: taken.append(name)  # noqa: E731
+    monkeypatch.setitem(dispatch.BACK_ENDS, name, back_end)
+  config = dataclasses.replace(CONFIG.model, **fields)
+  for tokens, inference in ((128, True), (129, True), (128, False)):
+    dispatch.routed_experts(np.zeros((tokens, 3)), None, None, config, inference=inference)
+  assert taken == [path, *["dense" if path == "dense" else "local"] * 2]
+
+
+@pytest.mark.parametrize("attention", ["reference", "xla"])
+def test_prefill_attends_as_the_config_says(monkeypatch, attention):
+  seen = []
+  fn = mla_api._WITH_NORMALISER[attention]
+  record = lambda *args: (seen.append(attention), fn(*args))[1]  # noqa: E731
+  monkeypatch.setitem(mla_api._WITH_NORMALISER, attention, record)
+  kernels = config_lib.KernelsConfig(attention=attention)
+  model = dataclasses.replace(CONFIG.model, kernels=kernels)
+  arch, weights = forward.prepare(model, *random_parts(CONFIG, 0)[1:])
+  count = np.full(2, 16, np.int32)
+  args = (weights, cache.empty(model, 48), np.zeros((2, 16), np.int32), _place(count * 0, count))
+  jax.eval_shape(_forward(arch, expanded), *args)
+  assert seen == [attention] * model.num_hidden_layers
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_are_not_copied_for_decoding(dtype):
+  """They are nearly all of a model; in another dtype than training's masters they are cast."""
+  model = dataclasses.replace(CONFIG.model, compute_dtype=dtype)
+  _, params, bias = jax.tree.map(jnp.asarray, random_parts(CONFIG, 0))
+  _, weights = forward.prepare(model, params, bias)
+  stacks = params["moe_layers"]["mlp"]["experts"]
+  for layer in weights.layers[CONFIG.model.first_k_dense_replace :]:
+    for name, w in layer[0]["mlp"]["experts"].items():
+      same = w.unsafe_buffer_pointer() == stacks[name].unsafe_buffer_pointer()
+      assert same == (dtype == "float32")
+      assert w is weights.layers[-1][0]["mlp"]["experts"][name]
 
 
 @pytest.mark.parametrize("M, every", [(1, False), (2, False), (7, False), (12, False), (12, True)])
@@ -153,10 +207,17 @@ def test_few_tokens_read_chosen_experts_only(M, every):
   assert idle == [] if every else {7, 8} <= set(idle)
   for w in (w_gate, w_up, w_down):
     w[idle] = np.nan
-  found = jax.jit(dispatch.few)(
-    x, Routed(expert, gate, *ranks(expert, E)[::-1]), (w_gate, w_up, w_down), real
-  )
-  assert_close(found[real], np.stack(expected)[real])
+  routed = Routed(expert, gate, *ranks(expert, E)[::-1])
+
+  def found(w_gate, w_up, w_down, *where):
+    run = jax.jit(lambda x, *w: chosen.chosen(x, routed, ExpertWeights(*w, *where), real))
+    return run(x, w_gate, w_up, w_down)[real]
+
+  weights = (w_gate, w_up, w_down)
+  assert_close(found(*weights), np.stack(expected)[real])
+  # The same experts as the second layer of three in one array; the others are not numbers.
+  among = [np.concatenate([np.full_like(w, np.nan), w, np.full_like(w, np.nan)]) for w in weights]
+  assert_close(found(*among, E, E), np.stack(expected)[real])
 
 
 @pytest.mark.parametrize("folder", cases.supported("decode."), ids=cases.label)

@@ -48,8 +48,8 @@ def test_mla_matches_loops(changes):
 
   @jax.jit
   def run(params, x):
-    cos, sin = rope.cos_sin(jnp.asarray(positions), config)
-    return nnx.merge(graphdef, params)(x, cos, sin, segments)
+    cos_sin = rope.cos_sin(jnp.asarray(positions), config)
+    return nnx.merge(graphdef, params)(x, cos_sin, attention.within_rows(segments))[0]
 
   expected = [oracles.mla(params, x[b], positions[b], segments[b], config) for b in range(B)]
   assert_close(run(params, x), np.stack(expected))
@@ -87,6 +87,6 @@ def test_yarn_reaches_the_logits():
     cos_sin = rope.cos_sin(jnp.zeros((1, 4), jnp.int32), config)
     scaled = nnx.merge(graphdef, params)
     scaled.config = dataclasses.replace(config, rope_scaling=scaling)
-    return scaled(x, *cos_sin, None)
+    return scaled(x, cos_sin, attention.within_rows(None))[0]
 
   assert_close(run(params, x)[0], oracles.mla(louder, x[0], [0] * 4, None, config))

@@ -24,7 +24,9 @@ def _moe(**changes):
 
 def _run(graphdef, state, x):
   config = dataclasses.replace(small_config().balance, sequence_loss_weight=1.0)
-  run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, balance.make(config)))
+  run = jax.jit(
+    lambda state, x: nnx.merge(graphdef, state)(x, moe.MoEOptions(balance.make(config).loss))
+  )
   return run(state, x)
 
 

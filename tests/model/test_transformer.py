@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from dsmoe import model as model_lib
-from dsmoe.model import transformer
-from dsmoe.parallel import sharding
+from dsmoe.model import parameters
+from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.platforms import cpu
 from dsmoe.training import train_step
 from tests import oracles
 from tests.helpers import (
@@ -109,7 +110,7 @@ def test_bfloat16_is_close_to_float32():
 def test_compute_cast_keeps_vectors_and_the_router():
   config = small_config(**{"model.compute_dtype": "bfloat16", "model.attention_bias": True})
   _, params, _ = random_parts(config, 0)
-  cast = model_lib.compute_cast(params, config.model)
+  cast = parameters.compute_cast(params, config.model)
   kept = {p[-1].key for p, x in jax.tree.leaves_with_path(cast) if x.dtype == np.float32}
   assert kept == {
     *("norm", "attention_norm", "mlp_norm", "q_a_norm", "kv_a_norm", "embed_norm", "hidden_norm"),
@@ -138,16 +139,16 @@ def test_a_stack_written_out_equals_the_scanned_one(monkeypatch):
   config = small_config(**{"model.num_hidden_layers": 5, "model.first_k_dense_replace": 2})
   graphdef, params, bias = random_parts(config, 11)
   run = train_step._loss_and_grads(config, graphdef)
-  specs = [sharding.parameter_specs(x) for x in (params, bias)]
+  specs = [parameters.specs(x) for x in (params, bias)]
   none = jax.sharding.PartitionSpec()
   outs, scans = [], []
   for most in (4, 0):
-    monkeypatch.setattr(transformer, "MAX_WRITTEN_OUT_LAYERS", most)
+    monkeypatch.setattr(cpu, "MAX_WRITTEN_OUT_LAYERS", most)
     step = jax.jit(
-      sharding.shard_map(
+      mesh_lib.shard_map(
         lambda *a: run(*a),  # a new function, or jit would take the first trace again
         mesh_of(1),
-        in_specs=(*specs, none, sharding.batch_spec()),
+        in_specs=(*specs, none, mesh_lib.batch_spec()),
         out_specs=((none, none), specs[0]),
       )
     )
@@ -163,7 +164,7 @@ def test_a_stack_written_out_equals_the_scanned_one(monkeypatch):
 
 def test_remat_keeps_less_and_computes_more(monkeypatch):
   """By policy: elements the layers' scans leave for the backward pass, and its matmuls."""
-  monkeypatch.setattr(transformer, "MAX_WRITTEN_OUT_LAYERS", 0)
+  monkeypatch.setattr(cpu, "MAX_WRITTEN_OUT_LAYERS", 0)
   saved, matmuls = {}, {}
   for remat in ("none", "dots", "full"):
     steps = _step_jaxpr(**{"model.remat": remat, "model.num_nextn_predict_layers": 0})

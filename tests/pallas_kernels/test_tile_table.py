@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dsmoe.kernel_bench import bench, cases
-from dsmoe.parallel import dispatch
+from dsmoe.parallel import local
+from dsmoe.parallel.experts import ExpertWeights
 from pallas_kernels.grouped_matmul import TILES, cpu, tile_table
 from pallas_kernels.routing import Routed, ranks
 from tests.helpers import assert_close, small_config
@@ -24,7 +25,7 @@ def _layer(config, M=300):
   rank_MK, counts_E = ranks(experts_MK, E)
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
   weights = draw(E, D, F) / 8, draw(E, D, F) / 8, draw(E, F, D) / 8
-  return draw(M, D), Routed(experts_MK, draw(M, K), counts_E, rank_MK), weights
+  return draw(M, D), Routed(experts_MK, draw(M, K), counts_E, rank_MK), ExpertWeights(*weights)
 
 
 def test_tuning_writes_what_the_config_then_reads(tmp_path, monkeypatch):
@@ -45,9 +46,9 @@ def test_tuning_writes_what_the_config_then_reads(tmp_path, monkeypatch):
   real = cpu._schedule
   monkeypatch.setattr(cpu, "_schedule", lambda *a: (taken.append(a[-1]), real(*a))[1])
   plain = small_config().model
-  assert_close(dispatch.local(*operands, config.model), dispatch.local(*operands, plain))
+  assert_close(local.local(*operands, config.model), local.local(*operands, plain))
   assert taken == [64, cpu.ROWS]
-  dispatch.local(*_layer(config, 30), config.model)  # sizes that the table does not list
+  local.local(*_layer(config, 30), config.model)  # sizes that the table does not list
   assert taken[-1] == cpu.ROWS
 
 
@@ -89,7 +90,7 @@ def test_tiles_are_among_those_of_the_implementation(tmp_path):
     config.model.kernels.tuned, tile_table.entry("blocked", P, E, D, F, "float32"), 100
   )
   with pytest.raises(ValueError, match=r"tile of blocked must be one of \(None, 64, .*got 100"):
-    dispatch.local(x, routed, weights, config.model)
+    local.local(x, routed, weights, config.model)
   shape = cases.Shape(config.model, len(x), len(x), 1)
   with pytest.raises(
     ValueError, match="only mosaic_tpu, blocked have tiles to tune, got reference"

@@ -8,7 +8,8 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from dsmoe.config import KernelsConfig
-from dsmoe.parallel import dispatch
+from dsmoe.parallel import dense, dispatch, local
+from dsmoe.parallel.experts import ExpertWeights
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.routing import Routed, ranks
 from tests import oracles
@@ -78,7 +79,9 @@ def test_back_ends_match_loops_in_value_and_every_gradient(back_end, grouped_mat
   @jax.jit
   def run(x, experts, gates, weights, dy):
     fn = dispatch.BACK_ENDS[back_end]
-    y, vjp = jax.vjp(lambda x, g, w: fn(x, _routed(experts, g), w, config), x, gates, weights)
+    y, vjp = jax.vjp(
+      lambda x, g, w: fn(x, _routed(experts, g), ExpertWeights(*w), config), x, gates, weights
+    )
     return y, vjp(dy)
 
   with pltpu.force_tpu_interpret_mode():
@@ -96,11 +99,11 @@ def test_local_makes_nothing_of_tokens_times_experts():
 
   def size(fn):
     routed = lambda g: Routed(experts, g, *ranks(experts, E)[::-1])  # noqa: E731
-    total = lambda x, g, w: fn(x, routed(g), w, _config()).sum()  # noqa: E731
+    total = lambda x, g, w: fn(x, routed(g), ExpertWeights(*w), _config()).sum()  # noqa: E731
     return largest_intermediate(jax.value_and_grad(total, (0, 1, 2)), x, gates, weights)
 
-  assert size(dispatch.local) < M * E * F
-  assert size(dispatch.dense) >= M * E * D
+  assert size(local.local) < M * E * F
+  assert size(dense.dense) >= M * E * D
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,6 @@ def test_experts_in_fp8_match_a_loop_over_experts(precision, power_of_two, imple
 
   with pltpu.force_tpu_interpret_mode():
     actual = value_and_gradients(
-      jax.jit(lambda x, g, w: dispatch.local(x, _routed(experts, g), w, config))
+      jax.jit(lambda x, g, w: local.local(x, _routed(experts, g), ExpertWeights(*w), config))
     )
   assert_close(actual, value_and_gradients(jax.jit(expected)))

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from dsmoe.config import OptimConfig
+from dsmoe.model import parameters
 from dsmoe.training import optim
 from tests.helpers import assert_close, random_parts, small_config
 
@@ -69,8 +70,8 @@ def _step(p, g, mu, nu, t, lr, decay):
 def _gradients(rng):
   return {
     "attention_norm": rng.standard_normal(3),
-    "o_bias": rng.standard_normal(4),
-    "experts": {"w_up": rng.standard_normal((2, 3, 4))},
+    "attention": {"o_bias": rng.standard_normal(4)},
+    "mlp": {"w_up": rng.standard_normal((3, 4))},
   }
 
 
@@ -94,7 +95,7 @@ def test_adamw_matches_numpy(clip_norm, moment_dtype):
     updates, state = optimizer.update(gradients, state, params)
     return optax.apply_updates(params, updates), state
 
-  paths = [("attention_norm",), ("o_bias",), ("experts", "w_up")]
+  paths = [("attention_norm",), ("attention", "o_bias"), ("mlp", "w_up")]
   get = lambda tree, path: tree[path[0]] if len(path) == 1 else tree[path[0]][path[1]]  # noqa: E731
   values = {path: get(expected, path) for path in paths}
   moments = {path: (0.0, 0.0) for path in paths}
@@ -119,7 +120,7 @@ def test_adamw_matches_numpy(clip_norm, moment_dtype):
 def test_only_matrices_of_the_model_decay():
   config = small_config(**{"model.attention_bias": True})
   _, params, _ = random_parts(config, 0)
-  mask = optim.decayed(params)
+  mask = parameters.decayed(params)
   kept = {path[-1].key for path, on in jax.tree.leaves_with_path(mask) if not on}
   moved = {path[-1].key for path, on in jax.tree.leaves_with_path(mask) if on}
   assert kept == {

@@ -1,13 +1,15 @@
 """The whole step: devices, microbatches and rematerialisation change nothing."""
 
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
 import optax
 import pytest
 
-from dsmoe.parallel import sharding
+from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.platforms import cpu
 from dsmoe.training import train_step
 from tests.helpers import assert_close, mesh_of, random_batch, small_config
 
@@ -17,9 +19,16 @@ MARGIN_SEED = 0
 
 @functools.cache
 def first_step(
-  num_devices: int = 1, num_microbatches: int = 1, remat: str = "none", dispatch: str = "local"
+  num_devices: int = 1,
+  num_microbatches: int = 1,
+  remat: str = "none",
+  dispatch: str = "local",
+  scanned: bool = False,
 ):
-  """Returns (initial params, state after one step, metrics) as NumPy arrays."""
+  """Returns (initial params, state after one step, metrics) as NumPy arrays.
+
+  `scanned` takes the path of deep models, whose layers are scanned.
+  """
   config = small_config(
     **{
       "num_microbatches": num_microbatches,
@@ -32,7 +41,8 @@ def first_step(
   state = train_step.init_state(config, mesh)
   before = jax.device_get(state.params)
   step = train_step.make_train_step(config, mesh)
-  state, metrics = step(state, random_batch(config, MARGIN_SEED))
+  with mock.patch.object(cpu, "MAX_WRITTEN_OUT_LAYERS", 0 if scanned else 4):
+    state, metrics = step(state, random_batch(config, MARGIN_SEED))
   return before, jax.device_get(state), jax.device_get(metrics)
 
 
@@ -41,8 +51,8 @@ def first_step(
   [
     dict(num_microbatches=4),
     dict(num_devices=2),
-    dict(num_devices=4, remat="full"),
-    dict(num_devices=8, num_microbatches=2, remat="dots"),
+    dict(num_devices=4, remat="dots"),
+    dict(num_devices=8, num_microbatches=2, remat="full", scanned=True),
     dict(dispatch="dense"),
   ],
   ids=str,
@@ -60,6 +70,18 @@ def test_step_does_not_depend_on_how_it_is_computed(variant):
   # Adam's first moment is (1 - beta1) times the clipped gradient: compares every gradient.
   mu = optax.tree_utils.tree_get(actual.opt_state, "mu")
   assert_close(mu, optax.tree_utils.tree_get(expected.opt_state, "mu"))
+
+
+def test_the_model_is_traced_once_whatever_the_microbatches(monkeypatch):
+  traced = []
+  loss = train_step._loss
+  monkeypatch.setattr(train_step, "_loss", lambda *args: (traced.append(1), loss(*args))[1])
+  for num_microbatches in (1, 4):
+    config, mesh = small_config(num_microbatches=num_microbatches), mesh_of(2)
+    state = train_step.abstract_state(config, mesh)
+    train_step.make_train_step(config, mesh).trace(state, random_batch(config, 0))
+    assert len(traced) == 1
+    traced.clear()
 
 
 def test_bias_moved_against_the_load():
@@ -101,7 +123,7 @@ def test_compiled_step_gathers_and_scatters_weights():
   state = train_step.abstract_state(config, mesh)
   batch = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding.named(mesh, sharding.batch_spec())
+      x.shape, x.dtype, sharding=mesh_lib.named(mesh, mesh_lib.batch_spec())
     ),
     random_batch(config, 0),
   )

@@ -1,0 +1,23 @@
+"""The oracle of every back end: all experts on all tokens, masked."""
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe.config import ModelConfig
+from dsmoe.parallel.experts import ExpertWeights
+from pallas_kernels.routing import Routed
+
+
+def dense(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
+  """Applies every expert to every token and masks: E / K times the work of the other paths."""
+  expert_MK, gate_MK = routed.expert_MK, routed.gate_MK
+  w_gate_EDF, w_up_EDF, w_down_EFD = experts.own()
+  gate_ME = jnp.sum(
+    gate_MK[:, :, None] * (expert_MK[:, :, None] == jnp.arange(w_gate_EDF.shape[0])[None, None, :]),
+    axis=1,
+  )
+  inner_EMF = jax.nn.silu(jnp.einsum("md,edf->emf", x_MD, w_gate_EDF)) * jnp.einsum(
+    "md,edf->emf", x_MD, w_up_EDF
+  )
+  y_EMD = jnp.einsum("emf,efd->emd", inner_EMF, w_down_EFD)
+  return jnp.einsum("emd,me->md", y_EMD, gate_ME.astype(x_MD.dtype))

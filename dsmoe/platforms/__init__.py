@@ -1,0 +1,66 @@
+"""What one platform's compiler likes, behind named functions; the measurements stand in its file.
+
+The model asks these functions and never a platform's name. `current` is the platform a program is
+traced for, which is not the default one when a TPU's program is compiled on a CPU machine.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
+import jax
+
+from dsmoe.platforms import cpu
+
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+  """Makes `platform` ("cpu", "gpu" or "tpu") the current one while a program is traced."""
+  token = _PLATFORM.set(platform)
+  try:
+    yield
+  finally:
+    _PLATFORM.reset(token)
+
+
+def current() -> str:
+  """Returns the platform that programs are traced for: "cpu", "gpu" or "tpu"."""
+  return _PLATFORM.get() or jax.default_backend()
+
+
+def compiler_options(platform: str | None = None) -> dict[str, bool | str]:
+  """Returns the XLA options for `jax.jit` that a platform's programs are compiled with.
+
+  Args:
+    platform: "cpu", "gpu" or "tpu"; None: the current one.
+  """
+  return dict(cpu.COMPILER_OPTIONS) if (platform or current()) == "cpu" else {}
+
+
+def writes_out(num_layers: int) -> bool:
+  """Returns whether a stack of layers is written out one by one instead of scanned."""
+  return current() == "cpu" and num_layers <= cpu.MAX_WRITTEN_OUT_LAYERS
+
+
+def computed_once(fn: Callable, x_BS: jax.Array):
+  """Returns fn(x_BS) for a cheap function of rows that many later operations read.
+
+  `fn` maps [..., S] to arrays with the same leading dimensions.
+  """
+  return cpu.computed_once(fn, x_BS) if current() == "cpu" else fn(x_BS)
+
+
+def experts_at_once() -> int:
+  """Returns how many experts a decoding step multiplies in one round of its loop."""
+  return cpu.EXPERTS_AT_ONCE  # other platforms have not been measured and take the same
+
+
+def reads_chosen_experts(num_tokens: int) -> bool:
+  """Returns whether so few tokens are decoded that reading weights dominates.
+
+  Each chosen expert then multiplies all tokens, which spares sorting them: up to this many the
+  products take less time than reading an expert's weights from memory.
+  """
+  return num_tokens <= 128

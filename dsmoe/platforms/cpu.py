@@ -1,0 +1,76 @@
+"""XLA on CPU: what makes its programs fast, each with the measurement that showed it.
+
+Measured on two shared cores of x86-64 with float32, `experiments/bench_small.py` and
+`experiments/tiny.py`.
+"""
+
+import ctypes
+import gc
+import os
+import sys
+from collections.abc import Callable
+
+import jax
+
+# Matrix products by oneDNN, up to twice as fast as the default on small batched ones, and
+# reductions, but nothing else, by YNNPACK.
+COMPILER_OPTIONS: dict[str, bool | str] = {
+  "xla_cpu_use_onednn": True,
+  "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+}
+
+# Layers of one kind. A scan keeps what its gradient needs in stacked buffers that are cleared,
+# filled and sliced, a fifth of a small model's step; written out, compile time grows with depth.
+MAX_WRITTEN_OUT_LAYERS = 4
+
+# XLA:CPU runs operations in parallel once more than eight are ready. Each expert contributes
+# three, the copies of its matrices: with five a step of 8 rows takes 0.86 of the time.
+EXPERTS_AT_ONCE = 5
+
+_MALLOC = {"hugetlb": 1, "mmap_threshold": 2**40, "trim_threshold": 2**40}
+
+
+def computed_once(fn: Callable, x_BS: jax.Array):
+  """Computes fn row by row, in a loop whose results are kept.
+
+  XLA:CPU would otherwise fuse fn into each of its readers: cos and sin were computed anew in 16
+  places of a step.
+  """
+  return jax.lax.map(fn, x_BS)
+
+
+def keep_memory() -> None:
+  """Makes glibc keep freed memory and back it with huge pages, so that steps reuse buffers.
+
+  XLA:CPU allocates its temporary buffers anew at every step. By default glibc returns them to the
+  operating system, which clears every page before it hands it out again: a third of a small
+  model's step, when only huge pages were turned on. (A single arena for all threads, `arena_max=1`,
+  avoids every page fault but costs a sixth more time.)
+
+  glibc reads these settings when a process starts, so this function sets GLIBC_TUNABLES and
+  executes the program again. If the user has set GLIBC_TUNABLES, it is not changed and nothing is
+  executed again.
+
+  Asynchronous dispatch on CPU is turned off, so that computations run on the main thread. Only the
+  heap of the main thread holds blocks above 64 MiB; on any other thread, the buffers of a step
+  would be mapped and cleared at every step.
+  """
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = ":".join(f"glibc.malloc.{k}={v}" for k, v in _MALLOC.items())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def release_memory() -> None:
+  """Returns free memory to the operating system; call this after the last compilation.
+
+  After `keep_memory`, glibc keeps everything that compiling used: half a gigabyte that no step
+  needs.
+  """
+  gc.collect()
+  if sys.platform == "linux":
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
+    if trim is not None:
+      trim(0)
