@@ -1,4 +1,4 @@
-"""Frozen configs: every field's type and rule, and how they are built from dicts and JSON."""
+"""Experiment configs as frozen dataclasses: types, rules, conversion from dicts and JSON."""
 
 from dsmoe.config.build import differences, from_config_dict, from_dict, to_dict
 from dsmoe.config.schema import (

@@ -1,4 +1,4 @@
-"""Builds the frozen configs from nested dicts and back, and says in what two of them differ."""
+"""Converts between frozen configs and nested dicts, and lists the differences of two configs."""
 
 import dataclasses
 import difflib
@@ -14,27 +14,39 @@ from dsmoe.config.schema import Config
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> Config:
-  """Turns an experiment's ConfigDict into a checked `Config`; see `from_dict`."""
+  """Converts an experiment's ConfigDict into a validated `Config`; see `from_dict`."""
   return from_dict(config.to_dict())
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-  """Turns nested dicts, such as a run's saved config.json, into a checked `Config`.
+  """Converts nested dicts, such as a run's saved config.json, into a validated `Config`.
+
+  Args:
+    values: field names mapped to values; a group of fields is a nested dict. Fields that have a
+      default in the dataclass may be left out.
 
   Raises:
-    ValueError: for an unknown or missing field (naming the nearest), a value of the wrong
-      type, or a broken rule.
+    ValueError: if a field is unknown (the message names the nearest one) or missing, a value has
+      the wrong type, or a rule is broken.
   """
   return _build(Config, values, "config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-  """Turns a config dataclass into nested plain dicts, ready for JSON."""
+  """Converts a config dataclass into nested dicts of plain values, ready for JSON."""
   return dataclasses.asdict(config)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-  """Lists the fields in which two configs (nested dicts) differ, as `name: old -> new`."""
+  """Lists the fields in which two configs, given as nested dicts, differ.
+
+  Args:
+    old, new: the two configs; tuples and lists of equal elements count as equal.
+    prefix: put before each field's name; used when the function calls itself on a group.
+
+  Returns:
+    One line `name: old value -> new value` for each field, sorted by name.
+  """
   lines = []
   for key in sorted(set(old) | set(new)):
     a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
@@ -46,10 +58,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def _plain(value: Any) -> Any:
+  """Returns a tuple as a list, as JSON has it, and any other value unchanged."""
   return list(value) if isinstance(value, (tuple, list)) else value
 
 
 def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
+  """Builds the dataclass `cls` from a dict; `path` is its dotted name, for messages."""
   hints = typing.get_type_hints(cls)
   for name in values:
     if name not in hints:
@@ -57,12 +71,12 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
       raise ValueError(f"{path} has no field {name!r}; did you mean {near[0]!r}?")
   optional = {f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
   missing = [name for name in hints if name not in values and name not in optional]
-  require(not missing, f"{path} lacks the field {', '.join(missing)}")
+  require(not missing, f"{path} must have a value for {', '.join(missing)}; it has none")
   return cls(**{k: _convert(h, values[k], f"{path}.{k}") for k, h in hints.items() if k in values})
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-  """Checks `value` against a field's type; ints may stand for floats, lists for tuples."""
+  """Returns `value` as the type `hint`; an int is accepted for a float, a list for a tuple."""
   if dataclasses.is_dataclass(hint):
     require(isinstance(value, Mapping), f"{path} must be a group of fields, got {value!r}")
     return _build(typing.cast(type, hint), value, path)

@@ -1,4 +1,4 @@
-"""The checks that config rules are made of: each raises one sentence with the values."""
+"""Checks for config rules; each raises ValueError with one sentence that states the values."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ def require(condition: bool, message: str) -> None:
 
 
 def one_of(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
-  """Raises ValueError unless the field `name` has one of the values `choices`."""
+  """Raises ValueError unless `value`, the value of field `name`, is among `choices`."""
   require(value in choices, f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
 
 
 def at_least(config: Any, minimum: float, *names: str) -> None:
-  """Raises ValueError unless each of the config's fields `names` is at least `minimum`."""
+  """Raises ValueError unless each field in `names` of `config` is at least `minimum`."""
   for name in names:
     value = getattr(config, name)
     require(value >= minimum, f"{name} must be at least {minimum}, got {value}")

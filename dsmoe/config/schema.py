@@ -1,7 +1,8 @@
-"""Frozen configs and every rule about them, checked once, before any tracing.
+"""The frozen config dataclasses and all their rules, checked once, before anything is traced.
 
-`build.from_config_dict` turns an experiment's ConfigDict into a `Config`; below `train.py` there
-are only these dataclasses. Literals live in `experiments/base.py`.
+An experiment's `get_config` returns an `ml_collections.ConfigDict`, which
+`build.from_config_dict` converts to a `Config`. Library code sees only these dataclasses. Values,
+and what each field means, are in `experiments/base.py`.
 """
 
 import dataclasses
@@ -14,7 +15,10 @@ from pallas_kernels.routing import SCORING_FUNCS
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """YaRN; `factor` 1 means plain RoPE. Source: arXiv:2309.00071 and DeepSeek's config.json."""
+  """YaRN context extension; with `factor` 1, rotary embeddings are not scaled.
+
+  Source: YaRN (arXiv:2309.00071), and the names of DeepSeek's config.json.
+  """
 
   factor: float
   original_max_position_embeddings: int
@@ -29,15 +33,17 @@ class RopeScaling:
     at_least(self, 0.0, "mscale", "mscale_all_dim")
     require(
       self.beta_fast >= self.beta_slow > 0,
-      f"beta_fast ({self.beta_fast}) must be at least beta_slow ({self.beta_slow}), both positive",
+      f"beta_fast ({self.beta_fast}) must be at least beta_slow ({self.beta_slow}), and both must "
+      "be positive",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelsConfig:
-  """Which implementation computes what; None picks by platform. No choice changes a value.
+  """The implementation of each operation, by name; None chooses one for the platform.
 
-  Except FP8 on Hopper, whose tensor cores keep about 14 bits of a sum (DeepSeek-V3, 3.3.2).
+  The choice does not change what is computed, with one exception: Hopper's tensor cores keep
+  about 14 bits of a sum of FP8 products (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).
   """
 
   routing: str | None = None
@@ -61,7 +67,7 @@ class KernelsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """One model. Field meanings: `experiments/base.py`."""
+  """The model's sizes and how it is computed; `experiments/base.py` explains every field."""
 
   vocab_size: int
   hidden_size: int
@@ -97,36 +103,35 @@ class ModelConfig:
   remat: str
   dispatch: str
   attention_chunk_tokens: int
-  # Runs saved before these have neither.
+  # These have defaults because runs saved before they existed do not have them.
   matmul_precision: str = "compute_dtype"
   kernels: KernelsConfig = KernelsConfig()
 
   @property
   def num_moe_layers(self) -> int:
-    """Layers of the main stack that have experts."""
+    """The number of layers with experts, without multi-token prediction modules."""
     return self.num_hidden_layers - self.first_k_dense_replace
 
   @property
   def qk_head_dim(self) -> int:
+    """The size of one query or key head."""
     return self.qk_nope_head_dim + self.qk_rope_head_dim
 
   @property
   def quantization(self) -> tuple[str | None, bool]:
-    """What the FP8 matmuls want: an implementation, and whether scales are powers of two."""
+    """For FP8 matmuls: the implementation's name, and whether scales are powers of two."""
     return self.kernels.quantized_matmul, self.matmul_precision == "fp8_ue8m0"
 
   @property
   def uses_router_bias(self) -> bool:
+    """Whether a bias is added to router scores when experts are selected."""
     return self.topk_method == "noaux_tc" and self.num_moe_layers > 0
 
   def __post_init__(self):
-    at_least(
-      self,
-      1,
-      *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"),
-      *("max_position_embeddings", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"),
-      *("qk_rope_head_dim", "v_head_dim", "attention_chunk_tokens"),
-    )
+    at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
+    at_least(self, 1, "max_position_embeddings", "num_attention_heads", "kv_lora_rank")
+    at_least(self, 1, "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    at_least(self, 1, "attention_chunk_tokens")
     at_least(self, 0, "first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
     require(self.rms_norm_eps > 0, f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
     require(self.rope_theta > 1, f"rope_theta must be above 1, got {self.rope_theta}")
@@ -158,6 +163,7 @@ class ModelConfig:
       self._check_experts()
 
   def _check_experts(self):
+    """Checks the rules that hold only for a model with experts."""
     E, G, K = self.n_routed_experts, self.n_group, self.num_experts_per_tok
     at_least(self, 1, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size")
     at_least(self, 1, "n_group", "topk_group")
@@ -165,24 +171,24 @@ class ModelConfig:
     require(self.topk_group <= G, f"topk_group ({self.topk_group}) must not exceed n_group ({G})")
     require(
       self.topk_method != "greedy" or G == 1,
-      f"topk_method 'greedy' has no groups: n_group must be 1, got {G}",
+      f"topk_method 'greedy' does not group experts: n_group must be 1, got {G}",
     )
     reachable = self.topk_group * (E // G)
     require(
       reachable >= K,
-      f"num_experts_per_tok ({K}) must not exceed the {reachable} experts of topk_group "
-      f"({self.topk_group}) groups of {E // G}",
+      f"num_experts_per_tok ({K}) must not exceed topk_group ({self.topk_group}) times the "
+      f"{E // G} experts of a group",
     )
     require(
       self.topk_method != "noaux_tc" or G == 1 or E // G >= 2,
-      f"topk_method 'noaux_tc' ranks groups by their top 2: n_routed_experts ({E}) / n_group "
-      f"({G}) must be at least 2",
+      f"topk_method 'noaux_tc' ranks a group by its best 2 experts: n_routed_experts ({E}) / "
+      f"n_group ({G}) must be at least 2",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
-  """Who moves the load between experts; see `dsmoe/training/balance.py`."""
+  """How the load of experts is balanced; see `dsmoe/training/balance.py`."""
 
   methods: tuple[str, ...]
   bias_update_speed: float
@@ -202,7 +208,7 @@ class BalanceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-  """Weights of the losses; see `dsmoe/training/losses.py`."""
+  """The terms of the loss and their weights; see `dsmoe/training/losses.py`."""
 
   cross_entropy_chunk_tokens: int
   z_loss_weight: float
@@ -218,7 +224,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """Optimizer and learning-rate schedule; see `dsmoe/training/optim.py`."""
+  """The optimizer and the learning-rate schedule; see `dsmoe/training/optim.py`."""
 
   name: str
   learning_rate: float
@@ -247,7 +253,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Where tokens come from; see `dsmoe/data/batches.py`."""
+  """The text, its tokenizer and how sequences are made; see `dsmoe/data/batches.py`."""
 
   train_globs: tuple[str, ...]
   train_weights: tuple[float, ...]
@@ -275,7 +281,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each mesh axis; see `dsmoe/parallel/sharding.py`."""
+  """The number of devices along each mesh axis; see `dsmoe/parallel/sharding.py`."""
 
   stage: int
   data: int
@@ -294,7 +300,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """What is kept of a run; see `dsmoe/checkpoint/checkpointer.py`."""
+  """When checkpoints are saved and which are kept; see `dsmoe/checkpoint/checkpointer.py`."""
 
   save_every_steps: int
   keep_last: int
@@ -307,7 +313,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """What is measured and when; see `dsmoe/reporting/metrics.py`."""
+  """What is logged, evaluated and drawn, and when; see `dsmoe/reporting/metrics.py`."""
 
   log_every_steps: int
   eval_every_steps: int
@@ -324,7 +330,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """A whole experiment."""
+  """One experiment: the model, the data, and how it is trained."""
 
   seed: int
   batch_size: int
@@ -353,8 +359,8 @@ class Config:
     )
     require(
       self.model.num_nextn_predict_layers < S - 1,
-      f"num_nextn_predict_layers ({self.model.num_nextn_predict_layers}) must leave targets in a "
-      f"sequence of {S} tokens",
+      f"num_nextn_predict_layers ({self.model.num_nextn_predict_layers}) must be less than "
+      f"data.sequence_length - 1 ({S - 1}): the deepest module predicts from the tokens left",
     )
     require(
       "bias" not in self.balance.methods
@@ -371,6 +377,6 @@ class Config:
     )
     require(
       o.schedule != "cosine" or o.warmup_steps < self.num_steps,
-      f"optim.schedule 'cosine' needs steps after warm-up: optim.warmup_steps ({o.warmup_steps}) "
+      f"optim.schedule 'cosine' decays after the warm-up: optim.warmup_steps ({o.warmup_steps}) "
       f"must be below num_steps ({self.num_steps})",
     )

@@ -36,21 +36,20 @@ RULES = [
   ({"model.rope_scaling.mscale_all_dim": -1.0}, "mscale_all_dim must be at least 0.0, got -1.0"),
   (
     {"model.rope_scaling.beta_fast": 0.5},
-    "beta_fast (0.5) must be at least beta_slow (1.0), both positive",
+    "beta_fast (0.5) must be at least beta_slow (1.0), and both must be positive",
   ),
   (
     {"model.rope_scaling.beta_slow": 0.0},
-    "beta_fast (32.0) must be at least beta_slow (0.0), both positive",
+    "beta_fast (32.0) must be at least beta_slow (0.0), and both must be positive",
   ),
   *(
     ({f"model.{name}": 0}, f"{name} must be at least 1, got 0")
     for name in (
-      *("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"),
-      *("max_position_embeddings", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim"),
-      *("qk_rope_head_dim", "v_head_dim", "attention_chunk_tokens"),
-      *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
-      *("n_group", "topk_group"),
-    )
+      "vocab_size hidden_size num_hidden_layers intermediate_size max_position_embeddings "
+      "num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+      "attention_chunk_tokens n_routed_experts num_experts_per_tok moe_intermediate_size "
+      "n_group topk_group"
+    ).split()
   ),
   *(
     ({f"model.{name}": -1}, f"{name} must be at least 0, got -1")
@@ -65,7 +64,7 @@ RULES = [
   ),
   (
     {"optim.schedule": "cosine", "optim.warmup_steps": 20, "num_steps": 20},
-    "optim.schedule 'cosine' needs steps after warm-up: optim.warmup_steps (20) must be below "
+    "optim.schedule 'cosine' decays after the warm-up: optim.warmup_steps (20) must be below "
     "num_steps (20)",
   ),
   ({"model.q_lora_rank": 0}, "q_lora_rank must be None or at least 1, got 0"),
@@ -101,16 +100,16 @@ RULES = [
   ({"model.topk_group": 5}, "topk_group (5) must not exceed n_group (4)"),
   (
     {"model.topk_method": "greedy"},
-    "topk_method 'greedy' has no groups: n_group must be 1, got 4",
+    "topk_method 'greedy' does not group experts: n_group must be 1, got 4",
   ),
   (
     {"model.num_experts_per_tok": 7},
-    "num_experts_per_tok (7) must not exceed the 6 experts of topk_group (2) groups of 3",
+    "num_experts_per_tok (7) must not exceed topk_group (2) times the 3 experts of a group",
   ),
   (
     {"model.n_group": 12, "model.topk_group": 4},
-    "topk_method 'noaux_tc' ranks groups by their top 2: n_routed_experts (12) / n_group (12) "
-    "must be at least 2",
+    "topk_method 'noaux_tc' ranks a group by its best 2 experts: n_routed_experts (12) / "
+    "n_group (12) must be at least 2",
   ),
   (
     {"balance.methods": ("bias", "luck")},
@@ -142,13 +141,10 @@ RULES = [
     ({f"optim.{name}": -1}, f"{name} must be at least 0, got -1")
     for name in ("warmup_steps", "decay_steps")
   ),
-  *(
-    ({f"optim.{name}": -1.0}, f"{name} must be at least 0{dot}, got -1.0")
-    for name, dot in (
-      *(("weight_decay", ""), ("clip_norm", "")),
-      *(("learning_rate", ".0"), ("final_learning_rate", ".0")),
-    )
-  ),
+  ({"optim.weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
+  ({"optim.clip_norm": -1.0}, "clip_norm must be at least 0, got -1.0"),
+  ({"optim.learning_rate": -1.0}, "learning_rate must be at least 0.0, got -1.0"),
+  ({"optim.final_learning_rate": -1.0}, "final_learning_rate must be at least 0.0, got -1.0"),
   ({"optim.beta1": 1.0}, "optim.beta1 must be in [0, 1), got 1.0"),
   ({"optim.beta2": -0.1}, "optim.beta2 must be in [0, 1), got -0.1"),
   ({"optim.epsilon": 0.0}, "optim.epsilon must be positive, got 0.0"),
@@ -174,7 +170,8 @@ RULES = [
   ),
   (
     {"data.sequence_length": 3},
-    "num_nextn_predict_layers (2) must leave targets in a sequence of 3 tokens",
+    "num_nextn_predict_layers (2) must be less than data.sequence_length - 1 (2): the deepest "
+    "module predicts from the tokens left",
   ),
   ({"mesh.data": 0}, "mesh.data must be -1 or at least 1, got 0"),
   *(
@@ -241,10 +238,10 @@ def test_missing_fields_are_named():
   del values["model"]["v_head_dim"], values["model"]["remat"]
   with pytest.raises(ValueError) as error:
     config_lib.from_dict(values)
-  assert str(error.value) == "config.model lacks the field v_head_dim, remat"
+  assert str(error.value) == "config.model must have a value for v_head_dim, remat; it has none"
 
 
-def test_ints_for_floats_none_and_lists_are_taken():
+def test_ints_for_floats_none_and_lists_are_accepted():
   config = config_lib.from_dict(
     _values(**{"optim.clip_norm": 2, "model.q_lora_rank": None, "data.train_weights": [3]})
   )
@@ -284,7 +281,7 @@ def test_differences():
     "model.rope_scaling.factor: 1.0 -> 4.0",
     "seed: 0 -> 5",
   ]
-  assert config_lib.differences(old, json.loads(json.dumps(old))) == []  # tuples are lists there
+  assert config_lib.differences(old, json.loads(json.dumps(old))) == []  # JSON has lists, no tuples
   del old["seed"], new["loss"]["z_loss_weight"]
   lines = config_lib.differences(old, new)
   assert "seed: (absent) -> 5" in lines and "loss.z_loss_weight: 0.001 -> (absent)" in lines
