@@ -1,15 +1,19 @@
-"""DeepSeek-V2, 236B parameters of which a token meets 21B, pre-trained at 4K (arXiv:2405.04434).
+"""DeepSeek-V2: 236B parameters, 21B active per token, pre-trained at 4K (arXiv:2405.04434).
 
 Command:   python -m dsmoe.train --config=experiments/deepseek_v2.py --workdir=gs://bucket/v2
-           (`experiments/deepseek_v2.py:released` is the 128K model: YaRN, longer positions)
-Hardware:  the report's: H800 in nodes of 8. Here it waits for the mesh's expert axis
-Time:      the report's: 172,800 GPU hours for 1T tokens, so 1.4M
+           `--config=experiments/deepseek_v2.py:released` is the released 128K model (YaRN)
+Hardware:  H800 in nodes of 8 in the report; dsmoe lacks the expert parallelism it needs
+Time:      172,800 GPU hours for 1T tokens in the report, so 1.4M
 Metric:    validation bits per byte
 
-Not as published: one batch size (the report ramps from 2,304 over the first 225B tokens); a
-linear decay over the last 40% to a tenth instead of x 0.316 at 60% and 90%; of the three
-balance losses only the expert-level one, over each sequence; no tokens are dropped. The corpus is not
-public: tokens are synthetic until data.train_globs and data.tokenizer name yours.
+Differences from the publication:
+- The batch size is constant; the report raises it from 2,304 over the first 225B tokens.
+- The learning rate decays linearly to a tenth over the last 40%; the report multiplies it by 0.316
+  at 60% and at 90%.
+- Of the three balance losses only the expert-level one exists, taken over each sequence.
+- No tokens are dropped.
+- The training text is not public: tokens are synthetic until data.train_globs and
+  data.tokenizer name yours.
 """
 
 from experiments import base

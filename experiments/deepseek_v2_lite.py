@@ -1,14 +1,17 @@
-"""DeepSeek-V2-Lite, 15.7B parameters of which a token meets 2.4B (arXiv:2405.04434, appendix B).
+"""DeepSeek-V2-Lite: 15.7B parameters, 2.4B active per token (arXiv:2405.04434, appendix B).
 
 Command:   python -m dsmoe.train --config=experiments/deepseek_v2_lite.py --workdir=gs://bucket/lite
-           (`experiments/deepseek_v2_lite.py:released` is the 32K model: YaRN, longer positions)
+           `--config=experiments/deepseek_v2_lite.py:released` is the released 32K model (YaRN)
 Hardware:  8 devices of 80 GB or more: parameters, gradients and moments take 16 bytes each
 Time:      5.7T tokens are 9.4e22 FLOP: 43 days on 64 H800 at 40% MFU
 Metric:    validation bits per byte
 
-Not as published: a linear decay over the last 20% to a tenth instead of x 0.316 at 80% and 90%;
-the expert-level balance loss is taken over each sequence. The corpus is not public: tokens are synthetic
-until data.train_globs and data.tokenizer name yours.
+Differences from the publication:
+- The learning rate decays linearly to a tenth over the last 20%; the report multiplies it by 0.316
+  at 80% and at 90%.
+- The expert-level balance loss is taken over each sequence.
+- The training text is not public: tokens are synthetic until data.train_globs and
+  data.tokenizer name yours.
 """
 
 from experiments import base

@@ -1,14 +1,17 @@
-"""DeepSeek-V3, 671B parameters of which a token meets 37B, pre-trained at 4K (arXiv:2412.19437).
+"""DeepSeek-V3: 671B parameters, 37B active per token, pre-trained at 4K (arXiv:2412.19437).
 
 Command:   python -m dsmoe.train --config=experiments/deepseek_v3.py --workdir=gs://bucket/v3
-           (`experiments/deepseek_v3.py:released` is the 128K model: YaRN, longer positions)
-Hardware:  the report's: 2,048 H800. Here it waits for the mesh's expert axis
-Time:      the report's: 2.664M GPU hours, 54 days
-Metric:    validation bits per byte; the report has 0.548 on the Pile's test set
+           `--config=experiments/deepseek_v3.py:released` is the released 128K model (YaRN)
+Hardware:  2,048 H800 in the report; dsmoe lacks the expert parallelism it needs
+Time:      2.664M GPU hours in the report: 54 days
+Metric:    validation bits per byte; the report states 0.548 on the test set of the Pile
 
-Not as published: one batch size (the report ramps from 3,072 over the first 469B tokens), and
-after 10T tokens a linear decay instead of cosine and two short constant phases. The corpus is
-not public: tokens are synthetic until data.train_globs and data.tokenizer name yours.
+Differences from the publication:
+- The batch size is constant; the report raises it from 3,072 over the first 469B tokens.
+- After 10T tokens the learning rate decays linearly; the report has a cosine and two short
+  constant phases.
+- The training text is not public: tokens are synthetic until data.train_globs and
+  data.tokenizer name yours.
 """
 
 from experiments import base

@@ -1,15 +1,19 @@
-"""Kimi K2, 1.03T parameters of which a token meets 32B, pre-trained at 4K (arXiv:2507.20534).
+"""Kimi K2: 1.03T parameters, 32B active per token, pre-trained at 4K (arXiv:2507.20534).
 
 Command:   python -m dsmoe.train --config=experiments/kimi_k2.py --workdir=gs://bucket/k2
-           (`experiments/kimi_k2.py:released` is the 128K model: YaRN, longer positions)
-Hardware:  the report's: H800 in nodes of 8. Here it waits for the mesh's expert axis
+           `--config=experiments/kimi_k2.py:released` is the released 128K model (YaRN)
+Hardware:  H800 in nodes of 8 in the report; dsmoe lacks the expert parallelism it needs
 Time:      15.5T tokens are 3.2e24 FLOP: 45 days on 2,048 H800 at 40% MFU
 Metric:    validation bits per byte
 
-Not as published: AdamW instead of MuonClip; after 10T tokens a linear instead of a cosine decay,
-and no annealing at 4K and 32K. Of balancing only the bias is published; its speed and the
-initial weights are V3's. The corpus is not public: tokens are synthetic until data.train_globs
-and data.tokenizer name yours.
+Differences from the publication:
+- AdamW instead of MuonClip.
+- After 10T tokens the learning rate decays linearly; the report has a cosine, and an annealing
+  phase at 4K and 32K that is left out.
+- The report gives only the method of balancing, a router bias; its update speed and the initial
+  weights are those of V3.
+- The training text is not public: tokens are synthetic until data.train_globs and
+  data.tokenizer name yours.
 """
 
 from experiments import base

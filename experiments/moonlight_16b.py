@@ -1,14 +1,18 @@
-"""Moonlight-16B-A3B, 16B parameters of which a token meets 2.4B, at 8K (arXiv:2502.16982).
+"""Moonlight-16B-A3B: 16B parameters, 2.4B active per token, at 8K (arXiv:2502.16982).
 
-Command:   python -m dsmoe.train --config=experiments/moonlight_16b.py --workdir=gs://bucket/moonlight
+Command:   python -m dsmoe.train --config=experiments/moonlight_16b.py --workdir=gs://bucket/ml
 Hardware:  8 devices of 80 GB or more: parameters, gradients and moments take 16 bytes each
 Time:      5.7T tokens are 1.1e23 FLOP: 49 days on 64 H800 at 40% MFU
 Metric:    validation bits per byte
 
-Not as published: AdamW instead of Muon; one batch size (2,048 until 200B tokens); one cosine
-instead of a cosine to 5.2T tokens and a second rise and fall; the bias update does not subtract
-the mean sign, which selects the same experts. Weights start as V3's do (not published). The
-corpus is not public: tokens are synthetic until data.train_globs and data.tokenizer name yours.
+Differences from the publication:
+- AdamW instead of Muon.
+- The batch size is constant; the report has 2,048 until 200B tokens.
+- One cosine; the report has a cosine to 5.2T tokens, then a second rise and fall.
+- The bias update does not subtract the mean of the signs, which selects the same experts.
+- Weights are initialised as in V3; the report does not say how.
+- The training text is not public: tokens are synthetic until data.train_globs and
+  data.tokenizer name yours.
 """
 
 from experiments import base

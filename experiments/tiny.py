@@ -1,12 +1,12 @@
-"""A DeepSeek-V3-shaped model that learns Python from the standard library in minutes.
+"""A model of DeepSeek-V3's shape that learns Python from the standard library in minutes.
 
 Command:   make train   (python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny)
 Hardware:  2 CPU cores
 Time:      under 6 minutes
-Metric:    validation bits per byte, below gzip -9 on the same files
+Metric:    validation bits per byte, which should be below gzip -9 on the same files
 
-Without multi-token prediction, which costs a third more a token and gives a model this
-small nothing back; --config.model.num_nextn_predict_layers=1 turns it on.
+Multi-token prediction is off: it costs a third more time per token and does not help a model this
+small. --config.model.num_nextn_predict_layers=1 turns it on.
 """
 
 from experiments import base
@@ -29,7 +29,7 @@ def get_config():
   m.moe_intermediate_size = 96
   m.n_group = 4
   m.topk_group = 2
-  c.balance.bias_update_speed = 0.01  # ten times the published one, for a run so short
+  c.balance.bias_update_speed = 0.01  # ten times the published value, because the run is short
   c.optim.learning_rate = 4e-3
   c.optim.final_learning_rate = 2e-4
   c.optim.warmup_steps = 30

@@ -1,4 +1,4 @@
-"""The dense twin of tiny.py: as many active parameters, no experts; what do the experts buy?
+"""The dense twin of tiny.py: as many active parameters, no experts. It shows what experts gain.
 
 Command:   python -m dsmoe.train --config=experiments/tiny_dense.py --workdir=runs/tiny_dense
 Hardware:  2 CPU cores
@@ -10,7 +10,7 @@ from experiments import tiny
 
 
 def get_config():
-  """Returns tiny's config with dense layers as wide as what one token meets there."""
+  """Returns tiny's config with dense layers that have as many parameters as a token activates."""
   c = tiny.get_config()
   m = c.model
   m.n_routed_experts = 0
