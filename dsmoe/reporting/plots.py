@@ -183,7 +183,8 @@ def _draw_lines(run: _Run, panels: list[_Panel]) -> figure.Figure | None:
         ax.plot(step_T, value_T, color=color, linewidth=0.8, alpha=0.3)
         value_T = _running_mean(value_T, len(value_T) // 20)
         legend += f", mean of {2 * (len(value_T) // 20) + 1} points"
-      ax.plot(step_T, value_T, style, label=legend, color=color, linewidth=1.2, markersize=5)
+      width = 3.5 if name == "loss" else 1.2  # else the cross-entropy, nearly equal, would hide it
+      ax.plot(step_T, value_T, style, label=legend, color=color, linewidth=width, markersize=5)
     ax.set_title(title, fontsize=11)
     ax.set_ylabel(label)
     ax.grid(alpha=0.3)
