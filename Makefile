@@ -1,4 +1,4 @@
-# make train: the main job.  make test: the tests.  Each works alone, first, in an empty clone.
+# make train trains a small model; make test runs the tests. Both work in an empty clone.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -32,14 +32,14 @@ train: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not parity and not tpu and not gpu"
 
-# The compilers of TPUs and of the H100, with neither at hand.
+# Kernels through the compilers of TPUs and of the H100. Neither device is needed.
 test-tpu: $(VENV)/.tpu
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m tpu
 
 test-gpu: $(VENV)/.cuda13
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m gpu
 
-# The same kernels' values, on the Hopper GPU attached.
+# The values that the GPU kernels compute, on an attached Hopper GPU.
 ROUTED := tests/pallas_kernels/test_quantized_routed.py
 test-on-gpu: $(VENV)/.cuda13
 	DSMOE_TEST_PLATFORM=cuda XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false \
@@ -47,7 +47,7 @@ test-on-gpu: $(VENV)/.cuda13
 	  tests/pallas_kernels/test_gpu_decode.py $(ROUTED)::test_tokens_are_quantised_on_the_way \
 	  $(ROUTED)::test_the_h100s_way_matches_loops
 
-# Compiled as users compile, where the other tests spend less on machine code.
+# With XLA's default options, as users compile; the other tests compile faster, slower code.
 parity: $(VENV)/.parity
 	XLA_FLAGS= $(BIN)/python -m pytest -m parity
 

@@ -1,4 +1,4 @@
-"""What several tests share: tolerances, small configs, random batches, comparison."""
+"""Shared by several tests: tolerances, comparison, small configs, random batches and models."""
 
 import math
 
@@ -13,11 +13,12 @@ from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import train_step
 from experiments import base
 
-# One table, by kind of comparison; relative to the largest magnitude. Never raised to pass.
+# All tolerances, by kind of comparison, relative to the largest magnitude that is expected. None is
+# raised to make a test pass.
 TOLERANCE = {
-  "op_float32": 1e-5,  # one op against another implementation
-  "model_float32": 2e-4,  # whole models, on logits, against another implementation
-  "gradient_float32": 1e-3,  # whole models' gradients against another implementation
+  "op_float32": 1e-5,  # one operation against another implementation
+  "model_float32": 2e-4,  # logits of whole models against another implementation
+  "gradient_float32": 1e-3,  # gradients of whole models against another implementation
   "bfloat16": 2e-2,
   # Hopper's tensor cores keep about 14 bits of a sum of FP8 products (DeepSeek-V3, 3.3.2).
   "fp8_on_hopper": 2**-10,
@@ -25,7 +26,14 @@ TOLERANCE = {
 
 
 def assert_close(actual, expected, kind: str = "op_float32") -> None:
-  """Compares trees of arrays: the largest difference over the largest magnitude."""
+  """Asserts that two trees of arrays are close, leaf by leaf.
+
+  The error of a leaf is its largest difference divided by its largest expected magnitude.
+
+  Args:
+    actual, expected: trees of arrays with equally many leaves, of equal shapes.
+    kind: the row of `TOLERANCE` that applies.
+  """
   actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
   assert len(actual) == len(expected)
   for a, b in zip(actual, expected):
@@ -38,9 +46,10 @@ def assert_close(actual, expected, kind: str = "op_float32") -> None:
 
 
 def small_config(**overrides) -> config_lib.Config:
-  """A whole model in float32, every size distinct and every count at least 2.
+  """Returns the config of a small float32 model, every size distinct and every count at least 2.
 
-  Overrides are dotted: small_config(**{"model.remat": "full"}).
+  Args:
+    **overrides: fields to change, by dotted name: small_config(**{"model.remat": "full"}).
   """
   c = base.get_config()
   c.batch_size, c.num_steps = 16, 20
@@ -70,7 +79,7 @@ def small_config(**overrides) -> config_lib.Config:
 
 
 def random_batch(config: config_lib.Config, seed: int) -> dict[str, np.ndarray]:
-  """A batch of random tokens in two documents a row, some targets without weight."""
+  """Returns a batch of random tokens: two documents in each row, some targets of weight 0."""
   rng = np.random.default_rng(seed)
   B, S = config.batch_size, config.data.sequence_length
   tokens = rng.integers(0, config.model.vocab_size, (B, S + 1)).astype(np.int32)
@@ -86,7 +95,7 @@ def random_batch(config: config_lib.Config, seed: int) -> dict[str, np.ndarray]:
 
 
 def mesh_of(num_devices: int):
-  """A mesh of the first devices, all on `data`."""
+  """Returns a mesh of the first `num_devices` devices, all along the axis `data`."""
   config = config_lib.MeshConfig(stage=1, data=num_devices, expert=1, context=1, model=1)
   return mesh_lib.make_mesh(config, jax.devices()[:num_devices])
 
@@ -94,7 +103,7 @@ def mesh_of(num_devices: int):
 def random_parts(config: config_lib.Config, seed: int):
   """Returns (graphdef, params, router_bias) of a model with random weights, norms and biases.
 
-  Made by NumPy: nothing is compiled.
+  NumPy draws the numbers, so nothing is compiled.
   """
   graphdef, params, bias = model_lib.split(
     jax.eval_shape(lambda: model_lib.build(config.model, config.seed))
@@ -110,7 +119,7 @@ def random_parts(config: config_lib.Config, seed: int):
 
 
 def random_model(config: config_lib.Config, seed: int) -> model_lib.Transformer:
-  """The model of `random_parts`."""
+  """Returns the model that `random_parts` describes."""
   return nnx.merge(*random_parts(config, seed))
 
 
@@ -130,7 +139,7 @@ def forward(config: config_lib.Config):
 
 
 def equations(jaxpr):
-  """Yields every equation of a jaxpr and of those inside it."""
+  """Yields every equation of a jaxpr and of the jaxprs inside it."""
   for equation in jaxpr.eqns:
     yield equation
     for value in jax.tree.leaves(
@@ -142,13 +151,13 @@ def equations(jaxpr):
 
 
 def largest_intermediate(fn, *args) -> int:
-  """Elements of the largest array that any operation of fn(*args) makes."""
+  """Returns how many elements the largest array has that an operation of fn(*args) produces."""
   jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
   return max(math.prod(v.aval.shape) for e in equations(jaxpr) for v in e.outvars)
 
 
 def abstract_step(config: config_lib.Config, devices):
-  """Returns a mesh of the devices and a train step's arguments there, as shapes: state, batch."""
+  """Returns (mesh, state, batch): a train step's arguments on these devices, as shapes only."""
   mesh = mesh_lib.make_mesh(config.mesh, devices)
   spec = jax.sharding.NamedSharding(mesh, mesh_lib.batch_spec())
   batch = jax.tree.map(

@@ -1,6 +1,6 @@
-"""The mathematics once more, in plain NumPy and float64: one token, head, expert at a time.
+"""The model again, in plain NumPy and float64, one token, head and expert at a time.
 
-Nothing here is shared with the code under test. `p` holds a module's parameters by name.
+Nothing here shares code with dsmoe. `p` holds a module's parameters by name, `c` is a ModelConfig.
 """
 
 import math
@@ -13,24 +13,28 @@ def sigmoid(x):
 
 
 def softmax(x):
+  """Returns the softmax of one vector."""
   e = np.exp(np.asarray(x, np.float64) - np.max(x))
   return e / e.sum()
 
 
 def rms_norm(x, scale, eps):
-  """Of one vector."""
+  """Returns one vector divided by its root mean square, times `scale`."""
   x = np.asarray(x, np.float64)
   return x / math.sqrt((x * x).sum() / len(x) + eps) * scale
 
 
 def swiglu(x, w_gate, w_up, w_down):
-  """Of one vector."""
+  """Returns the SwiGLU feed-forward layer's output for one vector."""
   gate, up = x @ np.asarray(w_gate, np.float64), x @ np.asarray(w_up, np.float64)
   return (gate * sigmoid(gate) * up) @ np.asarray(w_down, np.float64)
 
 
 def swiglu_gradients(x, weight, w_gate, w_up, w_down, dy):
-  """Of y = weight * swiglu(x) for one row, given dy: (x, weight, w_gate, w_up, w_down)."""
+  """Returns the gradients of weight * swiglu(x) for one row, given that of the result, `dy`.
+
+  In the order x, weight, w_gate, w_up, w_down.
+  """
   gate, up = x @ w_gate, x @ w_up
   s = sigmoid(gate)
   act = gate * s * up
@@ -47,20 +51,20 @@ def swiglu_gradients(x, weight, w_gate, w_up, w_down, dy):
 
 
 def turn_adjacent_pairs(x, angles):
-  """Rotates elements (0, 1), (2, 3), ... of one vector, as complex numbers."""
+  """Rotates the pairs of elements (0, 1), (2, 3), ... of one vector, as complex numbers."""
   z = (np.asarray(x[0::2]) + 1j * np.asarray(x[1::2])) * np.exp(1j * np.asarray(angles))
   return np.stack([z.real, z.imag], -1).reshape(-1)
 
 
 def turn_halves(x, angles):
-  """Rotates elements (0, R/2), (1, R/2 + 1), ... of one vector."""
+  """Rotates the pairs of elements (0, R/2), (1, R/2 + 1), ... of one vector."""
   half = len(x) // 2
   z = (np.asarray(x[:half]) + 1j * np.asarray(x[half:])) * np.exp(1j * np.asarray(angles))
   return np.concatenate([z.real, z.imag])
 
 
 def attention(q_SHA, k_SHA, v_SHU, segments_S, scale):
-  """One row: each query sees itself and what came before it in its segment."""
+  """Returns one row's attention: a query sees itself and the earlier tokens of its segment."""
   S, H, _ = q_SHA.shape
   out = np.zeros(v_SHU.shape)
   for h in range(H):
@@ -72,7 +76,7 @@ def attention(q_SHA, k_SHA, v_SHU, segments_S, scale):
 
 
 def mla(p, x_SD, positions_S, segments_S, c):
-  """Multi-head latent attention of one row, without YaRN; `c` is a ModelConfig."""
+  """Returns the output of multi-head latent attention for one row, without YaRN."""
   N, R, C, H = c.qk_nope_head_dim, c.qk_rope_head_dim, c.kv_lora_rank, c.num_attention_heads
   turn = turn_adjacent_pairs if c.rope_interleave else turn_halves
   p = {name: np.asarray(w, np.float64) for name, w in p.items()}
@@ -95,12 +99,14 @@ def mla(p, x_SD, positions_S, segments_S, c):
 
 
 def scores_of(logits_E, scoring_func):
+  """Returns one token's score for every expert."""
   if scoring_func == "sqrtsoftplus":
     return np.sqrt(np.log1p(np.exp(np.asarray(logits_E, np.float64))))
   return sigmoid(logits_E) if scoring_func == "sigmoid" else softmax(logits_E)
 
 
 def gates_of(scores_E, experts, c):
+  """Returns the weights of the chosen experts' outputs."""
   gates = np.array([scores_E[e] for e in experts])
   if c.norm_topk_prob:
     gates = gates / gates.sum()
@@ -108,12 +114,12 @@ def gates_of(scores_E, experts, c):
 
 
 def best(values, how_many):
-  """Indices of the largest values, in descending order, the lower index first in a tie."""
+  """Returns indices of the largest values in descending order; of equal ones the lower first."""
   return sorted(range(len(values)), key=lambda i: (-values[i], i))[:how_many]
 
 
 def choose(scores_E, bias_E, c):
-  """One token's experts, in order of preference."""
+  """Returns the experts that one token chooses, the best first."""
   E, G = len(scores_E), c.n_group
   biased = [float(s) for s in scores_E]
   if c.topk_method == "noaux_tc":
@@ -128,7 +134,7 @@ def choose(scores_E, bias_E, c):
 
 
 def moe(p, bias_E, x_MD, c):
-  """Routed and shared experts; returns [M, D] and the experts [M, K]."""
+  """Returns the layer's output [M, D], shared experts included, and the chosen experts [M, K]."""
   y, chosen = [], []
   for x in x_MD:
     scores = scores_of(x @ np.asarray(p["router"], np.float64), c.scoring_func)
@@ -144,12 +150,12 @@ def moe(p, bias_E, x_MD, c):
 
 
 def at(tree, index):
-  """One layer of a stack of parameters."""
+  """Returns the parameters of one layer of a stack."""
   return {k: at(v, index) if isinstance(v, dict) else v[index] for k, v in tree.items()}
 
 
 def block(p, bias_E, x_SD, positions_S, segments_S, c):
-  """Attention and feed-forward part of one row; a dense block has no router."""
+  """Returns one block's output for one row; a block whose `p` has no router is dense."""
   normed = np.array([rms_norm(x, p["attention_norm"], c.rms_norm_eps) for x in x_SD])
   x_SD = x_SD + mla(p["attention"], normed, positions_S, segments_S, c)
   normed = np.array([rms_norm(x, p["mlp_norm"], c.rms_norm_eps) for x in x_SD])
@@ -159,7 +165,7 @@ def block(p, bias_E, x_SD, positions_S, segments_S, c):
 
 
 def transformer(p, bias, tokens_S, positions_S, segments_S, targets_S, c):
-  """One row: the hidden states after the final norm, then those of each MTP depth."""
+  """Returns one row's hidden states after the final norm, then those of each MTP depth."""
   embed, eps = np.asarray(p["embed"], np.float64), c.rms_norm_eps
   rest = (positions_S, segments_S, c)
   x = embed[tokens_S]
