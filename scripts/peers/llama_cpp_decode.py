@@ -60,8 +60,10 @@ class Decoder:
     params.n_ubatch = min(MICROBATCH_TOKENS, params.n_batch)
     params.n_seq_max = rows
     params.n_threads = params.n_threads_batch = threads
-    # The cache is in float32, as the others' is; the default is float16.
+    # In float32, as the others are: the default cache is float16, and flash attention rounds keys
+    # and values to float16 whatever the cache holds (logits then differ by 1e-3).
     params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+    params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     self.context = llama_cpp.llama_init_from_model(self.model, params)
     if not self.context:
       raise RuntimeError(f"llama.cpp has no context for {rows} rows of {max_tokens} tokens")
