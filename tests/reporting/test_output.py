@@ -1,0 +1,86 @@
+"""The flag --json and one-sentence errors, in a script of its own."""
+
+import json
+
+import pytest
+
+from tests import runs
+
+SCRIPT = """
+from absl import app, flags
+from ml_collections import config_flags
+from dsmoe.reporting import output
+
+_JSON = output.define_json()
+_RAISE = flags.DEFINE_enum("raise", None, ["usage", "value", "file", "type"], "What to raise.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A config.")
+
+def main(argv):
+  output.refuse_arguments(argv)
+  if _RAISE.value == "usage":
+    raise app.UsageError("--a goes with --b")
+  if _RAISE.value == "value":
+    raise ValueError("n (3) must be even\\nand positive")
+  if _RAISE.value == "file":
+    open("/nowhere/at/all")
+  if _RAISE.value == "type":
+    raise TypeError("a defect")
+  if _CONFIG.value is not None:
+    print(_CONFIG.value.num_steps)
+  output.write_json(_JSON.value, {"rows": [1, 2]})
+  if _JSON.value != output.STDOUT:
+    print("a table")
+
+if __name__ == "__main__":
+  output.run_script(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+  path = tmp_path_factory.mktemp("scripts") / "measure.py"
+  path.write_text(SCRIPT)
+  return path
+
+
+def test_json_goes_to_a_file_beside_the_table(script, tmp_path):
+  assert runs.run(script, f"--json={tmp_path}/rows.json") == "a table\n"
+  assert json.loads((tmp_path / "rows.json").read_text()) == {"rows": [1, 2]}
+
+
+def test_json_is_all_that_stdout_gets(script):
+  assert json.loads(runs.run(script, "--json=-")) == {"rows": [1, 2]}
+
+
+def test_without_json_there_is_the_table_only(script):
+  assert runs.run(script) == "a table\n"
+
+
+@pytest.mark.parametrize(
+  "args, code, message",
+  [
+    (("--raise=usage",), 2, "--a goes with --b"),
+    (("--raise=value",), 1, "n (3) must be even and positive"),
+    (("--raise=file",), 1, "[Errno 2] No such file or directory: '/nowhere/at/all'"),
+    (("more",), 2, "only flags may be given, got 'more'"),
+    (("--json=",), 2, "flag --json=: the folder of the file must exist"),
+    (("--json=/nowhere/a.json",), 2, "flag --json=/nowhere/a.json: the folder of the file must"),
+    (("--rise=value",), 2, "Unknown command line flag 'rise'"),
+    (("--raise=some",), 2, "flag --raise=some: value should be one of <usage|value|file|type>"),
+    (("--config=/nowhere.py",), 1, "No such file or directory: '/nowhere.py'"),
+    (("--config=experiments/tiny.py:arg",), 2, "TypeError: get_config() takes 0 positional"),
+    (("--config=experiments/tiny.py", "--config.stepps=1"), 2, "a field of the config, got "),
+    (("--config=experiments/tiny.py", "--config.num_steps=1.5"), 2, "--config.num_steps=1.5"),
+  ],
+)
+def test_mistakes_end_in_one_sentence(script, args, code, message):
+  found, out, err = runs.finish(runs.start(script, *args))
+  assert (found, out) == (code, "")
+  [line] = err.splitlines()
+  assert line.startswith("measure: ") and message in line
+
+
+@pytest.mark.parametrize("args", [("--raise=type",), ("--raise=value", "--verbosity=1")])
+def test_defects_keep_their_traceback(script, args):
+  code, _, err = runs.finish(runs.start(script, *args))
+  assert code == 1 and "Traceback" in err
