@@ -93,7 +93,7 @@ def chosen(kernel: str, platform: str) -> list[str]:
 def compiled() -> list[dict]:
   """Returns a row a case, each compiled in a process of its own."""
   jax.config.update("jax_platforms", "cpu")  # no search for the device that is not there
-  chip = compile_only.CHIPS[compile_only.chip_name(_TOPOLOGY.value)]
+  chip = compile_only.chip_of(_TOPOLOGY.value)
   platform = "gpu" if _TOPOLOGY.value.startswith("h100") else "tpu"
   shapes = {
     name: load_shape(*_SHAPES[name], f"mosaic_{platform}") for name in _NAMES.value or _SHAPES
@@ -109,8 +109,8 @@ def compiled() -> list[dict]:
   for case in rich.progress.track(cases, f"compiling for {_TOPOLOGY.value}", console=to):
     rows.append(bench.compile_row(_TOPOLOGY.value, *case, shapes[case[-1]], _LIMIT.value))
     to.print(*case, rows[-1].get("error", "compiled"), markup=False, soft_wrap=True)
-  if _PLOT.value:
-    plots.draw_roofline(rows, chip.peak_flops, chip.bandwidth, _PLOT.value)
+  if _PLOT.value and chip.hbm_bytes_per_sec:
+    plots.draw_roofline(rows, chip.peak_flops, chip.hbm_bytes_per_sec, _PLOT.value)
   return rows
 
 

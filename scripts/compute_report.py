@@ -1,12 +1,11 @@
-"""What an experiment costs: parameters by part, FLOPs by declared convention, cache bytes, MFU.
+"""Reports what an experiment costs: parameters by part, FLOPs by convention, cache bytes, MFU.
 
 python scripts/compute_report.py --config=experiments/deepseek_v3.py --tokens_per_sec=1543 --chip=h100
 
-Nothing is computed but shapes. FLOPs are multiplications and additions of forward and backward,
+Only shapes are computed, no model is built. FLOPs are multiplications and additions of forward and backward,
 without recomputation; an FP8 operation counts as one.
 """
 
-import json
 from typing import Any
 
 import rich
@@ -15,18 +14,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dsmoe import config as config_lib
-from dsmoe.planning import accounting
+from dsmoe.planning import accounting, chips
+from dsmoe.reporting import output
 
-CHIPS = {
-  "v4": "TPU v4",
-  "v5e": "TPU v5 lite",
-  "v5p": "TPU v5p",
-  "v6e": "TPU v6e",
-  "a100": "NVIDIA A100-SXM4-80GB",
-  "h100": "NVIDIA H100 80GB HBM3",
-  "h200": "NVIDIA H200",
-  "b200": "NVIDIA B200",
-}
 # Training FLOPs from which a rule applies, or applied.
 THRESHOLDS = {
   "1e23": "US EO 14110 (revoked), biological models",
@@ -35,11 +25,15 @@ THRESHOLDS = {
 }
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
-_JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
-_TOKENS_PER_SEC = flags.DEFINE_float("tokens_per_sec", None, "Measured speed, for the MFU.")
-_PEAK_FLOPS = flags.DEFINE_float("peak_flops", None, "FLOP/s of all devices at their peak.")
-_CHIP = flags.DEFINE_enum("chip", None, list(CHIPS), "Its dense bfloat16 peak, for the MFU.")
-_NUM_CHIPS = flags.DEFINE_integer("num_chips", 1, "How many of --chip.", lower_bound=1)
+_JSON = output.define_json()
+_TOKENS_PER_SEC = flags.DEFINE_float(
+  "tokens_per_sec", None, "Measured training speed of all devices together, for the MFU."
+)
+_PEAK_FLOPS = flags.DEFINE_float("peak_flops", None, "Peak FLOP/s of all devices together.")
+_CHIP = flags.DEFINE_enum(
+  "chip", None, list(chips.CHIPS), "Kind of chip, whose dense bfloat16 peak the MFU refers to."
+)
+_NUM_CHIPS = flags.DEFINE_integer("num_chips", 1, "Number of chips of that kind.", lower_bound=1)
 
 
 def report(config: config_lib.Config) -> dict[str, Any]:
@@ -97,23 +91,22 @@ def table(name: str, values: dict[str, Any]) -> rich.table.Table:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  output.refuse_arguments(argv)
   values = report(config_lib.from_config_dict(_CONFIG.value))
   peak = _PEAK_FLOPS.value
   if _CHIP.value:
-    peak = accounting.PEAK_FLOPS[CHIPS[_CHIP.value]] * _NUM_CHIPS.value
+    chip = chips.CHIPS[_CHIP.value]
+    peak = chip.peak_flops * chip.devices_per_chip * _NUM_CHIPS.value
   if _TOKENS_PER_SEC.value and not peak:
     raise app.UsageError("--tokens_per_sec needs --chip or --peak_flops")
   if _TOKENS_PER_SEC.value:
     speed = _TOKENS_PER_SEC.value
     values["mfu"] = {name: f * speed / peak for name, f in values["flops_per_token"].items()}
-  if _JSON.value:
-    print(json.dumps(values, indent=2))
-  else:
+  output.write_json(_JSON.value, values)
+  if _JSON.value != output.STDOUT:
     rich.print(table(config_flags.get_config_filename(flags.FLAGS["config"]), values))
 
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  output.run_script(main)

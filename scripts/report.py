@@ -7,18 +7,19 @@ from absl import app, flags
 from etils import epath
 from rich import console
 
-from dsmoe.reporting import metrics, plots, progress
+from dsmoe.reporting import metrics, output, plots, progress
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "The run's folder, on disk or gs://.", required=True
+)
 _PLOTS = flags.DEFINE_bool("plots", True, "Whether to redraw the plots.")
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"report takes flags only, got {' '.join(argv[1:])}")
+  output.refuse_arguments(argv)
   workdir = epath.Path(_WORKDIR.value)
   if not (workdir / metrics.METRICS_FILE).exists():
-    raise app.UsageError(f"--workdir={workdir} has no {metrics.METRICS_FILE}")
+    raise app.UsageError(f"--workdir={workdir} must hold {metrics.METRICS_FILE}, it does not")
   pairs = progress.summary(metrics.iter_metrics(workdir))
   console.Console().print(progress.final_table(pairs, title=str(workdir)))
   for path in plots.draw(workdir) if _PLOTS.value else []:
@@ -26,4 +27,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  output.run_script(main)

@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import importlib.util
-import math
 import multiprocessing
 import os
 import pathlib
@@ -20,26 +19,11 @@ import numpy as np
 from jax.experimental import topologies
 
 from dsmoe.compilers import bundle_run, bundles, gpu_resources, hlo, scalar_operands
+from dsmoe.planning import chips
+from dsmoe.planning.chips import Chip
 
-
-class Chip(NamedTuple):
-  """What one jax device of a kind can do at most."""
-
-  peak_flops: float  # dense bfloat16, FLOP/s
-  bandwidth: float  # HBM, bytes a second
-  clock_hz: float = math.nan  # at which the matrix units reach the peak
-  mxu_size: int = 0
-
-
-# Vendor figures. Peaks and HBM: Google Cloud's pages on v5p (459 TFLOP/s, 2,765 GB/s), v6e (918,
-# 1,640) and TPU7x (2,307 and 7,380 a chip of two devices), NVIDIA's H100 SXM data sheet (989,
-# 3.35 TB/s). Clocks follow from peak = cores x MXUs x rows a cycle x size^2 x 2 x clock.
-CHIPS = {
-  "v5p": Chip(459e12, 2765e9, 1.75e9, 128),
-  "v6e": Chip(918e12, 1640e9, 1.75e9, 256),
-  "tpu7x": Chip(2307e12 / 2, 3690e9, 2.2e9, 256),
-  "h100": Chip(989e12, 3352e9),
-}
+# The chips whose compilers run without a device.
+COMPILED = ("v5p", "v6e", "tpu7x", "h100")
 # GpuTargetConfigProto of an H100 SXM: what the compiler asks a device about.
 _H100 = """
 gpu_device_info {
@@ -59,21 +43,21 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def chip_name(topology: str) -> str:
-  """Returns the kind of chip of a topology's name.
+def chip_of(topology: str) -> Chip:
+  """Returns the chip of a topology, "v5p:2x2x1" or "h100" say.
 
   Raises:
-    ValueError: for a chip whose figures are not known.
+    ValueError: for a chip whose compiler does not run here.
   """
   name = topology.split(":")[0]
-  if name not in CHIPS:
-    raise ValueError(f"topology must be of a chip among {', '.join(CHIPS)}, got {topology!r}")
-  return name
+  if name not in COMPILED:
+    raise ValueError(f"topology must be of a chip among {', '.join(COMPILED)}, got {topology!r}")
+  return chips.CHIPS[name]
 
 
 def missing_compiler(topology: str) -> str | None:
   """Returns what a topology's compiler comes with and is not installed; None if it is there."""
-  gpu = chip_name(topology) == "h100"
+  gpu = chip_of(topology).name == "h100"
   module, extra = ("jax_cuda13_plugin", "cuda13") if gpu else ("libtpu", "tpu")
   if importlib.util.find_spec(module):
     return None
@@ -199,7 +183,7 @@ def tpu_figures(topology: str, fn: Callable, *args) -> dict[str, Any]:
   """
   scalars = scalar_operands.of_kernels(fn, *args)
   with dumped(topology, fn, *args) as (text, folder):
-    return read_figures(text, folder, CHIPS[chip_name(topology)], scalars)
+    return read_figures(text, folder, chip_of(topology), scalars)
 
 
 def h100_figures(fn: Callable, *args) -> dict[str, Any]:
@@ -307,6 +291,8 @@ def read_figures(
       that does most of the work), spill_share and fill_share (slots that spill and refill
       registers, a bundle): of the Pallas kernels; of all kernels where there is none.
   """
+  bandwidth, clock_hz, mxu_size = chip.hbm_bytes_per_sec, chip.clock_hz, chip.mxu_size
+  assert bandwidth and clock_hz and mxu_size, f"the table must have all figures of {chip.name}"
   computations, entry = hlo.parse(text)
   kernels = read_kernels(folder)
   total = {"bytes": 0, "declared_bytes": 0, "declared_flops": 0, "estimated_cycles": 0}
@@ -327,7 +313,7 @@ def read_figures(
       own_name = max((n for n in scalars or {} if n in name), key=len, default="")
       calls = (scalars or {}).get(own_name, [{}])
       earlier = sum(re.sub(r"\.\d+$", "", other) == re.sub(r"\.\d+$", "", name) for other in ours)
-      run = kernel.run(calls[min(earlier, len(calls) - 1)], chip.mxu_size)
+      run = kernel.run(calls[min(earlier, len(calls) - 1)], mxu_size)
       size = run["dma_bytes"] if run else declared if declared is not None else size
       busy = run["cycles"] if run else busy
       total["declared_bytes"] += times * (declared or 0)
@@ -339,7 +325,7 @@ def read_figures(
     if scoped := re.search(r'"used_scoped_memory_configs":\[([^\]]*)\]', attributes):
       vmem += map(int, re.findall(r'"memory_space":"1"[^}]*"size":"(\d+)"', scoped[1]))
     total["bytes"] += times * size
-    cycles += times * max(busy, size / chip.bandwidth * chip.clock_hz)
+    cycles += times * max(busy, size / bandwidth * clock_hz)
   counted = [found[name] for name in ours] or list(found.values())
   steady = [s[1] for k in counted if (s := bundles.steady_state(k.code, k.loops, k.use))]
   length = max(sum(len(k.code) for k in counted), 1)

@@ -74,8 +74,13 @@ def compile_row(
     and the schedule's cycles, `secs`: those at the clock. Of a case that cannot be compiled,
     `error` and why.
   """
-  chip = compile_only.chip_name(topology)
-  row: dict[str, Any] = dict(kernel=kernel, implementation=implementation, shape=name, chip=chip)
+  chip = compile_only.chip_of(topology)
+  row: dict[str, Any] = {
+    "kernel": kernel,
+    "implementation": implementation,
+    "shape": name,
+    "chip": chip.name,
+  }
   try:
     found = cases.case(kernel, implementation, shape)
     row |= {"flops": found.flops, "least_bytes": found.least_bytes}
@@ -84,12 +89,12 @@ def compile_row(
     )
   except Exception as error:
     return row | {"error": reason(error)}
-  peaks = compile_only.CHIPS[chip]
-  row["bound_secs"] = max(row["flops"] / peaks.peak_flops, row["bytes"] / peaks.bandwidth)
+  assert chip.hbm_bytes_per_sec, f"the table must have the bandwidth of {chip.name}"
+  row["bound_secs"] = max(row["flops"] / chip.peak_flops, row["bytes"] / chip.hbm_bytes_per_sec)
   row["secs"] = row["bound_secs"]
-  if "schedule_cycles" in row:
-    row["cycles_bound"] = max(row["schedule_cycles"], round(row["bound_secs"] * peaks.clock_hz))
-    row["secs"] = row["cycles_bound"] / peaks.clock_hz
+  if chip.clock_hz and "schedule_cycles" in row:
+    row["cycles_bound"] = max(row["schedule_cycles"], round(row["bound_secs"] * chip.clock_hz))
+    row["secs"] = row["cycles_bound"] / chip.clock_hz
   return row
 
 

@@ -14,21 +14,7 @@ import jax
 
 from dsmoe import model as model_lib
 from dsmoe.config import ModelConfig
-
-# Dense bfloat16 peak, FLOP/s a jax device, by device_kind as jax spells it. Vendor figures.
-PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "TPU7x": 2307e12 / 2,  # a chip shows as two devices
-  "NVIDIA A100-SXM4-80GB": 312e12,
-  "NVIDIA H100 80GB HBM3": 989e12,
-  "NVIDIA H200": 989e12,
-  "NVIDIA B200": 2250e12,
-}
+from dsmoe.planning import chips
 
 
 def _size(tree: Any) -> int:
@@ -129,4 +115,5 @@ def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> 
 
 def peak_flops(device: Any) -> float | None:
   """Returns a device's dense bfloat16 peak in FLOP/s, or None where it is not known."""
-  return PEAK_FLOPS.get(device.device_kind)
+  chip = chips.of_device(device)
+  return chip.peak_flops if chip else None

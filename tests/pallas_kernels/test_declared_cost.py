@@ -65,7 +65,7 @@ def _code(topology):
   """Returns the figures of the product, its bundles and loops; in a fresh process."""
   operands = [array for array, _ in _specs()[:2]]
   with compile_only.dumped(topology, _matmul, *operands) as (text, folder):
-    chip = compile_only.CHIPS[compile_only.chip_name(topology)]
+    chip = compile_only.chip_of(topology)
     figures = compile_only.read_figures(text, folder, chip)
     (kernel,) = (k for n, k in compile_only.read_kernels(folder).items() if "product" in n)
   return figures, kernel.code, kernel.loops
@@ -76,7 +76,7 @@ def test_declared_cost_is_what_the_code_does(topology):
   """DMAs and matrix products of the VLIW code, times the grid, are the cost_estimate."""
   tpu_devices(topology)
   figures, code, loops = compile_only.in_fresh_process(_code, topology)
-  cost, chip = _cost(), compile_only.CHIPS[compile_only.chip_name(topology)]
+  cost, chip = _cost(), compile_only.chip_of(topology)
   grid = max(loops, key=lambda loop: loop.trips or 0)
   assert grid.trips in (STEPS + 1, STEPS + 2)  # and the pipeline's ends
   sizes = [(d, n * bundles.GRANULE_BYTES) for b in code for d, n in bundles.transfers(b)]

@@ -117,13 +117,3 @@ def test_a_dense_model_has_no_idle_parameters():
 def test_cache_bytes():
   assert accounting.kv_cache_bytes_per_token(small_config().model) == 5 * (16 + 8) * 2
   assert accounting.kv_cache_bytes_per_token(small_config().model, 4) == 5 * (16 + 8) * 4
-
-
-class _Device:
-  def __init__(self, device_kind):
-    self.device_kind = device_kind
-
-
-def test_peak_flops():
-  assert accounting.peak_flops(_Device("NVIDIA H100 80GB HBM3")) == 989e12
-  assert accounting.peak_flops(_Device("cpu")) is None

@@ -41,7 +41,7 @@ def failure(*args) -> str:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_compute_report_json(name):
-  out = runs.run("scripts/compute_report.py", f"--config=experiments/{name}.py", "--json")
+  out = runs.run("scripts/compute_report.py", f"--config=experiments/{name}.py", "--json=-")
   values = json.loads(out)
   assert values["active_params"] < values["total_params"]
   assert set(values["flops_per_token"]) == {"causal", "non_causal", "causal_mtp"}
@@ -57,7 +57,15 @@ def test_compute_report_table():
   out = runs.run("scripts/compute_report.py", *args)
   for text in ("671,026,419,200", "70,272", "250.4 GFLOP", "39.1%", "43.9%"):
     assert text in out
-  assert failure("scripts/compute_report.py", *args[:2]).startswith("--tokens_per_sec needs")
+  last = failure("scripts/compute_report.py", *args[:2])
+  assert last == "compute_report: --tokens_per_sec needs --chip or --peak_flops"
+
+
+def test_compute_report_counts_both_devices_of_a_chip():
+  # MaxText on Ironwood: 612.7 TFLOP/s a chip are 26.6% of its peak, at 2,446 tokens/s.
+  args = ("--config=experiments/deepseek_v3.py", "--tokens_per_sec=2446", "--chip=tpu7x")
+  values = json.loads(runs.run("scripts/compute_report.py", *args, "--json=-"))
+  assert values["mfu"]["causal"] == pytest.approx(0.266, abs=5e-4)
 
 
 def test_bench_train():
