@@ -63,7 +63,7 @@ class Instruction(NamedTuple):
   operands: list[str]
 
 
-class Run(NamedTuple):
+class BundleRun(NamedTuple):
   """What happened."""
 
   visits_N: np.ndarray  # int64, how often each bundle was issued
@@ -238,7 +238,7 @@ def run(
   operands: Mapping[int, np.ndarray] | None = None,
   core: int = 0,
   most: int = 10**7,
-) -> Run:
+) -> BundleRun:
   """Runs a kernel's scalar code.
 
   Args:
@@ -280,7 +280,7 @@ def run(
   n, target, left = 0, -1, 0
   for _ in range(most):
     if n >= len(bundles):
-      return Run(np.cumsum(entered_N)[:-1], machine.moved)
+      return BundleRun(np.cumsum(entered_N)[:-1], machine.moved)
     if branch := branches[n]:
       taken = machine.holds(branch[0])
       if taken is None or (taken and branch[1] not in starts):

@@ -14,7 +14,7 @@ from dsmoe.config import DataConfig
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.data.records import PreparedData, lengths_path
 
-Row = dict[str, np.ndarray]
+PackedRow = dict[str, np.ndarray]
 
 _DOCUMENTS_IN_MEMORY = 16  # neighbouring rows share long documents
 # Rows of a stream without end. grain adds to and multiplies lengths, which must stay below 2**63.
@@ -26,7 +26,7 @@ def pack(
   sequence_length: int,
   cross_document_attention: bool,
   first_token_weight: float = 0.0,
-) -> Row:
+) -> PackedRow:
   """Makes a row of consecutive pieces of documents.
 
   Args:
@@ -105,7 +105,7 @@ class TrainRows:
   def __len__(self) -> int:
     return ENDLESS
 
-  def __getitem__(self, index: int) -> Row:
+  def __getitem__(self, index: int) -> PackedRow:
     S = self._config.sequence_length
     position, needed, pieces = index * S, S + 1, []
     while needed:
@@ -148,7 +148,7 @@ class ValidationRows:
   def __len__(self) -> int:
     return -(-(int(self._ends[-1]) - 1) // self._config.sequence_length)
 
-  def __getitem__(self, index: int) -> Row:
+  def __getitem__(self, index: int) -> PackedRow:
     S = self._config.sequence_length
     pieces = _cut(self._document, self._ends, index * S, S + 1)
     return pack(pieces, S, self._config.cross_document_attention, first_token_weight=1.0)
@@ -180,7 +180,7 @@ class SyntheticRows:
   def __len__(self) -> int:
     return self._num_rows
 
-  def __getitem__(self, index: int) -> Row:
+  def __getitem__(self, index: int) -> PackedRow:
     random = _random((*self._entropy, index), self._sequence_length + 1)
     return pack([random % np.uint64(self._vocab_size)], self._sequence_length, False)
 

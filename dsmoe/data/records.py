@@ -23,7 +23,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from dsmoe.config import DataConfig, differences
-from dsmoe.data import sources as corpus
+from dsmoe.data import sources
 from dsmoe.data import tokenizer as tokenizer_lib
 
 SYNTHETIC_VALIDATION_ROWS = 64
@@ -80,14 +80,14 @@ def prepare(config: DataConfig, vocab_size: int, directory: epath.PathLike) -> P
   directory = epath.Path(directory)
   if "://" in directory.as_posix():
     raise ValueError(f"data.cache_dir must be a local directory, got {directory}")
-  sources = find_sources(config)
+  by_name = find_sources(config)
   directory.mkdir(parents=True, exist_ok=True)
-  inputs = _inputs(config, vocab_size, sources, directory)
-  _claim(directory, inputs, sources)
-  tokenizer = _tokenizer(config, vocab_size, sources, directory)
+  inputs = _inputs(config, vocab_size, by_name, directory)
+  _claim(directory, inputs, by_name)
+  tokenizer = _tokenizer(config, vocab_size, by_name, directory)
   path = directory / "manifest.json"
   if not path.exists():
-    _write_json(path, _make(inputs, tokenizer, sources, config.text_field, directory))
+    _write_json(path, _make(inputs, tokenizer, by_name, config.text_field, directory))
   shards = _checked_shards(path)
 
   def total(prefix: str, key: str) -> int:
@@ -96,9 +96,9 @@ def prepare(config: DataConfig, vocab_size: int, directory: epath.PathLike) -> P
   def paths(prefix: str) -> tuple[epath.Path, ...]:
     return tuple(directory / name for name in sorted(shards) if name.startswith(f"{prefix}-"))
 
-  train = [name for name in sources if name.startswith("train-")]
-  held_out = [name for name in sources if name.startswith("validation-")]
-  is_synthetic = corpus.SYNTHETIC in config.validation_globs
+  train = [name for name in by_name if name.startswith("train-")]
+  held_out = [name for name in by_name if name.startswith("validation-")]
+  is_synthetic = sources.SYNTHETIC in config.validation_globs
   synthetic = is_synthetic * SYNTHETIC_VALIDATION_ROWS * config.sequence_length
   return PreparedData(
     tokenizer=tokenizer,
@@ -118,52 +118,52 @@ def lengths_path(path: epath.Path) -> epath.Path:
   return path.with_suffix(".lengths.npy")
 
 
-def find_sources(config: DataConfig) -> dict[str, corpus.Source]:
+def find_sources(config: DataConfig) -> dict[str, sources.Source]:
   """Finds every file of the config's globs, by "train-<i>" and "validation-<i>".
 
   Raises:
     ValueError: if a glob matches nothing, or "synthetic" does not stand alone in validation.
   """
   train, held_out = config.train_globs, config.validation_globs
-  if corpus.SYNTHETIC in held_out and len(held_out) > 1:
+  if sources.SYNTHETIC in held_out and len(held_out) > 1:
     raise ValueError(f"'synthetic' must stand alone in data.validation_globs, got {held_out}")
-  sources = {f"train-{i}": corpus.find_source(g, is_train=True) for i, g in enumerate(train)}
+  by_name = {f"train-{i}": sources.find_source(g, is_train=True) for i, g in enumerate(train)}
   for i, g in enumerate(held_out):
-    sources[f"validation-{i}"] = corpus.find_source(g, is_train=False)
-  return sources
+    by_name[f"validation-{i}"] = sources.find_source(g, is_train=False)
+  return by_name
 
 
 def _inputs(
-  config: DataConfig, vocab_size: int, sources: Mapping[str, corpus.Source], directory: epath.Path
+  config: DataConfig, vocab_size: int, by_name: Mapping[str, sources.Source], directory: epath.Path
 ) -> dict[str, Any]:
   """Describes all that the data is made from."""
   cache = directory / "hashes.json"
   old = json.loads(cache.read_text()) if cache.exists() else {}
   known = dict(old)
-  hashes = {name: corpus.sha256s(source, known) for name, source in sources.items()}
+  hashes = {name: sources.sha256s(source, known) for name, source in by_name.items()}
   if known != old:
     _write_json(cache, known)
   if config.tokenizer:
     tokenizer_lib.load_tokenizer(config.tokenizer, vocab_size)
-    tokenizer: dict[str, Any] = {"sha256": corpus.file_sha256(epath.Path(config.tokenizer))}
+    tokenizer: dict[str, Any] = {"sha256": sources.file_sha256(epath.Path(config.tokenizer))}
   else:
     tokenizer = {"trained_to_vocab_size": vocab_size, "sample_bytes": _SAMPLE_BYTES}
   return {
     "tokenizer": tokenizer if any(hashes.values()) else {},
     "text_field": config.text_field,
     "shard_bytes": _SHARD_BYTES,
-    "sources": {n: {"glob": s.name, "sha256": hashes[n]} for n, s in sources.items()},
+    "sources": {n: {"glob": s.name, "sha256": hashes[n]} for n, s in by_name.items()},
   }
 
 
 def _claim(
-  directory: epath.Path, inputs: dict[str, Any], sources: Mapping[str, corpus.Source]
+  directory: epath.Path, inputs: dict[str, Any], by_name: Mapping[str, sources.Source]
 ) -> None:
   """Writes inputs.json, or checks that what the directory holds was made from the same."""
   path = directory / "inputs.json"
   if not (directory / "tokenizer.json").exists() and not (directory / "manifest.json").exists():
-    for name, source in sources.items():
-      if source.files and next(corpus.documents(source, inputs["text_field"]), None) is None:
+    for name, source in by_name.items():
+      if source.files and next(sources.documents(source, inputs["text_field"]), None) is None:
         raise ValueError(f"every source must have text; {source.name!r} ({name}) has none")
     _write_json(path, inputs)
   found = differences(json.loads(path.read_text()), inputs)
@@ -176,10 +176,10 @@ def _claim(
 
 
 def _tokenizer(
-  config: DataConfig, vocab_size: int, sources: Mapping[str, corpus.Source], directory: epath.Path
+  config: DataConfig, vocab_size: int, by_name: Mapping[str, sources.Source], directory: epath.Path
 ) -> Tokenizer | None:
   """Loads the tokenizer of the data, after training or copying it if it is not there yet."""
-  text_sources = {name: source for name, source in sources.items() if source.files}
+  text_sources = {name: source for name, source in by_name.items() if source.files}
   if not text_sources:
     return None
   path = directory / "tokenizer.json"
@@ -188,7 +188,7 @@ def _tokenizer(
       text = epath.Path(config.tokenizer).read_text(encoding="utf-8")
     else:
       train = [source for name, source in text_sources.items() if name.startswith("train-")]
-      texts = corpus.sample(train, config.text_field, _SAMPLE_BYTES)
+      texts = sources.sample(train, config.text_field, _SAMPLE_BYTES)
       text = tokenizer_lib.train_tokenizer(texts, vocab_size).to_str(pretty=True)
     with _whole(path) as temporary:
       temporary.write_text(text, encoding="utf-8")
@@ -198,19 +198,19 @@ def _tokenizer(
 def _make(
   inputs: dict[str, Any],
   tokenizer: Tokenizer | None,
-  sources: Mapping[str, corpus.Source],
+  by_name: Mapping[str, sources.Source],
   text_field: str,
   directory: epath.Path,
 ) -> dict[str, Any]:
   """Writes the ArrayRecord files that are missing; returns the manifest."""
   manifest: dict[str, Any] = {"inputs": inputs, "shards": {}}
   if tokenizer is not None:
-    manifest["tokenizer_sha256"] = corpus.file_sha256(directory / "tokenizer.json")
+    manifest["tokenizer_sha256"] = sources.file_sha256(directory / "tokenizer.json")
     with Progress(console=Console(stderr=True)) as progress:
-      for prefix, source in sources.items():  # "synthetic" has no documents
+      for prefix, source in by_name.items():  # "synthetic" has no documents
         size = sum(path.stat().length for _, path in source.files)
         task = progress.add_task(f"tokenising {prefix}", total=size)
-        texts = corpus.documents(source, text_field)
+        texts = sources.documents(source, text_field)
         advance = functools.partial(progress.advance, task)
         manifest["shards"] |= _make_shards(tokenizer, texts, directory, prefix, advance)
         progress.update(task, completed=size)
@@ -227,17 +227,17 @@ def _make_shards(
   """Writes documents into ArrayRecord files, unless they are there; returns facts by name."""
   encoder = tokenizer_lib.text_only(tokenizer)
   shards = {}
-  for i, group in enumerate(corpus.groups(texts, _SHARD_BYTES)):
+  for i, group in enumerate(sources.groups(texts, _SHARD_BYTES)):
     path = directory / f"{prefix}-{i:05d}.arrayrecord"
     if not path.exists():
       _write_shard(encoder, group, path, advance)
     lengths = np.load(lengths_path(path))
     shards[path.name] = {
       "documents": len(lengths),
-      "bytes": corpus.num_bytes(group),
+      "bytes": sources.num_bytes(group),
       "tokens": int(lengths.sum(dtype=np.int64)),
       "size": path.stat().length,
-      "sha256": corpus.file_sha256(path),
+      "sha256": sources.file_sha256(path),
     }
   return shards
 
@@ -250,11 +250,11 @@ def _write_shard(
   with _whole(path) as temporary:
     # One record a group: documents are read one by one, in any order.
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-    for group in corpus.groups(texts, _ENCODE_BYTES):
+    for group in sources.groups(texts, _ENCODE_BYTES):
       for tokens in tokenizer_lib.encode_documents(encoder, group):
         writer.write(tokens.astype("<u4").tobytes())
         lengths.append(len(tokens))
-      advance(corpus.num_bytes(group))
+      advance(sources.num_bytes(group))
     writer.close()
     with _whole(lengths_path(path)) as other, other.open("wb") as f:
       np.save(f, np.array(lengths, np.int32))
@@ -267,7 +267,7 @@ def _checked_shards(path: epath.Path) -> dict[str, dict[str, Any]]:
   if said != _json_sha256(manifest):
     raise ValueError(f"manifest_sha256 must be that of the manifest; in {path} it is not: {said}")
   if "tokenizer_sha256" in manifest:
-    said, found = manifest["tokenizer_sha256"], corpus.file_sha256(path.parent / "tokenizer.json")
+    said, found = manifest["tokenizer_sha256"], sources.file_sha256(path.parent / "tokenizer.json")
     if said != found:
       raise ValueError(f"{path.parent}/tokenizer.json changed: SHA-256 {said} -> {found}")
   for name, shard in manifest["shards"].items():

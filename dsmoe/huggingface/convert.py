@@ -18,9 +18,7 @@ from dsmoe import checkpoint
 from dsmoe import config as config_lib
 from dsmoe.checkpoint import slices
 from dsmoe.config import Config, ModelConfig
-from dsmoe.huggingface import files as hf_files
-from dsmoe.huggingface import loading, staging
-from dsmoe.huggingface import text as hf_text
+from dsmoe.huggingface import files, loading, staging, text
 from dsmoe.huggingface.config import FIELDS, config_to_hf, fail, fp8_settings
 from dsmoe.huggingface.fp8 import FP8_BLOCK, quantise
 from dsmoe.model import parameters
@@ -82,7 +80,7 @@ def import_folder(
   it goes on when called again; until it is done there is no `workdir`.
 
   Args:
-    folder: see `hf.load_pretrained`.
+    folder: see `loading.load_pretrained`.
     workdir: on disk; must not exist.
     base: everything that the published config.json does not say.
     compute_dtype: of the model's matrix products.
@@ -93,7 +91,7 @@ def import_folder(
     What became of every tensor.
 
   Raises:
-    ValueError: see `hf.load_pretrained` and `Staging`.
+    ValueError: see `loading.load_pretrained` and `Staging`.
   """
   folder, workdir = _on_disk(folder), _on_disk(workdir)
   staging.check_absent(workdir)
@@ -107,13 +105,14 @@ def import_folder(
     dtype = "bfloat16" if matrices <= {"BF16"} else "float32"
   shapes, limit = leaf_shapes(config.model), _piece_numbers(slots)
 
-  files = {s.file: s.file.stat() for s in [*stored.values(), *opened.weights.scales.values()]}
+  tensors = [*stored.values(), *opened.weights.scales.values()]
+  sources = {tensor.file: tensor.file.stat() for tensor in tensors}
   job: dict[str, Any] = {
     **{"import": str(folder), "dtype": dtype, "config": config_lib.to_dict(config)},
-    "files": {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in files.items()},
+    "files": {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in sources.items()},
   }
   width = {"float32": 4, "bfloat16": 2}[dtype]
-  hf_text.generation_tokens(folder)
+  text.generation_tokens(folder)
   loading.check_copies(opened)
   total = width * sum(math.prod(shape) for shape in shapes.values())
   with staging.Staging(workdir, job, total) as stage:
@@ -149,7 +148,7 @@ def import_folder(
     staging.run(stage, sizes, make, lambda: None, "import")  # a written chunk is on disk
     slices.write_metadata(step_folder, shapes)
     checkpoint.record_config(epath.Path(stage.folder), config, STEP, allow_change=True)
-    hf_text.copy(folder, stage.folder / "data")
+    text.copy(folder, stage.folder / "data")
     stage.finish()
   return opened.account
 
@@ -213,20 +212,18 @@ def export_workdir(
     tensors[name] = _format_of(slot, format), slot.hf_shape
     if tensors[name][0] == "F8_E4M3":
       blocks = tuple(-(-n // b) for n, b in zip(slot.hf_shape, FP8_BLOCK))
-      tensors[name + hf_files.SCALE] = scale_dtype, blocks
+      tensors[name + files.SCALE] = scale_dtype, blocks
   job: dict[str, Any] = {
     **{"export": str(workdir), "step": step, "config": config_lib.to_dict(config.model)},
     **{"format": format, "ue8m0": ue8m0, "max_shard_bytes": max_shard_bytes},
     "state": slices.identity(workdir, step),
   }
-  text = pathlib.Path(config.data.cache_dir or workdir / "data")
-  tokens, text_files = hf_text.settings(text, config.model)
+  text_folder = pathlib.Path(config.data.cache_dir or workdir / "data")
+  tokens, text_files = text.settings(text_folder, config.model)
   hf_config |= tokens
-  total = sum(
-    hf_files.DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in tensors.values()
-  )
+  total = sum(files.DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in tensors.values())
   with staging.Staging(folder, job, total) as stage:
-    places = hf_files.create_shards(stage.folder, tensors, max_shard_bytes)
+    places = files.create_shards(stage.folder, tensors, max_shard_bytes)
 
     def make(name: str) -> None:
       slot, place = slots[name], places[name]
@@ -234,16 +231,14 @@ def export_workdir(
       for rows, index in slot.pieces(limit):
         part = array[index].read().result()
         if place.dtype == "BF16":
-          part = part.astype(hf_files.DTYPES["BF16"])
+          part = part.astype(files.DTYPES["BF16"])
         piece = slot.to_hf(part)
         if place.dtype == "F8_E4M3":
           piece, scale = quantise(piece.astype(np.float32, copy=False), ue8m0, name)
-          target = places[name + hf_files.SCALE]
-          scale = scale.astype(hf_files.DTYPES[target.dtype])
-          hf_files.write_rows(target, rows.start // FP8_BLOCK[0], scale)
-        hf_files.write_rows(
-          place, rows.start, piece.astype(hf_files.DTYPES[place.dtype], copy=False)
-        )
+          target = places[name + files.SCALE]
+          scale = scale.astype(files.DTYPES[target.dtype])
+          files.write_rows(target, rows.start // FP8_BLOCK[0], scale)
+        files.write_rows(place, rows.start, piece.astype(files.DTYPES[place.dtype], copy=False))
 
     def sync() -> None:
       for path in {place.file for place in places.values()}:
@@ -254,7 +249,7 @@ def export_workdir(
     order = sorted(slots, key=lambda name: (slots[name].path, slots[name].at))
     sizes = {name: places[name].num_bytes for name in order}
     staging.run(stage, sizes, make, sync, "export", lambda name: slots[name].path)
-    hf_text.copy(text, stage.folder)
+    text.copy(text_folder, stage.folder)
     for name, content in text_files.items():
       (stage.folder / name).write_text(content)
     hf_config["torch_dtype"] = "float32" if format == "float32" else "bfloat16"

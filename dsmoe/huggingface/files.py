@@ -162,11 +162,11 @@ def read_rows(stored: Stored, start: int = 0, stop: int | None = None) -> np.nda
   return buffer.view(DTYPES[stored.dtype]).reshape(shape)
 
 
-class Weights:
+class TensorFiles:
   """The weights of a published checkpoint, FP8 ones with their scales applied."""
 
   def __init__(self, folder: pathlib.Path, fp8_block: tuple[int, int] | None):
-    """Reads the headers; `fp8_block` is what config.json says, see `hf_config.fp8_block`.
+    """Reads the headers; `fp8_block` is what config.json says, see `huggingface.config.fp8_block`.
 
     Raises:
       ValueError: naming file and tensor, for what contradicts itself or `fp8_block`.

@@ -21,7 +21,7 @@ from dsmoe import model as model_lib
 from dsmoe.config import ModelConfig
 from dsmoe.huggingface import files, staging
 from dsmoe.huggingface.config import config_at, config_from_hf, config_to_hf, fail, fp8_block
-from dsmoe.huggingface.files import INDEX, WEIGHTS, Weights
+from dsmoe.huggingface.files import INDEX, WEIGHTS, TensorFiles
 
 __all__ = ["INDEX", "WEIGHTS", "config_from_hf", "config_to_hf", "layout", "load_pretrained"]
 
@@ -180,7 +180,7 @@ class Opened(NamedTuple):
   """A published checkpoint whose every tensor is accounted for, none read yet."""
 
   config: ModelConfig
-  weights: Weights
+  weights: TensorFiles
   slots: dict[str, Slot]
   account: Account
 
@@ -201,7 +201,7 @@ def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
     fail(f"{folder} must hold config.json, it has none")
   hf = files.read_json(path)
   config = config_at(path, hf, **fields)
-  weights = Weights(folder, fp8_block(hf))
+  weights = TensorFiles(folder, fp8_block(hf))
   numbers = [re.match(r"model\.layers\.(\d+)\.", name) for name in weights.stored]
   last = max((int(number[1]) for number in numbers if number), default=-1)
   if (
@@ -215,7 +215,7 @@ def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
   return Opened(config, weights, slots, _account(folder, config, weights, slots))
 
 
-def _account(folder, config: ModelConfig, weights: Weights, slots: dict[str, Slot]) -> Account:
+def _account(folder, config: ModelConfig, weights: TensorFiles, slots: dict[str, Slot]) -> Account:
   """Gives every tensor its place; see `load_pretrained` for what raises."""
   copies, account = copies_of(config), Account([], [], [], {})
   for name in weights.scales:

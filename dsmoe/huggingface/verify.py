@@ -39,7 +39,7 @@ class Source(NamedTuple):
   read: Callable[[str], np.ndarray]  # our part of a published tensor, float32
 
 
-class Row(NamedTuple):
+class StepDifference(NamedTuple):
   """How two checkpoints differ after one step of the model."""
 
   name: str
@@ -80,7 +80,7 @@ def _layer(source: Source, stack: str, index: int) -> tuple[dict, dict]:
   """Reads one layer of a stack; returns its (params, router_bias), nested dicts of float32."""
   shapes = leaf_shapes(source.config)
   leaves: dict[tuple[str, ...], np.ndarray] = {}
-  # Leaf by leaf; see `checkpoint_arrays.Arrays`.
+  # Leaf by leaf; see `slices.Arrays`.
   for name, slot in sorted(source.slots.items(), key=lambda item: item[1][:2]):
     if slot.path[0] == stack and slot.at[0] == index:
       if slot.path not in leaves:
@@ -144,7 +144,7 @@ def _check_same_model(a: ModelConfig, b: ModelConfig) -> None:
       )
 
 
-def compare(a: Source, b: Source, tokens_BS: np.ndarray) -> Iterator[Row]:
+def compare(a: Source, b: Source, tokens_BS: np.ndarray) -> Iterator[StepDifference]:
   """Yields a row for the embedding, each layer, the final norm, the logits and MTP's logits.
 
   MTP layers that only one of them has are left out.
@@ -160,11 +160,11 @@ def compare(a: Source, b: Source, tokens_BS: np.ndarray) -> Iterator[Row]:
   config, eps = a.config, a.config.rms_norm_eps
   graphs = {stack: _graph(config, stack) for stack in ("dense_layers", "moe_layers", "mtp")}
 
-  def row(name: str, from_a, from_b, alone) -> Row:
+  def row(name: str, from_a, from_b, alone) -> StepDifference:
     # By NumPy: XLA's maximum on CPU can lose a NaN.
     from_a, from_b, alone = (np.asarray(x) for x in (from_a, from_b, alone))
     difference, apart = (float(np.abs(from_a - x).max()) for x in (from_b, alone))
-    return Row(name, difference, apart, float(np.abs(from_a).max()))
+    return StepDifference(name, difference, apart, float(np.abs(from_a).max()))
 
   def step(make, inputs_a, inputs_b):
     """Runs a step of each on its own stream, and of b on a's."""
@@ -205,17 +205,17 @@ def compare(a: Source, b: Source, tokens_BS: np.ndarray) -> Iterator[Row]:
     yield row(f"MTP logits {k}", *step(head_of, xs[:1], xs[1:2]))
 
 
-def worst(rows: list[Row]) -> Row:
+def worst(rows: list[StepDifference]) -> StepDifference:
   """Returns the step that by itself differs most; NaN is worse than any number."""
   return max(rows, key=lambda row: np.inf if np.isnan(row.alone) else row.alone)
 
 
-def exceeds(rows: list[Row], tolerance: float) -> bool:
+def exceeds(rows: list[StepDifference], tolerance: float) -> bool:
   """Says whether any logits differ by more than `tolerance`, or are not numbers."""
   return any("logits" in row.name and not row.difference <= tolerance for row in rows)
 
 
-def table(rows: list[Row]) -> rich.table.Table:
+def table(rows: list[StepDifference]) -> rich.table.Table:
   """Lays the rows out for a terminal, the worst step marked."""
   result = rich.table.Table(box=rich.box.SIMPLE)
   for name in ("after", "difference", "of this step alone", "largest magnitude", ""):

@@ -131,7 +131,7 @@ def _tokamax_blocks(kernel, n: int, **scheduled) -> dict:
 
 _scheduled = functools.partial(_tokamax_blocks, use_experimental_scheduler=True)
 
-RIVALS: dict[str, dict[str, Callable[[Shape], Callable]]] = {
+BASELINES: dict[str, dict[str, Callable[[Shape], Callable]]] = {
   "grouped_matmul": {
     "ragged_dot": lambda shape: jax.lax.ragged_dot,  # alone
     "megablox": _megablox((128, 128, 128)),  # its default

@@ -294,10 +294,10 @@ implementations(
 )
 
 
-# The rivals.
+# The baselines.
 
-for _kernel, _rivals in baselines.RIVALS.items():
-  for _name, _build in _rivals.items():
+for _kernel, _builds in baselines.BASELINES.items():
+  for _name, _build in _builds.items():
     implementation(_kernel, _name)(_build)
 
 

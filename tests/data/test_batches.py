@@ -10,8 +10,7 @@ import json
 import numpy as np
 import pytest
 
-from dsmoe.data import batches as data
-from dsmoe.data import packing
+from dsmoe.data import batches, packing
 from tests.data import cases
 from tests.data.cases import (
   EOS,
@@ -33,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(folder, tmp_path_factory):
-  return data.prepare(text_config(folder), VOCAB, tmp_path_factory.mktemp("cache"))
+  return batches.prepare(text_config(folder), VOCAB, tmp_path_factory.mktemp("cache"))
 
 
 def take(iterator, count):
@@ -101,7 +100,7 @@ def test_fill_in_the_middle_differs_by_document_and_epoch(tmp_path):
     fim_rate=1.0,
     sequence_length=64,
   )
-  prepared = data.prepare(config, VOCAB, tmp_path / "cache")
+  prepared = batches.prepare(config, VOCAB, tmp_path / "cache")
   stream = np.concatenate([row["tokens"] for row in rows_of_source(prepared, config, 0, 100)])
   ends = np.flatnonzero(stream == EOS)[:12]
   documents = np.split(stream, ends + 1)[:12]  # two epochs
@@ -111,27 +110,27 @@ def test_fill_in_the_middle_differs_by_document_and_epoch(tmp_path):
 @pytest.mark.parametrize("fim_rate", [0.0, 0.4])
 def test_any_number_of_processes_from_any_batch(prepared, folder, fim_rate):
   config = text_config(folder, fim_rate=fim_rate)
-  batches = take(data.train_iterator(prepared, config, 8), 12)
-  for batch in batches:
+  made = take(batches.train_iterator(prepared, config, 8), 12)
+  for batch in made:
     for name in NAMES:
       assert batch[name].shape == (8, 16)
       assert batch[name].dtype == (np.float32 if name == "weights" else np.int32)
   for count, start in itertools.product((1, 2, 4), (0, 5)):
     parts = [
-      take(data.train_iterator(prepared, config, 8, p, count, start_batch=start), 7)
+      take(batches.train_iterator(prepared, config, 8, p, count, start_batch=start), 7)
       for p in range(count)
     ]
     for i in range(7):
       joined = {name: np.concatenate([part[i][name] for part in parts]) for name in NAMES}
-      assert_equal(joined, batches[start + i])
+      assert_equal(joined, made[start + i])
 
 
 def test_far_away_batches_are_cheap_and_seeds_matter(prepared, folder):
   config = text_config(folder)
-  far = take(data.train_iterator(prepared, config, 4, start_batch=10**9), 2)
-  assert_equal(far[1], next(data.train_iterator(prepared, config, 4, start_batch=10**9 + 1)))
-  a = next(data.train_iterator(prepared, config, 4))
-  b = next(data.train_iterator(prepared, dataclasses.replace(config, seed=1), 4))
+  far = take(batches.train_iterator(prepared, config, 4, start_batch=10**9), 2)
+  assert_equal(far[1], next(batches.train_iterator(prepared, config, 4, start_batch=10**9 + 1)))
+  a = next(batches.train_iterator(prepared, config, 4))
+  b = next(batches.train_iterator(prepared, dataclasses.replace(config, seed=1), 4))
   assert (a["tokens"] != b["tokens"]).any()
 
 
@@ -140,7 +139,7 @@ def test_mixture_keeps_its_proportions(prepared, folder, weights):
   config = text_config(folder, train_weights=weights)
   rows = [iter(rows_of_source(prepared, config, source, 90)) for source in (0, 1)]
   following, drawn = [next(r) for r in rows], [0, 0]
-  for batch in take(data.train_iterator(prepared, config, 10), 10):
+  for batch in take(batches.train_iterator(prepared, config, 10), 10):
     for i in range(10):
       (source,) = [s for s in (0, 1) if (batch["tokens"][i] == following[s]["tokens"]).all()]
       assert_equal({name: batch[name][i] for name in NAMES}, following[source])
@@ -153,18 +152,18 @@ def test_synthetic(tmp_path):
   config = data_config(
     train_globs=("synthetic",), validation_globs=("synthetic",), sequence_length=32
   )
-  prepared = data.prepare(config, 1000, tmp_path)
+  prepared = batches.prepare(config, 1000, tmp_path)
   assert prepared.tokenizer is None
-  batches = take(data.train_iterator(prepared, config, 4), 3)
-  assert_equal(batches[2], next(data.train_iterator(prepared, config, 4, start_batch=2)))
-  rows = np.concatenate([batch["tokens"] for batch in batches])
+  made = take(batches.train_iterator(prepared, config, 4), 3)
+  assert_equal(made[2], next(batches.train_iterator(prepared, config, 4, start_batch=2)))
+  rows = np.concatenate([batch["tokens"] for batch in made])
   assert len({row.tobytes() for row in rows}) == 12
   assert 0 <= rows.min() and 900 < rows.max() < 1000
-  for batch in batches:
+  for batch in made:
     np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
     np.testing.assert_array_equal(batch["positions"], np.tile(np.arange(32), (4, 1)))
     assert (batch["segments"] == 1).all() and (batch["weights"] == 1).all()
-  total = sum(batch["weights"].sum() for batch in data.validation_batches(prepared, config, 5))
+  total = sum(batch["weights"].sum() for batch in batches.validation_batches(prepared, config, 5))
   assert total == prepared.validation_tokens == prepared.validation_bytes
 
 
@@ -173,9 +172,9 @@ def test_synthetic(tmp_path):
 def test_validation_has_every_token_once(prepared, folder, cross, S):
   config = text_config(folder, cross_document_attention=cross, sequence_length=S)
   documents = token_documents(prepared.validation)
-  batches = list(data.validation_batches(prepared, config, 4))
-  assert all(batch["tokens"].shape == (4, S) for batch in batches)
-  rows = [{name: batch[name][i] for name in NAMES} for batch in batches for i in range(4)]
+  made = list(batches.validation_batches(prepared, config, 4))
+  assert all(batch["tokens"].shape == (4, S) for batch in made)
+  rows = [{name: batch[name][i] for name in NAMES} for batch in made for i in range(4)]
   targets = [int(t) for row in rows for t, w in zip(row["targets"], row["weights"]) if w]
   assert targets == [token for document in documents for token in document]
   assert sum(row["weights"].sum() for row in rows) == prepared.validation_tokens
@@ -191,27 +190,29 @@ def test_validation_has_every_token_once(prepared, folder, cross, S):
 
 def test_validation_of_several_processes(prepared, folder):
   config = text_config(folder)
-  batches = list(data.validation_batches(prepared, config, 8))
-  parts = [list(data.validation_batches(prepared, config, 8, p, 4)) for p in range(4)]
-  assert {len(part) for part in parts} == {len(batches)}
-  for i, batch in enumerate(batches):
+  made = list(batches.validation_batches(prepared, config, 8))
+  parts = [list(batches.validation_batches(prepared, config, 8, p, 4)) for p in range(4)]
+  assert {len(part) for part in parts} == {len(made)}
+  for i, batch in enumerate(made):
     assert_equal({n: np.concatenate([part[i][n] for part in parts]) for n in NAMES}, batch)
 
 
 def test_no_validation(folder, tmp_path):
-  prepared = data.prepare(text_config(folder, validation_globs=()), VOCAB, tmp_path)
+  prepared = batches.prepare(text_config(folder, validation_globs=()), VOCAB, tmp_path)
   assert prepared.validation_bytes == prepared.validation_tokens == 0
-  assert list(data.validation_batches(prepared, text_config(folder, validation_globs=()), 4)) == []
+  assert (
+    list(batches.validation_batches(prepared, text_config(folder, validation_globs=()), 4)) == []
+  )
 
 
 def test_iterator_errors(prepared, folder):
   config = text_config(folder)
-  for read in (data.train_iterator, lambda *args: next(data.validation_batches(*args))):
+  for read in (batches.train_iterator, lambda *args: next(batches.validation_batches(*args))):
     with pytest.raises(ValueError, match=r"batch_size \(8\) must be divisible by .*\(3\)"):
       read(prepared, config, 8, 0, 3)
     with pytest.raises(ValueError, match=r"process_index \(2\) .* process_count \(2\)"):
       read(prepared, config, 8, 2, 2)
   with pytest.raises(ValueError, match="start_batch must be at least 0, got -1"):
-    data.train_iterator(prepared, config, 8, start_batch=-1)
+    batches.train_iterator(prepared, config, 8, start_batch=-1)
   with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
-    data.train_iterator(prepared, dataclasses.replace(config, seed=-1), 8)
+    batches.train_iterator(prepared, dataclasses.replace(config, seed=-1), 8)

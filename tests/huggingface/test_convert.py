@@ -530,8 +530,8 @@ def test_unknown_end_of_text_is_left_out(tmp_path):
 # Converts as the script does, but slowly, and notes every tensor at once.
 SLOW = """
 import sys, time
-from dsmoe.huggingface import convert, loading, staging
 from dsmoe import config as config_lib
+from dsmoe.huggingface import convert, loading, staging
 from experiments import base
 staging.SYNC_SECS = 0
 to_ours, to_hf = loading.Slot.to_ours, loading.Slot.to_hf
@@ -587,8 +587,8 @@ def test_killed_conversion_goes_on(tmp_path, what, monkeypatch):
 
 PEAK = r"""
 import re, sys
-from dsmoe.huggingface import convert
 from dsmoe import config as config_lib
+from dsmoe.huggingface import convert
 from experiments import base
 # Not resource.getrusage, whose peak is inherited from the process that started this one.
 peak = lambda: int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) // 1024

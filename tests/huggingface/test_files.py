@@ -13,8 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dsmoe import model as model_lib
-from dsmoe.huggingface import files as hf_files
-from dsmoe.huggingface import fp8, loading
+from dsmoe.huggingface import files, fp8, loading
 from tests.huggingface import cases
 
 SMALL = {
@@ -301,25 +300,25 @@ def test_shards_are_those_of_the_safetensors_library(tmp_path, max_shard_bytes):
   }
   dtypes = {"a": "F32", "b": "F8_E4M3", "c": "BF16", "d": "F32"}
   plan = {name: (dtypes[name], tensor.shape) for name, tensor in tensors.items()}
-  places = hf_files.create_shards(tmp_path, plan, max_shard_bytes)
+  places = files.create_shards(tmp_path, plan, max_shard_bytes)
   for name, tensor in tensors.items():
     cut = len(tensor) // 2
-    hf_files.write_rows(places[name], cut, tensor[cut:])
-    hf_files.write_rows(places[name], 0, tensor[:cut])
+    files.write_rows(places[name], cut, tensor[cut:])
+    files.write_rows(places[name], 0, tensor[:cut])
     assert places[name].start % tensor.dtype.itemsize == 0
-  hf_files.create_shards(tmp_path, plan, max_shard_bytes)  # again: keeps what is there
-  assert hf_files.read_folder(tmp_path) == places
-  files = sorted(tmp_path.glob("*.safetensors"))
-  assert len(files) == {1: 4, 600: 2, 10**9: 1}[max_shard_bytes]
-  for file in files:
+  files.create_shards(tmp_path, plan, max_shard_bytes)  # again: keeps what is there
+  assert files.read_folder(tmp_path) == places
+  paths = sorted(tmp_path.glob("*.safetensors"))
+  assert len(paths) == {1: 4, 600: 2, 10**9: 1}[max_shard_bytes]
+  for file in paths:
     with safe_open(file, "numpy") as handle:  # NumPy knows no FP8: sizes only
       held = {name: handle.get_slice(name) for name in handle.keys()}
       for name, part in held.items():
         assert (part.get_dtype(), part.get_shape()) == (dtypes[name], list(tensors[name].shape))
         assert places[name].file == file
   for name, tensor in tensors.items():
-    assert hf_files.read_rows(places[name]).tobytes() == tensor.tobytes()
-    assert hf_files.read_rows(places[name], 2, 4).tobytes() == tensor[2:4].tobytes()
+    assert files.read_rows(places[name]).tobytes() == tensor.tobytes()
+    assert files.read_rows(places[name], 2, 4).tobytes() == tensor[2:4].tobytes()
 
 
 def quantise_dequantise(weight, ue8m0=False):
@@ -391,10 +390,10 @@ def fp8_tensors(scale_dtype=np.float32):
 def write_any(folder, hf_config, tensors):
   """Writes shards of any dtype, which safetensors' own NumPy functions do not."""
   (folder / "config.json").write_text(json.dumps(hf_config))
-  names = {np.dtype(dtype): name for name, dtype in hf_files.DTYPES.items()}
+  names = {np.dtype(dtype): name for name, dtype in files.DTYPES.items()}
   plan = {n: (names[t.dtype], t.shape) for n, t in tensors.items()}
-  for name, place in hf_files.create_shards(folder, plan, 4000).items():
-    hf_files.write_rows(place, 0, tensors[name])
+  for name, place in files.create_shards(folder, plan, 4000).items():
+    files.write_rows(place, 0, tensors[name])
 
 
 @pytest.mark.parametrize("scale_dtype", [np.float32, ml_dtypes.float8_e8m0fnu])

@@ -8,12 +8,12 @@ import pytest
 from dsmoe import model as model_lib
 from dsmoe.huggingface import loading
 from tests.helpers import TOLERANCE, assert_close
-from tests.huggingface import cases as hf_cases
+from tests.huggingface import cases
 
 
-def cases(*needed: str):
+def each_case(*needed: str):
   """Parametrises over the cases that publish tensors with these prefixes."""
-  return pytest.mark.parametrize("folder", hf_cases.supported(*needed), ids=hf_cases.label)
+  return pytest.mark.parametrize("folder", cases.supported(*needed), ids=cases.label)
 
 
 def assert_logits(actual, expected):
@@ -23,17 +23,17 @@ def assert_logits(actual, expected):
 
 
 def batch_of(io):
-  return hf_cases.make_batch(io["input_ids"], io.get("labels"))
+  return cases.make_batch(io["input_ids"], io.get("labels"))
 
 
 def test_golden_cases_are_there():
-  names = {folder.name for folder in hf_cases.folders() if folder.parent == hf_cases.GOLDEN}
+  names = {folder.name for folder in cases.folders() if folder.parent == cases.GOLDEN}
   assert {"v2_group_limited", "v3_mtp", "v3_negative_bias"} <= names
 
 
-@cases()
+@each_case()
 def test_config_and_shapes_are_read(folder):
-  case = hf_cases.load(folder)
+  case = cases.load(folder)
   config = case.model.config
   for name, value in case.hf_config.items():
     if hasattr(config, name) and name not in ("rope_scaling", "rope_interleave"):
@@ -49,11 +49,11 @@ def test_config_and_shapes_are_read(folder):
     )
 
 
-@cases("dequant.")
+@each_case("dequant.")
 def test_fp8_weights_are_scaled(folder):
   """Bit for bit, whole and by rows that begin within a block."""
   opened, compared = loading.open_pretrained(folder), 0
-  for name, expected in hf_cases.load(folder).io.items():
+  for name, expected in cases.load(folder).io.items():
     if name.startswith("dequant."):
       name = name.removeprefix("dequant.")
       np.testing.assert_array_equal(opened.read(name), expected)
@@ -62,16 +62,16 @@ def test_fp8_weights_are_scaled(folder):
   assert compared
 
 
-@cases("logits")
+@each_case("logits")
 def test_logits(folder):
-  case = hf_cases.load(folder)
+  case = cases.load(folder)
   assert_logits(model_lib.logits(case.model, case.io["input_ids"]), case.io["logits"])
 
 
-@cases("hidden.")
+@each_case("hidden.")
 def test_every_layer(folder):
-  case = hf_cases.load(folder)
-  seen = hf_cases.walk(case.model, batch_of(case.io))
+  case = cases.load(folder)
+  seen = cases.walk(case.model, batch_of(case.io))
   compared = [name for name in case.io if name in seen]
   for name in compared:
     if name.endswith("indices_sorted"):
@@ -84,13 +84,13 @@ def test_every_layer(folder):
   assert any(name.endswith("indices_sorted") for name in compared)
 
 
-@cases("loss", "grad.")
+@each_case("loss", "grad.")
 def test_loss_and_gradients(folder):
-  case = hf_cases.load(folder)
-  grads, outcome = hf_cases.loss_and_grads(case.model, batch_of(case.io))
+  case = cases.load(folder)
+  grads, outcome = cases.loss_and_grads(case.model, batch_of(case.io))
   assert_close(outcome.loss, case.io["loss"][0], "model_float32")
   assert_logits(outcome.logits, case.io["logits"])
-  ours = hf_cases.published(grads, case.model)
+  ours = cases.published(grads, case.model)
   for name, expected in case.io.items():
     if name.startswith("grad."):
       try:
@@ -100,20 +100,20 @@ def test_loss_and_gradients(folder):
   assert_close(optax.tree.norm(grads), case.io["grad_global_norm"][0], "gradient_float32")
 
 
-@cases("padded.")
+@each_case("padded.")
 def test_left_padding(folder):
-  case = hf_cases.load(folder)
+  case = cases.load(folder)
   mask = case.io["padded.attention_mask"]
-  batch = hf_cases.make_batch(case.io["padded.input_ids"], None, mask)
-  _, outcome = hf_cases.loss_and_grads(case.model, batch)
+  batch = cases.make_batch(case.io["padded.input_ids"], None, mask)
+  _, outcome = cases.loss_and_grads(case.model, batch)
   real = mask.astype(bool)
   assert 0 < real.sum() < real.size
   assert_logits(np.asarray(outcome.logits)[real], case.io["padded.logits"][real])
 
 
-@cases("train.adamw_losses")
+@each_case("train.adamw_losses")
 def test_five_steps_of_adamw(folder):
-  case = hf_cases.load(folder)
+  case = cases.load(folder)
   batch, found = batch_of(case.io), []
   optimizer = optax.adamw(1e-3, 0.9, 0.95, 1e-8, weight_decay=0.1)
   params = model_lib.split(case.model)[1]
@@ -125,27 +125,27 @@ def test_five_steps_of_adamw(folder):
     return optax.apply_updates(params, updates), state
 
   for _ in case.io["train.adamw_losses"]:
-    grads, outcome = hf_cases.loss_and_grads(case.model, batch, params=params)
+    grads, outcome = cases.loss_and_grads(case.model, batch, params=params)
     params, state = update(grads, state, params)
     found.append(float(outcome.loss))
   assert_close(np.array(found), case.io["train.adamw_losses"], "model_float32")
   assert found[-1] < found[0]
 
 
-@cases("mtp.")
+@each_case("mtp.")
 def test_multi_token_prediction(folder):
-  case = hf_cases.load(folder)
-  _, outcome = hf_cases.loss_and_grads(case.model, batch_of(case.io))
+  case = cases.load(folder)
+  _, outcome = cases.loss_and_grads(case.model, batch_of(case.io))
   (logits,), (loss,) = outcome.mtp_logits, outcome.mtp_losses
   expected = case.io["mtp.logits"]
   assert_logits(logits[:, : expected.shape[1]], expected)
   assert_close(loss, case.io["mtp.loss"][0], "model_float32")
 
 
-unsupported = [f for f in hf_cases.folders() if f.name.startswith(hf_cases.UNSUPPORTED)]
+unsupported = [f for f in cases.folders() if f.name.startswith(cases.UNSUPPORTED)]
 
 
-@pytest.mark.parametrize("folder", unsupported, ids=hf_cases.label)
+@pytest.mark.parametrize("folder", unsupported, ids=cases.label)
 def test_unsupported_cases_say_so(folder):
   with pytest.raises(ValueError, match=r"config\.json: .*indexer.* not supported"):
     loading.load_pretrained(folder)
