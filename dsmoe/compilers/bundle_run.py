@@ -1,8 +1,16 @@
-"""Running the scalar half of a kernel's VLIW code: which bundles are issued, which DMAs start.
+"""Runs the scalar half of a kernel's VLIW code: which bundles are issued, which DMAs start.
 
-Loop counters, branches, predicates and the sizes of transfers are scalars, and few instructions
-make them; vectors do not matter to where the code goes. What depends on data (a number popped
-from a vector, memory never written) is unknown, and it is an error to branch on it.
+Loop counters, branches, predicates and the sizes of transfers are scalars, computed by few kinds
+of instructions; vector instructions do not affect control flow and are skipped. Values that
+depend on data (a number popped from a vector, memory never written) are unknown, and branching on
+one is an error.
+
+Depends on an undocumented format: the text of `*-final_bundles.txt` that libtpu's compiler dumps
+(`compile_only.dumped`), as `LIBTPU` writes it for v5p, v6e and tpu7x. A newer libtpu may rename
+instructions, order their operands otherwise, or mark regions and branches differently. An
+instruction that is not in the tables below raises `UnknownInstructionError`; kernels then report
+their declared costs instead of counted ones (`compile_only.Kernel.run` returns None). The test that
+fails first is tests/compilers/test_bundle_run.py::test_the_installed_libtpu_is_understood.
 """
 
 import operator
@@ -13,6 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsmoe.compilers.bundles import DELAY_SLOTS, GRANULE_BYTES
+
+LIBTPU = "0.0.42"  # the version whose dumps were read
 
 _MASK = 2**32 - 1
 _REGION = 2**20  # words kept apart for each allocation of scalar memory
@@ -53,21 +63,32 @@ _LOGIC: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-class Instruction(NamedTuple):
-  """One slot: result name, opcode, predicate (negated?, name), what a false one leaves, operands."""
+class UnknownInstructionError(NotImplementedError):
+  """A scalar instruction or a kind of DMA that this interpreter does not know."""
 
-  name: str
+
+class Instruction(NamedTuple):
+  """The instruction of one slot."""
+
+  name: str  # of the result
   opcode: str
-  predicate: tuple[bool, str] | None
-  otherwise: str | None
+  predicate: tuple[bool, str] | None  # (whether it is negated, its name)
+  otherwise: str | None  # the result where the predicate is false
   operands: list[str]
 
 
+def _unknown(what: str, i: Instruction) -> UnknownInstructionError:
+  return UnknownInstructionError(
+    f"{what} is not known to dsmoe/compilers/bundle_run.py, which reads the code of libtpu "
+    f"{LIBTPU}: {' '.join([i.name, '=', i.opcode, *i.operands])}"
+  )
+
+
 class BundleRun(NamedTuple):
-  """What happened."""
+  """What a kernel's code did."""
 
   visits_N: np.ndarray  # int64, how often each bundle was issued
-  moved: dict[str, int]  # bytes in each direction
+  moved: dict[str, int]  # bytes by direction, "hbm_to_vmem" for instance
 
 
 def _decode(text: str) -> Instruction | None:
@@ -98,7 +119,7 @@ def _split(text: str) -> list[str]:
 
 
 class _Machine:
-  """Scalar registers by name, scalar memory by word."""
+  """The scalar state of a core: registers by name, memory by word."""
 
   def __init__(self, core: int, operands: Mapping[int, np.ndarray], core_ids: Sequence[str]):
     self.values: dict[str, Any] = {}
@@ -117,7 +138,7 @@ class _Machine:
 
   def store(self, address: int | None, value: Any) -> None:
     if address is None:
-      raise ValueError("where a scalar is stored must not depend on data")
+      raise ValueError("the address that a scalar is stored to must not depend on data")
     self.memory[address] = value
 
   def value(self, text: str) -> Any:
@@ -204,7 +225,7 @@ class _Machine:
       _, how, kind, *_ = opcode.split(".")
       a, b = (v & _MASK if kind == "u32" else _signed(v) for v in values)
       return _COMPARE[how](a, b)
-    raise NotImplementedError(f"scalar instruction {opcode} of {i}")
+    raise _unknown(f"scalar instruction {opcode}", i)
 
   def operand(self, i: Instruction) -> Any:
     """Returns the address of a kernel's operand, or its number if it is one in scalar memory."""
@@ -219,10 +240,10 @@ class _Machine:
   def transfer(self, i: Instruction, holds: bool | None) -> None:
     direction = i.opcode[len("dma.") :]
     if "_to_" not in direction:
-      raise NotImplementedError(f"the direction of {i}")
+      raise _unknown("a DMA without its direction", i)
     source, granules, target, *_ = (self.value(o) for o in i.operands)
     if holds is None or granules is None:
-      raise ValueError(f"whether and how much a DMA moves must not depend on data: {i}")
+      raise ValueError(f"a DMA's predicate and size must not depend on data: {i}")
     if not holds:
       return
     self.moved[direction] = self.moved.get(direction, 0) + granules * GRANULE_BYTES
@@ -242,15 +263,15 @@ def run(
   """Runs a kernel's scalar code.
 
   Args:
-    bundles: of `bundles.read_bundles`.
+    bundles: as `bundles.read_bundles` returns them.
     operands: the integer operands that the kernel reads as scalars, by their index: grid sizes
       that are data, prefetched scalars.
-    core: which of the device's cores.
-    most: stretches of code to run before giving up.
+    core: index of the device's core that runs the code.
+    most: limit on the stretches of code to run, so that a loop without end is an error.
 
   Raises:
-    ValueError: where a branch or a DMA depends on what is not known.
-    NotImplementedError: for a scalar instruction that is not known.
+    ValueError: if a branch or a DMA depends on an unknown value.
+    UnknownInstructionError: for an instruction that is not in the tables above.
   """
   starts: dict[int, int] = {}
   core_ids: list[str] = []

@@ -1,11 +1,16 @@
 """Running scalar VLIW code, on a made-up kernel whose course is known."""
 
+import importlib.metadata
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
-from dsmoe.compilers import bundle_run, bundles
+from dsmoe.compilers import bundle_run, bundles, compile_only, scalar_operands
 from tests.compilers.test_bundles import CODE, DYNAMIC
 
 # Rows of sizes that are data: each prefetched size is copied in that many transfers of 64 bytes,
@@ -81,10 +86,14 @@ def test_a_dma_whose_direction_is_a_remark():
 
 def test_what_cannot_be_told_is_refused():
   code = bundles.read_bundles(RAGGED.replace("scmp.le.s32", "sfoo.s32"))
-  with pytest.raises(NotImplementedError, match="scalar instruction sfoo"):
+  with pytest.raises(
+    bundle_run.UnknownInstructionError,
+    match=rf"^scalar instruction sfoo\S+ is not known to \S+bundle_run.py, which reads the code of "
+    rf"libtpu {bundle_run.LIBTPU}: %p9_p0 = sfoo.s32.totalorder %s6_s4 0$",
+  ):
     bundle_run.run(code, {0: np.array([3, 0, 1, 5])})
   code = bundles.read_bundles(RAGGED.replace("dma.hbm_to_vmem", "dma.general"))
-  with pytest.raises(NotImplementedError, match="the direction of"):
+  with pytest.raises(bundle_run.UnknownInstructionError, match="a DMA without its direction"):
     bundle_run.run(code, {0: np.array([3, 0, 1, 5])})
   code = bundles.read_bundles(CODE.replace("%s4_s5 = sadd.s32 1, %s3_s5", "%s4_s5 = smov 0"))
   with pytest.raises(ValueError, match="must end, but did not in 5000"):
@@ -133,3 +142,51 @@ def test_a_branch_to_nowhere_is_an_error_only_if_taken():
     else:
       with pytest.raises(ValueError, match="a branch must not depend on data"):
         bundle_run.run(code, core=1)
+
+
+# Blocks of x that the grid's steps read; a block that follows itself is not copied again.
+BLOCKS = np.array([3, 0, 7, 7, 1, 2, 2, 5], np.int32)
+BLOCK = (256, 1024)
+BLOCK_BYTES = 256 * 1024 * 4
+
+
+def gather_blocks(blocks, x_RD):
+  def copy(blocks_ref, x_ref, out_ref):
+    out_ref[...] = x_ref[...]
+
+  return pl.pallas_call(
+    copy,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(len(BLOCKS),),
+      in_specs=[pl.BlockSpec(BLOCK, lambda i, blocks: (blocks[i], 0))],
+      out_specs=pl.BlockSpec(BLOCK, lambda i, blocks: (i, 0)),
+    ),
+    out_shape=jax.ShapeDtypeStruct((len(BLOCKS) * BLOCK[0], BLOCK[1]), x_RD.dtype),
+    name="gather_blocks",
+  )(blocks, x_RD)
+
+
+def run_compiled(topology):
+  """Returns what the compiled kernel moves in each direction; in a fresh process."""
+  # 256 MiB: XLA keeps what fits in VMEM, and then the kernel reads nothing from HBM.
+  args = BLOCKS, jax.ShapeDtypeStruct((256 * BLOCK[0], BLOCK[1]), jnp.float32)
+  [scalars] = scalar_operands.of_kernels(gather_blocks, *args)["gather_blocks"]
+  with compile_only.dumped(topology, gather_blocks, *args) as (_, folder):
+    [kernel] = (k for name, k in compile_only.read_kernels(folder).items() if "gather" in name)
+  return bundle_run.run(kernel.code, scalars).moved
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2x1", "tpu7x:2x2x1"])
+def test_the_installed_libtpu_is_understood(topology):
+  """A kernel whose transfers are known by hand, compiled by the libtpu that is installed."""
+  if missing := compile_only.missing_compiler(topology):
+    pytest.skip(missing)
+  try:
+    moved = compile_only.in_fresh_process(run_compiled, topology)
+  except (ValueError, NotImplementedError) as error:
+    installed = importlib.metadata.version("libtpu")
+    pytest.fail(f"the code of libtpu {installed} cannot be run: {error}", pytrace=False)
+  assert moved["hbm_to_vmem"] == 6 * BLOCK_BYTES
+  assert moved["vmem_to_hbm"] == 8 * BLOCK_BYTES
