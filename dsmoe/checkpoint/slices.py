@@ -1,6 +1,14 @@
-"""The arrays of a checkpoint slice by slice, for those larger than memory.
+"""Reads and writes the arrays of a checkpoint by slices, for checkpoints larger than memory.
 
-What is written here orbax restores, as any checkpoint: one zarr array a leaf, chunk by chunk.
+orbax restores what is written here like any checkpoint: each leaf is a zarr array, in chunks.
+
+Depends on private formats of orbax (written with 0.12.8, whose public API saves whole arrays
+only): the files `_METADATA`, `_sharding` and `_CHECKPOINT_METADATA`, which `write_metadata` writes
+and of which `open_step` reads the first; the names of leaves ("params.embed") and of the handler's
+class. If another orbax changes them, checkpoints made by `scripts/convert_hf.py import` cannot be
+restored, and `export` and `verify` cannot read the checkpoints of runs; training and its own
+checkpoints do not pass through here. tests/checkpoint/test_slices.py compares every key and value
+with what the installed orbax writes, and fails first.
 """
 
 import base64
@@ -20,9 +28,8 @@ from etils import epath
 from dsmoe import checkpoint
 
 Path = tuple[str, ...]  # of a leaf: ("params", "moe_layers", "mlp", "router")
-# orbax's numbers for a dict's key and for its own format.
-_DICT_KEY = 2
-_CACHE_BYTES = 32 << 20  # beside a chunk: what OCDBT keeps
+_DICT_KEY = 2  # orbax's number for a key of a dict
+_CACHE_BYTES = 32 << 20  # what OCDBT keeps in memory beside a chunk
 _HANDLERS = {
   "state": "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 }
@@ -31,13 +38,14 @@ _HANDLERS = {
 def create(
   folder: epath.Path, path: Path, shape: tuple[int, ...], dtype: str, chunk: tuple[int, ...]
 ) -> ts.TensorStore:
-  """Makes an array, or opens it if it is there; its chunks are files, written whole or not at all.
+  """Creates an array, or opens an existing one; each chunk is a file, replaced atomically.
 
   Args:
-    folder: where the state of a step lies.
-    path: of the leaf.
-    shape, dtype: of the whole leaf; a NumPy dtype's name.
-    chunk: what is written, and later read, at once.
+    folder: the folder of a step's state.
+    path: path of the leaf.
+    shape: shape of the whole leaf.
+    dtype: name of a NumPy dtype, or "bfloat16".
+    chunk: shape of the blocks that are written, and later read, at once.
   """
   spec = {
     "driver": "zarr",
@@ -53,35 +61,52 @@ def _zarr_dtype(dtype: str) -> str:
 
 
 def write_metadata(step_folder: epath.Path, shapes: Mapping[Path, tuple[int, ...]]) -> None:
-  """Writes what orbax wants beside the arrays in `step_folder`/state, to read them."""
+  """Writes the metadata files without which orbax does not read the arrays of a step.
+
+  Args:
+    step_folder: the arrays are in its folder `state`.
+    shapes: shapes of all leaves, by path.
+  """
   entries = {}
   for path, shape in shapes.items():
     entries[str(path)] = {
       "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in path],
       "value_metadata": {
-        **{"value_type": "jax.Array", "skip_deserialize": False},
+        "value_type": "jax.Array",
+        "skip_deserialize": False,
         "write_shape": list(shape),
       },
     }
-  tree = {"tree_metadata": entries, "use_ocdbt": False, "use_zarr3": False}
-  tree |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
+  tree = {
+    "tree_metadata": entries,
+    "use_ocdbt": False,
+    "use_zarr3": False,
+    "store_array_data_equal_to_fill_value": True,
+    "custom_metadata": None,
+  }
   (step_folder / "state" / "_METADATA").write_text(json.dumps(tree))
-  # Where the arrays go when a reader does not say.
+  # The sharding of arrays that are restored without one.
   place = {"sharding_type": "SingleDeviceSharding", "device_str": str(jax.local_devices()[0])}
   names = (base64.b64encode(".".join(path).encode()).decode() for path in shapes)
   (step_folder / "state" / "_sharding").write_text(
     json.dumps(dict.fromkeys(names, json.dumps(place)))
   )
-  step: dict[str, Any] = {"item_handlers": _HANDLERS, "metrics": {}, "performance_metrics": {}}
-  step |= {"init_timestamp_nsecs": 0, "commit_timestamp_nsecs": 0, "custom_metadata": {}}
+  step: dict[str, Any] = {
+    "item_handlers": _HANDLERS,
+    "metrics": {},
+    "performance_metrics": {},
+    "init_timestamp_nsecs": 0,
+    "commit_timestamp_nsecs": 0,
+    "custom_metadata": {},
+  }
   (step_folder / "_CHECKPOINT_METADATA").write_text(json.dumps(step))
 
 
 class Arrays:
-  """The arrays of a step by path, one at a time: of the newest, the newest chunk is kept.
+  """The arrays of a step, by path. Only the last array that was used keeps a chunk in memory.
 
-  A chunk is decoded whole, and in a run's own checkpoint it can be a whole array: read the
-  slices of one array after another.
+  Chunks are decoded whole, and in a run's own checkpoint a chunk can be a whole array. Read all
+  slices of one array before those of the next.
   """
 
   def __init__(self, specs: Mapping[Path, dict[str, Any]], chunk_bytes: Mapping[Path, int]):
@@ -90,7 +115,7 @@ class Arrays:
     self._newest: tuple[Path, ts.TensorStore] | None = None
 
   def __getitem__(self, path: Path) -> ts.TensorStore:
-    with self._lock:  # else several threads would each decode the same chunk
+    with self._lock:  # without it, several threads would decode the same chunk
       if self._newest is None or self._newest[0] != path:
         self._newest = None
         cache = {"total_bytes_limit": self._chunk_bytes[path] + _CACHE_BYTES}
@@ -100,7 +125,7 @@ class Arrays:
 
 
 def identity(workdir: epath.PathLike, step: int) -> str:
-  """Returns what tells a step's state from any other: a hash of its files' sizes and times."""
+  """Returns a hash of the sizes and times of a step's files, equal only for the same state."""
   folder = pathlib.Path(checkpoint.step_folder(workdir, step) / "state")
   digest = hashlib.sha256()
   for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -110,22 +135,22 @@ def identity(workdir: epath.PathLike, step: int) -> str:
 
 
 def open_step(workdir: epath.PathLike, step: int, shapes: Mapping[Path, tuple[int, ...]]) -> Arrays:
-  """Opens arrays of a step, to be read by slices; nothing is read yet.
+  """Opens arrays of a step so that slices can be read; no data is read yet.
 
   Args:
-    workdir: the run's.
+    workdir: the run's folder.
     step: one of its checkpoints.
-    shapes: of the leaves wanted, by path.
+    shapes: shapes of the leaves to open, by path.
 
   Raises:
-    ValueError: when an array is missing, or of another shape, naming it; later, when a chunk
-      is missing.
+    ValueError: naming the array, if one is missing or has another shape. Reading a slice later
+      raises it for a missing chunk.
   """
   folder = checkpoint.step_folder(workdir, step) / "state"
   try:
     metadata = json.loads((folder / "_METADATA").read_text())
     ocdbt, zarr3 = metadata["use_ocdbt"], metadata["use_zarr3"]
-    # Else orbax left out the chunks of zeros.
+    # Without this setting orbax leaves out the chunks of zeros.
     all_stored = metadata.get("store_array_data_equal_to_fill_value", False)
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise ValueError(f"{folder / '_METADATA'} must be orbax's metadata: {error!r}") from error
