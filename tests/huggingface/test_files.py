@@ -9,11 +9,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dsmoe import model as model_lib
 from dsmoe.huggingface import files, fp8, loading
+from tests import runs
 from tests.huggingface import cases
 
 SMALL = {
@@ -319,6 +321,63 @@ def test_shards_are_those_of_the_safetensors_library(tmp_path, max_shard_bytes):
   for name, tensor in tensors.items():
     assert files.read_rows(places[name]).tobytes() == tensor.tobytes()
     assert files.read_rows(places[name], 2, 4).tobytes() == tensor[2:4].tobytes()
+
+
+EVERY_DTYPE = {dtype: kind.itemsize for dtype, kind in files.DTYPES.items()} | files.OTHER_BYTES
+
+
+def random_bytes(num_bytes):
+  return np.random.default_rng(1).integers(0, 256, num_bytes, np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+def test_reads_what_the_safetensors_library_writes(tmp_path, dtype):
+  names = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+  names |= {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+  names |= {f"I{n}": f"int{n}" for n in (8, 16, 32, 64)}
+  names |= {f"U{n}": f"uint{n}" for n in (8, 16, 32, 64)} | {"BOOL": "bool"}
+  kind = np.dtype(getattr(ml_dtypes, names[dtype], names[dtype]))
+  assert kind.itemsize == EVERY_DTYPE[dtype]
+  tensor = np.frombuffer(random_bytes(6 * kind.itemsize), np.uint8).view(kind).reshape(3, 2)
+  path = tmp_path / "model.safetensors"
+  save_file({"a": np.ones(3, np.float32), "b": tensor}, path)
+  found = files.read_header(path)["b"]
+  assert (found.dtype, found.shape) == (dtype, (3, 2))
+  assert path.read_bytes()[found.start :][: tensor.nbytes] == tensor.tobytes()
+  if dtype in files.DTYPES:
+    assert files.read_rows(found).dtype == kind
+    assert files.read_rows(found, 1, 3).tobytes() == tensor[1:].tobytes()
+
+
+@pytest.mark.parametrize("dtype", files.DTYPES)
+def test_the_safetensors_library_reads_what_is_written_by_rows(tmp_path, dtype):
+  kind = files.DTYPES[dtype]
+  tensor = np.frombuffer(random_bytes(6 * kind.itemsize), np.uint8).view(kind).reshape(3, 2)
+  place = files.create_shards(tmp_path, {"b": (dtype, (3, 2))}, 100)["b"]
+  files.write_rows(place, 1, tensor[1:])
+  files.write_rows(place, 0, tensor[:1])
+  [(name, found)] = safetensors.deserialize(place.file.read_bytes())
+  assert name == "b" and (found["dtype"], found["shape"]) == (dtype, [3, 2])
+  assert bytes(found["data"]) == tensor.tobytes()
+
+
+RESIDENT = r"""
+import pathlib, re, sys
+from dsmoe.huggingface import files
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) // 1024
+stored = files.read_header(pathlib.Path(sys.argv[1]))["w"]
+before = peak()
+for start in range(0, stored.shape[0], 1024):
+  files.read_rows(stored, start, start + 1024)
+print(peak() - before)
+"""
+
+
+def test_reading_rows_does_not_hold_the_file(tmp_path):
+  # 256 MiB, read in pieces of 4 MiB.
+  place = files.create_shards(tmp_path, {"w": ("F32", (1 << 16, 1024))}, 1 << 40)["w"]
+  assert place.num_bytes == 256 << 20
+  assert int(runs.run("-c", RESIDENT, place.file)) < 32
 
 
 def quantise_dequantise(weight, ue8m0=False):
