@@ -1,15 +1,13 @@
-"""Hugging Face checkpoints to a run's workdir and back, and two checkpoints side by side.
+"""Converts Hugging Face checkpoints to a run's workdir and back, and compares two checkpoints.
 
 python scripts/convert_hf.py import --folder=DeepSeek-V2-Lite --workdir=runs/v2_lite
 python scripts/convert_hf.py export --workdir=runs/tiny --folder=out/tiny --format=bfloat16
 python scripts/convert_hf.py verify --first=DeepSeek-V2-Lite --second=runs/v2_lite
 
-Reads DeepSeek V2, V2-Lite, V3, R1, V3.1, Moonlight and Kimi K2, FP8 among them. Interrupted,
-`import` and `export` go on where they were when called again. `verify` ends with 1 when the
-logits of random tokens differ by more than --tolerance.
+Reads DeepSeek V2, V2-Lite, V3, R1, V3.1, Moonlight and Kimi K2, with FP8 weights or without. An
+interrupted `import` or `export` resumes when the same command is given again. `verify` exits with
+code 1 if the logits of random tokens differ by more than --tolerance.
 """
-
-import sys
 
 import numpy as np
 import rich
@@ -18,34 +16,47 @@ from absl import app, flags, logging
 from dsmoe import config as config_lib
 from dsmoe import runtime
 from dsmoe.huggingface import convert, verify
-from dsmoe.reporting import progress
+from dsmoe.reporting import output, progress
 from experiments import base
 
-_FOLDER = flags.DEFINE_string("folder", None, "Of Hugging Face's files: read, or made by export.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of a run, on disk: read, or made by import.")
+_FOLDER = flags.DEFINE_string(
+  "folder", None, "Folder of Hugging Face's files: read by import, created by export."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "A run's folder, on disk: read by export, created by import."
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   None,
   ["float32", "bfloat16"],
-  "import: of matrices on disk; default: bfloat16 if all are published so, else float32.",
+  "import: dtype of matrices on disk; by default bfloat16 if all are published so, else float32.",
 )
 _COMPUTE_DTYPE = flags.DEFINE_enum(
-  "compute_dtype", "bfloat16", ["float32", "bfloat16"], "import: of the model's matrix products."
+  "compute_dtype",
+  "bfloat16",
+  ["float32", "bfloat16"],
+  "import: dtype of the model's matrix products.",
 )
-_FORMAT = flags.DEFINE_enum("format", "bfloat16", convert.FORMATS, "export: of the weights.")
-_UE8M0 = flags.DEFINE_bool("ue8m0", False, "export: FP8 scales are powers of two, in a byte.")
+_FORMAT = flags.DEFINE_enum("format", "bfloat16", convert.FORMATS, "export: format of the weights.")
+_UE8M0 = flags.DEFINE_bool(
+  "ue8m0", False, "export: whether FP8 scales are powers of two, a byte each."
+)
 _MAX_SHARD_BYTES = flags.DEFINE_integer(
-  "max_shard_bytes", 5 * 10**9, "export: the most a file of weights takes.", lower_bound=1
+  "max_shard_bytes", 5 * 10**9, "export: upper limit of a file of weights, in bytes.", lower_bound=1
 )
-_STEP = flags.DEFINE_integer("step", None, "export: which checkpoint; default: the newest.")
+_STEP = flags.DEFINE_integer("step", None, "export: step of the checkpoint; by default the newest.")
 _FIRST = flags.DEFINE_string("first", None, "verify: a Hugging Face folder or a workdir.")
-_SECOND = flags.DEFINE_string("second", None, "verify: the other.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "verify: rows of tokens.", lower_bound=1)
-_SEQUENCE_LENGTH = flags.DEFINE_integer(
-  "sequence_length", 32, "verify: tokens a row.", lower_bound=2
+_SECOND = flags.DEFINE_string("second", None, "verify: the other one, likewise.")
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 2, "verify: number of rows of tokens.", lower_bound=1
 )
-_SEED = flags.DEFINE_integer("seed", 0, "verify: of the tokens.", lower_bound=0)
-_TOLERANCE = flags.DEFINE_float("tolerance", 2e-4, "verify: the most logits may differ.")
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+  "sequence_length", 32, "verify: tokens in a row.", lower_bound=2
+)
+_SEED = flags.DEFINE_integer("seed", 0, "verify: seed of the random tokens.", lower_bound=0)
+_TOLERANCE = flags.DEFINE_float(
+  "tolerance", 2e-4, "verify: upper limit of the difference of logits."
+)
 
 
 def _required(*options: flags.FlagHolder) -> list[str]:
@@ -87,10 +98,10 @@ def _verify() -> None:
   [logits] = [row for row in rows if row.name == "logits"]
   print(f"logits differ by {logits.difference:.3g}; worst: {verify.worst(rows).name}")
   if verify.exceeds(rows, _TOLERANCE.value):
-    sys.exit(f"convert_hf: logits must not differ by more than --tolerance={_TOLERANCE.value:g}")
+    output.fail(f"logits must not differ by more than --tolerance={_TOLERANCE.value:g}")
 
 
-# What each does, and the flags that it reads.
+# The function of each command, and the flags that it reads.
 COMMANDS = {
   "import": (_import, (_FOLDER, _WORKDIR, _DTYPE, _COMPUTE_DTYPE)),
   "export": (_export, (_FOLDER, _WORKDIR, _FORMAT, _UE8M0, _MAX_SHARD_BYTES, _STEP)),
@@ -117,13 +128,10 @@ def main(argv: list[str]) -> None:
     if command == "verify":
       runtime.start()
     COMMANDS[command][0]()
-  except (ValueError, OSError) as error:
-    sys.exit(f"convert_hf: {error}")
   except KeyboardInterrupt:
-    again = "" if command == "verify" else "; the same command goes on where it was"
-    print(f"interrupted{again}", file=sys.stderr)
-    sys.exit(130)
+    again = "" if command == "verify" else "; the same command resumes it"
+    output.fail(f"interrupted{again}", 130)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  output.run_script(main)

@@ -1,7 +1,7 @@
-"""What our kernels are measured beside: of JAX, tokamax, cuDNN; built where they are installed.
+"""Baselines that our kernels are measured beside: those of JAX, tokamax and cuDNN.
 
-Each is a function from a shape to a function of the kernel's arguments; dimensions as in
-`kernel_cases`.
+Each baseline is a function that takes a shape and returns a function of the kernel's arguments; it
+imports its library when it is called. Dimensions are those of `cases`.
 """
 
 import functools
@@ -31,14 +31,14 @@ def _tokamax(shape: Shape):
 
 
 def jax_mosaic_gpu(shape: Shape):
-  """What jax ships for H100, with tiles of its own benchmark; it has no gradient."""
+  """Builds jax's own kernel for H100 with the tile sizes of its benchmark; it has no gradient."""
   ops = importlib.import_module("jax.experimental.pallas.ops.gpu.ragged_dot_mgpu")
   sizes = dict(block_m=128, block_n=128, block_k=64, max_concurrent_steps=4, grid_block_n=8)
   return lambda x_PD, w_EDF, sizes_E: ops.ragged_dot(x_PD, w_EDF, group_sizes=sizes_E, **sizes)
 
 
 def _batched(x_PD, w_EDF):
-  """The bound: groups that happen to be equal, as one batched matmul."""
+  """Computes equal groups as one batched matmul, an upper bound of the speed."""
   E, D, F = w_EDF.shape
   return jnp.matmul(x_PD.reshape(E, -1, D), w_EDF).reshape(-1, F)
 
@@ -47,7 +47,7 @@ def _batched(x_PD, w_EDF):
 
 
 def _swiglu_unfused(shape: Shape):
-  """Three grouped matmuls of our own, and XLA's activation between them."""
+  """Builds three of our grouped matmuls with XLA's activation between them."""
   matmul = IMPLEMENTATIONS["grouped_matmul"]["mosaic_tpu"](shape)
 
   def run(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E):
@@ -71,12 +71,12 @@ def _swiglu_batched(shape: Shape):
 
 
 def _splash(folder: str, of_heads: bool, config: Callable) -> Callable:
-  """Builds a splash attention, jax's or the one tokamax goes on with.
+  """Returns the builder of a splash attention: jax's, or tokamax's continuation of it.
 
   Args:
-    folder: where its modules are.
-    of_heads: whether it takes a mask for each head.
-    config: from its kernel module to its keywords.
+    folder: package of its modules.
+    of_heads: whether it expects a mask for each head.
+    config: maps its kernel module and a block size to its keywords.
   """
 
   def build(shape: Shape):
@@ -98,13 +98,13 @@ def _splash(folder: str, of_heads: bool, config: Callable) -> Callable:
 
 
 def _splash_blocks(n: int) -> dict[str, int]:
-  """Blocks of n tokens, and of half as many keys at a time, in both directions."""
+  """Returns block sizes of n tokens, half of them computed at a time, for both passes."""
   whole = dict.fromkeys(("block_q", "block_kv", "block_q_dkv", "block_kv_dkv"), n)
   return whole | dict.fromkeys(("block_kv_compute", "block_kv_dkv_compute"), max(n // 2, 128))
 
 
 def _cudnn(shape: Shape):
-  """It takes no values narrower than keys: they are filled up."""
+  """Builds cuDNN's attention, which needs values as wide as keys: they are padded."""
   _, _, _, A, U = shape.attention_dims
   attention = functools.partial(
     jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
@@ -133,7 +133,7 @@ _scheduled = functools.partial(_tokamax_blocks, use_experimental_scheduler=True)
 
 BASELINES: dict[str, dict[str, Callable[[Shape], Callable]]] = {
   "grouped_matmul": {
-    "ragged_dot": lambda shape: jax.lax.ragged_dot,  # alone
+    "ragged_dot": lambda shape: jax.lax.ragged_dot,
     "megablox": _megablox((128, 128, 128)),  # its default
     "megablox_512_1024_1024": _megablox((512, 1024, 1024)),
     "tokamax": _tokamax,

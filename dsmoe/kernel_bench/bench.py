@@ -1,10 +1,10 @@
-"""A kernel's cases measured: by the compilers, without a device, or by the clock, on one.
+"""Measures a kernel's implementations: compiled without a device, or timed on the attached one.
 
-By the clock, each way is checked against an oracle before any timing, and all are timed in turns,
-so that a busy machine slows all of them; on a GPU by the driver's own count of the time its kernels
-take. The grouped SwiGLU has two ways more, whose oracle is the reference: `dense`, every row
-through one expert, which is the bound; and `local dispatch`, the whole of what a layer does on one
-device.
+Before any timing, each implementation is checked against an oracle. All are timed in turns, so that
+a busy machine slows all of them; on a GPU the driver's count of the kernels' time is used. The
+grouped SwiGLU is measured beside two more computations, whose oracle is the reference: `dense`,
+every row through one expert, which bounds what is possible; and `local dispatch`, the whole of a
+layer on one device.
 """
 
 import functools
@@ -60,19 +60,19 @@ _SCALE |= {"bound_secs": 1e3, "median_secs": 1e3}
 def compile_row(
   topology: str, kernel: str, implementation: str, name: str, shape: Shape, limit_secs: int = 0
 ) -> dict:
-  """Returns a row of figures of a case compiled for a chip, in a process of its own.
+  """Compiles a case for a chip, in a process of its own, and returns a row of its figures.
 
   Args:
-    topology: "v5p:2x2x1", say, or "h100".
-    kernel, implementation, shape: of the case.
-    name: of the shape.
-    limit_secs: how long compiling may take; 0: as long as it likes.
+    topology: for instance "v5p:2x2x1" or "h100".
+    kernel, implementation, shape: the case.
+    name: name of the shape.
+    limit_secs: time limit for compiling; 0: none.
 
   Returns:
-    What `compile_only.tpu_figures` or `h100_figures` say, the case's `flops` and `least_bytes`,
-    `bound_secs`: what FLOPs and bytes take at the chip's peaks, `cycles_bound`: the larger of that
-    and the schedule's cycles, `secs`: those at the clock. Of a case that cannot be compiled,
-    `error` and why.
+    The figures of `compile_only.tpu_figures` or `h100_figures`; the case's `flops` and
+    `least_bytes`; `bound_secs`, the time that FLOPs and bytes take at the chip's peaks;
+    `cycles_bound`, the larger of that time and the schedule, in cycles; `secs`, the same in
+    seconds. If the case cannot be compiled, `error` says why.
   """
   chip = compile_only.chip_of(topology)
   row: dict[str, Any] = {
@@ -99,7 +99,7 @@ def compile_row(
 
 
 def reason(error: Exception) -> str:
-  """Returns an error's kind and the beginning of its message, in a line; "absent" of a library."""
+  """Returns an error's type and the beginning of its message; "absent" for a missing library."""
   if isinstance(error, ImportError):
     return f"absent: {error}"
   return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -116,7 +116,7 @@ def _figures(topology: str, kernel: str, implementation: str, shape: Shape) -> d
 def ways(
   kernel: str, shape: Shape, names: Iterable[str], oracle_name: str = "reference"
 ) -> dict[str, tuple]:
-  """Returns (what makes the function, its oracle, their arguments) of each implementation."""
+  """Returns by name (builder of the function, its oracle, the arguments of both)."""
   args = jax.jit(functools.partial(cases.OPERATIONS[kernel].draw, shape))()
   known = cases.IMPLEMENTATIONS[kernel]
   oracle = known[oracle_name](shape)
@@ -145,7 +145,7 @@ def _bounds_of_swiglu(shape: Shape, args: tuple) -> dict[str, tuple]:
 
 
 def _with_gradient(fn: Callable) -> Callable:
-  """Returns a function of fn's arguments to its results and the gradients of the real ones."""
+  """Returns a function that computes fn's results and the gradients of its real arguments."""
 
   def run(*args):
     real = [jnp.issubdtype(a.dtype, jnp.inexact) for a in args]
@@ -165,17 +165,17 @@ def _with_gradient(fn: Callable) -> Callable:
 
 @jax.jit
 def _difference(a, b):
-  """Returns the largest difference over the largest magnitude; of integers, sums of both."""
+  """Returns the largest difference over the largest magnitude; for integers, their sums."""
   reduce = jnp.sum if jnp.issubdtype(a.dtype, jnp.integer) else jnp.max
   a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   return reduce(jnp.abs(a - b)) / jnp.maximum(reduce(jnp.abs(b)), 1e-30)
 
 
 def check(fn: Callable, expected: Any, args: tuple) -> None:
-  """Raises AssertionError if fn does not return what is expected.
+  """Raises AssertionError if fn does not return the expected values.
 
-  Of integers, sums are compared: where two experts' scores are equal but for rounding, a choice is
-  another, and with it two counts and the ranks behind it.
+  For integers, sums of differences are compared: where two experts' scores differ by rounding only,
+  one choice may differ, and with it two counts and the ranks that follow.
   """
   dtype = next(a.dtype for a in args if jnp.issubdtype(a.dtype, jnp.inexact))
   limits = {True: 1e-3, False: 1e-4 if dtype == jnp.float32 else 5e-2}
@@ -189,7 +189,7 @@ def check(fn: Callable, expected: Any, args: tuple) -> None:
 
 
 def _secs_of(run: Callable, args: tuple) -> float:
-  """Runs once and returns the seconds it took: on a GPU those of its kernels, else the clock's."""
+  """Runs a function once and returns its seconds: on a GPU those of its kernels, else elapsed."""
   if jax.default_backend() == "gpu":
     profiler = importlib.import_module("jax.experimental.mosaic.gpu.profiler")
     return profiler.Cupti(finalize=False).measure(run)(*args)[1] / 1e3
@@ -199,7 +199,7 @@ def _secs_of(run: Callable, args: tuple) -> float:
 
 
 def _in_turns(compiled: dict[Any, tuple], rounds: int) -> dict[Any, list[float]]:
-  """Returns the seconds of each round of each (function, arguments), after two that warm up."""
+  """Times each (function, arguments) once a round, after two rounds of warm-up; returns seconds."""
   secs: dict[Any, list[float]] = {key: [] for key in compiled}
   to = rich.console.Console(stderr=True)
   for round_number in rich.progress.track(range(rounds + 2), "timing", console=to, transient=True):
@@ -221,16 +221,16 @@ def measure(
   """Times the implementations of a kernel.
 
   Args:
-    kernel: of `kernel_cases.OPERATIONS`.
-    name, shape: the shape and what it is called.
-    names: implementations.
+    kernel: a key of `cases.OPERATIONS`.
+    name, shape: the shape and its name.
+    names: the implementations to time.
     rounds: how often each is timed, after two rounds that are not counted.
-    oracle_name: the implementation that the named ones are checked against.
+    oracle_name: the implementation that the others are checked against.
 
   Returns:
-    A row an implementation and direction: `median_secs`, `gflops_per_sec` of useful work, and
-    `of_dense`, the median of the rounds' ratios to the dense way, where there is one. Of what
-    does not run here or is wrong, a row with `error`.
+    A row for each implementation and direction: `median_secs`, `gflops_per_sec` of useful work,
+    and `of_dense`, the median over the rounds of the ratio to `dense` where that is measured. An
+    implementation that does not run here or is wrong has a row with `error`.
   """
   options, rows = platforms.compiler_options(), []
   device = jax.devices()[0].device_kind
@@ -260,7 +260,8 @@ def measure(
     rows.append(
       head
       | {
-        **{"implementation": way, "direction": direction},
+        "implementation": way,
+        "direction": direction,
         "median_secs": statistics.median(times),
         "gflops_per_sec": work / statistics.median(times) / 1e9,
         "of_dense": statistics.median(d / t for d, t in zip(dense, times)) if dense else None,
@@ -269,20 +270,20 @@ def measure(
   return rows
 
 
-def tune(name: str, shape: Shape, names: Iterable[str], rounds: int, path: str) -> list[dict]:
-  """Times each tile of an expert layer, forward and backward; stores the fastest in a table.
+def tune_tiles(name: str, shape: Shape, names: Iterable[str], rounds: int, path: str) -> list[dict]:
+  """Times each tile size of an expert layer, forward and backward, and stores the fastest.
 
   Args:
-    name, shape: the shape and what it is called.
-    names: implementations that have tiles to choose from.
-    rounds: how often each tile is timed.
-    path: of the table, see `tile_table`.
+    name, shape: the shape and its name.
+    names: implementations with tile sizes to choose from.
+    rounds: how often each tile size is timed.
+    path: file of the table, see `tile_table`.
 
   Returns:
-    A row a tile; `chosen` of those stored.
+    A row for each tile size; `chosen` is true for those stored.
 
   Raises:
-    ValueError: for an implementation that has none.
+    ValueError: for an implementation without a choice of tile sizes.
   """
   if none := [n for n in names if n not in TILES]:
     raise ValueError(f"only {', '.join(TILES)} have tiles to tune, got {', '.join(none)}")
@@ -303,17 +304,21 @@ def tune(name: str, shape: Shape, names: Iterable[str], rounds: int, path: str) 
     for tile, median_secs in medians.items():
       rows.append(
         {
-          **{"kernel": "routed_swiglu", "shape": name, "implementation": implementation},
-          **{"direction": f"tile of {tile}", "median_secs": median_secs, "chosen": tile == best},
+          "kernel": "routed_swiglu",
+          "shape": name,
+          "implementation": implementation,
+          "direction": f"tile of {tile}",
+          "median_secs": median_secs,
+          "chosen": tile == best,
         }
       )
-    what = tile_table.entry(implementation, P, E, D, F, shape.config.compute_dtype)
-    tile_table.store(path, what, best)
+    key = tile_table.entry(implementation, P, E, D, F, shape.config.compute_dtype)
+    tile_table.store(path, key, best)
   return rows
 
 
 def table(rows: list[dict]) -> rich.table.Table:
-  """Lays out the rows that have figures; a column that none has is left out."""
+  """Returns a table of the rows without errors, with the columns that some row has."""
   columns = {name: title for name, title in _COLUMNS.items() if any(name in row for row in rows)}
   shown = rich.table.Table("kernel", "implementation", "shape", box=rich.box.SIMPLE)
   for title in columns.values():

@@ -1,4 +1,4 @@
-"""What the kernels are measured on: one device's share of a layer.
+"""The cases that kernels are measured on: one device's share of a model's layer.
 
 Shapes: M tokens, D hidden, F expert inner, E experts, e experts of this device, K experts a
 token, P = M K rows; B sequences, S positions, H heads, A = qk head dim, U = v head dim, W
@@ -122,7 +122,7 @@ def _matmul_args(shape: Shape):
 
 
 def _alignment(shape: Shape) -> dict[str, int]:
-  """Says what the groups are aligned to: to our tile, if it divides each of them."""
+  """Returns the alignment of the groups: our tile size if it divides each group, else 1."""
   *_, e, P = shape.dims
   tile = tile_rows(P / e)
   return {"alignment": tile if P % e == 0 and P // e % tile == 0 else 1}
@@ -131,7 +131,7 @@ def _alignment(shape: Shape) -> dict[str, int]:
 implementations("grouped_matmul", grouped_matmul.grouped_matmul, MATMULS, _alignment)
 
 
-# The whole expert: both matmuls in, the activation, the weight of the row, the matmul out.
+# A whole expert: the two inner matmuls, the activation, the row's weight, the outer matmul.
 
 
 @operation(
@@ -151,7 +151,7 @@ implementations(
 )
 
 
-# Tokens to this device's experts and back: permute, the experts, combine.
+# Permute, experts, combine, for the experts of one device.
 
 
 @operation(
@@ -179,7 +179,7 @@ def routed_swiglu(
   implementation=None,
   tile=None,
 ):
-  """`grouped_matmul.routed_swiglu`, what is differentiated in front."""
+  """Calls `grouped_matmul.routed_swiglu`; the arguments with gradients come first here."""
   routed = routing.Routed(expert_MK, gate_MK, counts_E, rank_MK)
   experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
   return grouped_matmul.routed_swiglu(x_MD, routed, experts, implementation, tile)
@@ -196,7 +196,7 @@ operation("quantized_routed_swiglu", *OPERATIONS["routed_swiglu"][1:])(_routed_a
 def quantized_routed_swiglu(
   x_MD, gate_MK, w_gate_EDF, w_up_EDF, w_down_EFD, expert_MK, rank_MK, counts_E, implementation
 ):
-  """`quantized_matmul.quantized_routed_swiglu`, what is differentiated in front."""
+  """Calls `quantized_matmul.quantized_routed_swiglu`; arguments with gradients come first."""
   routed = routing.Routed(expert_MK, gate_MK, counts_E, rank_MK)
   experts = (w_gate_EDF, w_up_EDF, w_down_EFD)
   return quantized_matmul.quantized_routed_swiglu(x_MD, routed, experts, implementation)
@@ -207,7 +207,7 @@ implementations(
 )
 
 
-# Attention of training: causal, queries and keys wider than values.
+# Causal attention of training, with queries and keys wider than values.
 
 
 def _attention_results(shape: Shape):
@@ -216,7 +216,7 @@ def _attention_results(shape: Shape):
 
 
 def _attention_flops(shape: Shape) -> int:
-  """Of the triangle that is seen, the diagonal included."""
+  """Counts the causal triangle with its diagonal."""
   B, S, H, A, U = shape.attention_dims
   return B * H * S * (S + 1) * (A + U)
 
@@ -276,7 +276,7 @@ implementations(
 )
 
 
-# A projection with FP8 operands, quantised on the way.
+# A projection whose operands are quantised to FP8 as part of it.
 
 
 @operation(
@@ -301,11 +301,11 @@ for _kernel, _builds in baselines.BASELINES.items():
     implementation(_kernel, _name)(_build)
 
 
-# The backward passes, with what of the forward pass they need.
+# The backward passes, including what they compute again of the forward pass.
 
 
 def _attention_gradient_flops(shape: Shape) -> int:
-  """Forward, and the five products of backward: the probabilities are made again."""
+  """Counts forward and the five products of backward, which computes the probabilities again."""
   B, S, H, A, U = shape.attention_dims
   return B * H * S * (S + 1) * (A + U + 3 * A + 2 * U)
 
@@ -314,7 +314,7 @@ add_gradient("grouped_matmul", 2, lambda s: 2 * OPERATIONS["grouped_matmul"].flo
 
 
 def _swiglu_gradient_flops(shape: Shape) -> int:
-  """Six products of backward, and forward's two on the way in."""
+  """Counts the six products of backward and the two of forward that it computes again."""
   _, D, F, _, P = shape.dims
   return 8 * 2 * P * D * F
 

@@ -1,8 +1,8 @@
-"""Operations to measure kernels by, and the registry of who implements them.
+"""The registry of operations that kernels are measured on, and of their implementations.
 
-An operation draws its arguments (equal groups, so that a compiled program and a timed one see
-the same work), counts its FLOPs and says what it returns; an implementation is a function of
-those arguments. Least bytes are each argument once and each result once, whoever computes.
+An operation draws its arguments (in equal groups, so that a compiled program and a timed one do the
+same work), counts its FLOPs and declares its results; an implementation is a function of those
+arguments. The least bytes of an operation are those of each argument and each result once.
 """
 
 import dataclasses
@@ -72,9 +72,9 @@ class Case(NamedTuple):
 
 
 class Operation(NamedTuple):
-  """What is computed, whoever does it."""
+  """A computation, independent of its implementations."""
 
-  draw: Callable[[Shape], tuple]  # arguments, in jax.numpy, so that eval_shape can have them
+  draw: Callable[[Shape], tuple]  # draws the arguments, in jax.numpy for jax.eval_shape
   results: Callable[[Shape], Any]  # tree of `jax.ShapeDtypeStruct`
   flops: Callable[[Shape], int]  # multiplications and additions
 
@@ -88,7 +88,7 @@ def case(kernel: str, implementation: str, shape: Shape) -> Case:
   """Builds a case.
 
   Raises:
-    ImportError: where the implementation is somebody else's and not installed.
+    ImportError: if the implementation's library is not installed.
     ValueError: for an unknown kernel or implementation.
   """
   if kernel not in OPERATIONS:
@@ -105,7 +105,7 @@ def case(kernel: str, implementation: str, shape: Shape) -> Case:
 
 
 def known_args(kernel: str, shape: Shape) -> tuple:
-  """Returns an operation's arguments: integers as they are drawn, of the others the shapes."""
+  """Returns an operation's arguments: drawn integers, and the shapes of all others."""
   draw = functools.partial(OPERATIONS[kernel].draw, shape)
   structs = jax.eval_shape(draw)
   real = [jnp.issubdtype(a.dtype, jnp.inexact) for a in structs]
@@ -147,7 +147,7 @@ def implementations(
 
 
 def add_gradient(kernel: str, num_real: int, flops: Callable[[Shape], int]) -> None:
-  """Registers the gradient to a kernel's first `num_real` arguments, given its result's."""
+  """Registers a kernel's gradient: of its first `num_real` arguments, given its result's."""
   forward = OPERATIONS[kernel]
 
   def draw(shape: Shape):
@@ -174,7 +174,7 @@ def add_gradient(kernel: str, num_real: int, flops: Callable[[Shape], int]) -> N
 
 
 def normal(shape: Shape, *dims: int):
-  """Random numbers in the model's compute dtype, of the size of activations."""
+  """Returns standard normal numbers in the model's compute dtype, like activations."""
   return jax.random.normal(jax.random.key(len(dims)), dims).astype(shape.config.compute_dtype)
 
 
@@ -183,7 +183,7 @@ def weights(shape: Shape, *dims: int):
 
 
 def equal(rows: int, groups: int):
-  """Sizes of groups that differ by at most one row, int32."""
+  """Returns sizes of groups that differ by at most one row, int32."""
   return (rows // groups + (jnp.arange(groups) < rows % groups)).astype(jnp.int32)
 
 

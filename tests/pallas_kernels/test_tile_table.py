@@ -35,7 +35,7 @@ def test_tuning_writes_what_the_config_then_reads(tmp_path, monkeypatch):
   shape = cases.Shape(config.model, len(x), len(x), 1)
   ticks = iter(np.arange(10**6) ** 2)  # each round slower: the first of a round's tiles is fastest
   monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(ticks)))
-  rows = bench.tune("small", shape, ["blocked"], 3, path)
+  rows = bench.tune_tiles("small", shape, ["blocked"], 3, path)
   assert [row["direction"] for row in rows] == [f"tile of {n}" for n in TILES["blocked"]]
   assert [row["chosen"] for row in rows] == [True, False, False, False]
   c = config.model
@@ -95,4 +95,4 @@ def test_tiles_are_among_those_of_the_implementation(tmp_path):
   with pytest.raises(
     ValueError, match="only mosaic_tpu, blocked have tiles to tune, got reference"
   ):
-    bench.tune("small", shape, ["reference"], 3, "tiles.json")
+    bench.tune_tiles("small", shape, ["reference"], 3, "tiles.json")
