@@ -1,4 +1,4 @@
-"""config.json of DeepSeek-V2 and -V3 models to our config and back; `dsmoe/huggingface/loading.py` reads the rest."""
+"""Converts the config.json of DeepSeek-V2 and -V3 models to our config and back."""
 
 import pathlib
 import typing
@@ -40,10 +40,10 @@ FIELDS: dict[str, tuple[Any, Any]] = {
   "num_nextn_predict_layers": (1, 0),
 }
 MODEL_TYPES = {"deepseek_v3": 0, "kimi_k2": 0, "deepseek_v2": 1}  # to a column of FIELDS
-# What V2's class does whatever config.json says.
+# Values that V2's class uses whatever config.json says.
 V2_FIXED = {"scoring_func": "softmax", "norm_topk_prob": False, "rope_interleave": True}
 V2_METHODS = ("greedy", "group_limited_greedy")
-# Settings with one value we have code for.
+# Settings of which one value is supported.
 ONLY = {"hidden_act": "silu", "moe_layer_freq": 1, "mlp_bias": False, "attention_dropout": 0.0}
 ROPE_FIELDS = typing.get_type_hints(RopeScaling)
 
@@ -78,7 +78,10 @@ def _rope(hf: Mapping[str, Any], longest: int) -> dict[str, Any]:
   values = {
     "factor": longest / original if kind == "yarn" else 1.0,
     "original_max_position_embeddings": original,
-    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.0, "mscale_all_dim": 0.0},
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.0,
+    "mscale_all_dim": 0.0,
     **given,
   }
   values = {name: _typed(ROPE_FIELDS, name, value) for name, value in values.items()}
@@ -128,14 +131,13 @@ def config_from_hf(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
   """Turns the contents of a config.json into our config.
 
   Args:
-    hf: of model_type deepseek_v3, kimi_k2 or deepseek_v2. Missing keys take the defaults of
-      transformers' classes, unknown ones are left alone, `head_dim` among them.
-    **fields: fields of `ModelConfig` that config.json lacks or is not to decide; the
-      computation is float32, remat none, dispatch local and kernels chosen by platform unless
-      they say otherwise.
+    hf: of model_type deepseek_v3, kimi_k2 or deepseek_v2. Missing keys have the defaults of
+      transformers' classes; unknown keys, `head_dim` for instance, are ignored.
+    **fields: fields of `ModelConfig` that config.json lacks, or whose values override it. The
+      defaults are computation in float32, remat none, dispatch local and kernels by platform.
 
   Raises:
-    ValueError: for a setting there is no code for, or a value of the wrong type.
+    ValueError: for an unsupported setting, or a value of the wrong type.
 
   Source: transformers 5.23's DeepseekV3Config and DeepseekV2Config.
   """
@@ -178,13 +180,13 @@ def config_from_hf(hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
   values |= {**computed, "attention_chunk_tokens": 128, **fields}
   hints = typing.get_type_hints(ModelConfig)
   values = {name: _typed(hints, name, value) for name, value in values.items()}
-  if values["first_k_dense_replace"] > values["num_hidden_layers"]:  # all dense, as there
+  if values["first_k_dense_replace"] > values["num_hidden_layers"]:  # all layers are dense
     values["first_k_dense_replace"] = values["num_hidden_layers"]
   return ModelConfig(**values)
 
 
 def config_at(path: pathlib.Path, hf: Mapping[str, Any], **fields: Any) -> ModelConfig:
-  """Returns `config_from_hf` of a file's contents; its path is in front of what is raised."""
+  """Returns `config_from_hf` of a file's contents; errors begin with its path."""
   try:
     return config_from_hf(hf, **fields)
   except ValueError as error:
@@ -194,11 +196,11 @@ def config_at(path: pathlib.Path, hf: Mapping[str, Any], **fields: Any) -> Model
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
   """Turns our config into the contents of a config.json, in DeepSeek's own spelling.
 
-  `config_from_hf` reads it back to an equal config, but for the fields that say how to
-  compute and, under factor 1, the rest of `rope_scaling`: neither has a place there.
+  `config_from_hf` turns it back into an equal config, except for the fields about computation and,
+  if the factor is 1, the rest of `rope_scaling`, which a published config.json does not have.
 
   Raises:
-    ValueError: when neither the V3 nor the V2 class can say it.
+    ValueError: if neither the V3 nor the V2 class can express the config.
   """
   values = {name: getattr(config, name) for name in FIELDS}
   is_v3 = (config.scoring_func, config.topk_method) == ("sigmoid", "noaux_tc")

@@ -1,6 +1,6 @@
-"""Published checkpoints to the workdir of a run and back, disk to disk, piece by piece.
+"""Converts published checkpoints to the workdir of a run and back, on disk, piece by piece.
 
-Shapes: see `dsmoe/huggingface/loading.py`, whose one table of names serves both ways.
+Shapes: see `dsmoe/huggingface/loading.py`, whose table of names serves both directions.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ from dsmoe.huggingface.config import FIELDS, config_to_hf, fail, fp8_settings
 from dsmoe.huggingface.fp8 import FP8_BLOCK, quantise
 from dsmoe.model import parameters
 
-STEP = 0  # of an imported checkpoint
+STEP = 0  # step of an imported checkpoint
 FORMATS = ("float32", "bfloat16", "fp8")
 # Matrices that DeepSeek leaves in bfloat16 when the others are FP8.
 NOT_FP8 = ("head", "router", "eh_proj")
 
 
 def _piece_numbers(slots: Mapping[str, loading.Slot]) -> int:
-  """Returns how many numbers are in memory at once; a few pieces are small beside a tensor."""
+  """Returns the size of a piece, in numbers: several pieces are small beside a tensor."""
   largest = max(math.prod(slot.shape) for slot in slots.values())
   return min(max(largest // 16, 2 << 20), 16 << 20)
 
@@ -48,7 +48,7 @@ def leaf_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def config_for(base: Config, model: ModelConfig) -> Config:
-  """Returns `base` around another model, with what does not fit it left out."""
+  """Returns `base` with another model, without the settings that do not fit that model."""
   methods = base.balance.methods
   if model.num_moe_layers and not model.uses_router_bias:
     methods = tuple(method for method in methods if method != "bias")
@@ -76,19 +76,19 @@ def import_folder(
 ) -> loading.Account:
   """Turns a published checkpoint into the workdir of a run at step 0.
 
-  Vectors and the router's weights and bias are float32 on disk whatever `dtype` says. Killed,
-  it goes on when called again; until it is done there is no `workdir`.
+  Vectors and the router's weights and bias are float32 on disk whatever `dtype` says. An
+  interrupted conversion resumes when it is called again; `workdir` exists only when it is done.
 
   Args:
     folder: see `loading.load_pretrained`.
     workdir: on disk; must not exist.
-    base: everything that the published config.json does not say.
-    compute_dtype: of the model's matrix products.
-    dtype: of matrices on disk, float32 or bfloat16; None: bfloat16 if every published matrix
-      is; FP8 ones, scaled, need float32.
+    base: settings that a published config.json does not have.
+    compute_dtype: dtype of the model's matrix products.
+    dtype: dtype of matrices on disk, float32 or bfloat16; None: bfloat16 if every published matrix
+      has it, else float32, which scaled FP8 weights need.
 
   Returns:
-    What became of every tensor.
+    How every tensor was used.
 
   Raises:
     ValueError: see `loading.load_pretrained` and `Staging`.
@@ -108,7 +108,9 @@ def import_folder(
   tensors = [*stored.values(), *opened.weights.scales.values()]
   sources = {tensor.file: tensor.file.stat() for tensor in tensors}
   job: dict[str, Any] = {
-    **{"import": str(folder), "dtype": dtype, "config": config_lib.to_dict(config)},
+    "import": str(folder),
+    "dtype": dtype,
+    "config": config_lib.to_dict(config),
     "files": {path.name: [stat.st_size, stat.st_mtime_ns] for path, stat in sources.items()},
   }
   width = {"float32": 4, "bfloat16": 2}[dtype]
@@ -139,13 +141,13 @@ def import_folder(
       for rows, index in slot.pieces(limit):
         piece = opened.read(name, rows.start, rows.stop)
         target = array.dtype.numpy_dtype
-        if piece.dtype.itemsize > target.itemsize:  # turn over the narrower of the two
+        if piece.dtype.itemsize > target.itemsize:  # transpose the narrower of the two
           piece = piece.astype(target)
         array[index].write(slot.to_ours(piece).astype(target, copy=False)).result()
 
     order = sorted(slots, key=lambda name: (stored[name].file, stored[name].start))
     sizes = {name: stored[name].num_bytes for name in order}
-    staging.run(stage, sizes, make, lambda: None, "import")  # a written chunk is on disk
+    staging.run(stage, sizes, make, lambda: None, "import")  # tensorstore flushes every chunk
     slices.write_metadata(step_folder, shapes)
     checkpoint.record_config(epath.Path(stage.folder), config, STEP, allow_change=True)
     text.copy(folder, stage.folder / "data")
@@ -172,15 +174,15 @@ def export_workdir(
 
   The router's bias is float32 in every format. `fp8` is DeepSeek's: embedding, head, norms,
   router and eh_proj stay bfloat16. MTP layers repeat embedding and head, as published ones do.
-  Killed, it goes on when called again; until it is done there is no `folder`.
+  An interrupted conversion resumes when it is called again; `folder` exists only when it is done.
 
   Args:
-    workdir: the run's, on disk.
+    workdir: the run's folder, on disk.
     folder: must not exist.
-    format: of `FORMATS`.
-    ue8m0: whether the scales of `fp8` are powers of two, stored in a byte.
-    max_shard_bytes: the most the tensors of a file take.
-    step: which checkpoint; None: the newest.
+    format: one of `FORMATS`.
+    ue8m0: whether the scales of `fp8` are powers of two, a byte each.
+    max_shard_bytes: upper limit of the bytes of a file's tensors.
+    step: step of the checkpoint; None: the newest.
 
   Returns:
     The step.
@@ -214,8 +216,12 @@ def export_workdir(
       blocks = tuple(-(-n // b) for n, b in zip(slot.hf_shape, FP8_BLOCK))
       tensors[name + files.SCALE] = scale_dtype, blocks
   job: dict[str, Any] = {
-    **{"export": str(workdir), "step": step, "config": config_lib.to_dict(config.model)},
-    **{"format": format, "ue8m0": ue8m0, "max_shard_bytes": max_shard_bytes},
+    "export": str(workdir),
+    "step": step,
+    "config": config_lib.to_dict(config.model),
+    "format": format,
+    "ue8m0": ue8m0,
+    "max_shard_bytes": max_shard_bytes,
     "state": slices.identity(workdir, step),
   }
   text_folder = pathlib.Path(config.data.cache_dir or workdir / "data")
@@ -245,7 +251,8 @@ def export_workdir(
         with path.open("r+b") as file:
           os.fsync(file.fileno())
 
-    # Array by array: a chunk of a run's own checkpoint holds every layer, two may be too much.
+    # Array by array: a chunk of a run's own checkpoint holds every layer, and two of them may not
+    # fit in memory.
     order = sorted(slots, key=lambda name: (slots[name].path, slots[name].at))
     sizes = {name: places[name].num_bytes for name in order}
     staging.run(stage, sizes, make, sync, "export", lambda name: slots[name].path)

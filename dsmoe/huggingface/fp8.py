@@ -1,4 +1,4 @@
-"""DeepSeek's FP8 weights: codes, and one scale a block of 128 x 128.
+"""Converts DeepSeek's FP8 weights: codes, and a scale for each block of 128 x 128.
 
 Shapes: a published matrix is [O, I], outputs by inputs.
 Source: DeepSeek-V3's inference/kernel.py (weight = code * weight_scale_inv of its block) and
@@ -38,8 +38,8 @@ def quantise(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Turns rows of a weight, starting at a multiple of 128, into FP8 codes and scales.
 
-  A block's scale takes its largest magnitude to 448, the largest code; UE8M0 scales are the
-  power of two at or above that. A block of zeros has scale 1.
+  A block's scale maps its largest magnitude to 448, the largest code; UE8M0 scales are rounded up
+  to a power of two. A block of zeros has scale 1.
 
   Args:
     weight: float32 [rows, I].
@@ -50,7 +50,7 @@ def quantise(
     codes, float8_e4m3fn [rows, I]; scales, float32 [ceil(rows / 128), ceil(I / 128)].
 
   Raises:
-    ValueError: for NaN or infinity, which would spoil its block.
+    ValueError: for NaN or infinity, which would make its whole block wrong.
   """
   (height, width), (rows, columns) = FP8_BLOCK, weight.shape
   scale = np.ones((-(-rows // height), -(-columns // width)), np.float32)

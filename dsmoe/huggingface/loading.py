@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints of DeepSeek-V2 and -V3 models: config.json, safetensors, names.
+"""Loads Hugging Face checkpoints of DeepSeek-V2 and -V3 models into our model.
 
-`BLOCK`, `MTP` and `TOP` are the one table of names, and `Slot` turns a tensor either way.
+`BLOCK`, `MTP` and `TOP` are the only table of tensor names; `Slot` converts a tensor either way.
 
 Shapes: L layers of a stack, E routed experts; a part of a leaf keeps the model's own dims.
 """
@@ -65,17 +65,17 @@ TOP = (
   ("model.norm.weight", "norm", 0),
   ("lm_head.weight", "head", 1),
 )
-# Frequencies, which config.json determines; old releases stored them.
+# Rotary frequencies, which follow from config.json; old releases stored them.
 IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 
 
 class Slot(NamedTuple):
-  """Where one published tensor lives in our parameters."""
+  """The place of a published tensor in our parameters."""
 
-  path: tuple[str, ...]  # of the leaf
-  at: tuple[int, ...]  # into its layer and expert dimensions
-  shape: tuple[int, ...]  # of the part there
-  inputs: int  # see BLOCK
+  path: tuple[str, ...]  # path of the leaf
+  at: tuple[int, ...]  # index into the leaf's layer and expert dimensions
+  shape: tuple[int, ...]  # shape of the leaf at that index
+  inputs: int  # leading dimensions that are inputs, see BLOCK
 
   @property
   def hf_shape(self) -> tuple[int, ...]:
@@ -85,7 +85,7 @@ class Slot(NamedTuple):
 
   @property
   def _rows(self) -> int:
-    """Published rows for one step along our first output dimension."""
+    """Returns the published rows for one index of our first output dimension."""
     return math.prod(self.shape[self.inputs + 1 :]) if self.inputs else 1
 
   def to_ours(self, rows):
@@ -103,14 +103,14 @@ class Slot(NamedTuple):
   def block(self, limit: int) -> int:
     """Returns how much of the first output dimension makes a piece of about `limit` numbers.
 
-    A piece's rows are a multiple of 128, as FP8 scales want it, or all there are.
+    A piece has all rows, or a multiple of 128 rows, so that FP8 scales are not divided.
     """
     size = self.shape[self.inputs]
     unit = 128 // math.gcd(128, self._rows)
     return min(max(limit * size // math.prod(self.shape) // unit, 1) * unit, size)
 
   def pieces(self, limit: int) -> Iterator[tuple[slice, tuple[Any, ...]]]:
-    """Yields published rows, and where they lie in our leaf, piece by piece."""
+    """Yields slices of the published rows and the matching indices of our leaf."""
     size, block, rows = self.shape[self.inputs], self.block(limit), self._rows
     for first in range(0, size, block):
       last = min(first + block, size)
@@ -119,7 +119,7 @@ class Slot(NamedTuple):
 
 
 def _transposed(matrix: np.ndarray) -> np.ndarray:
-  """Copies a matrix's transpose, in strips: three times as fast as NumPy at once."""
+  """Copies a matrix's transpose in strips, three times as fast as NumPy does it at once."""
   result = np.empty(matrix.shape[::-1], matrix.dtype)
   for i in range(0, len(matrix), 16):
     result[:, i : i + 16] = matrix[i : i + 16].T
@@ -157,7 +157,7 @@ def layout(params: Any, router_bias: Any, config: ModelConfig) -> dict[str, Slot
 
 
 def copies_of(config: ModelConfig) -> dict[str, str]:
-  """Returns tensors a file may repeat, and what each must equal."""
+  """Returns the tensors that a file may repeat, each with the tensor it must equal."""
   embed = "model.embed_tokens.weight"
   head = embed if config.tie_word_embeddings else "lm_head.weight"
   copies = {"lm_head.weight": embed} if config.tie_word_embeddings else {}
@@ -168,16 +168,16 @@ def copies_of(config: ModelConfig) -> dict[str, str]:
 
 
 class Account(NamedTuple):
-  """What becomes of every tensor of a published checkpoint."""
+  """How every tensor of a published checkpoint was used."""
 
   stored_as_is: list[str]
   transposed: list[str]
   dequantised: list[str]
-  ignored: dict[str, str]  # and why
+  ignored: dict[str, str]  # reason by name
 
 
 class Opened(NamedTuple):
-  """A published checkpoint whose every tensor is accounted for, none read yet."""
+  """A published checkpoint: the place of every tensor is known, none is read yet."""
 
   config: ModelConfig
   weights: TensorFiles
@@ -185,17 +185,17 @@ class Opened(NamedTuple):
   account: Account
 
   def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Reads rows of a tensor as they are published, FP8 ones scaled to float32."""
+    """Reads rows of a tensor in the published layout; FP8 rows are scaled, in float32."""
     return self.weights.read(name, start, stop)
 
 
 def shapes_of(config: ModelConfig) -> tuple[Any, Any, Any]:
-  """Returns `model.split` of the model's shapes; nothing is computed."""
+  """Returns `model.split` of the model's shapes, without computing anything."""
   return model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
 
 
 def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
-  """Reads config.json and which tensors there are; see `load_pretrained`."""
+  """Reads config.json and the list of tensors; see `load_pretrained`."""
   path = (folder := pathlib.Path(folder)) / "config.json"
   if not path.exists():
     fail(f"{folder} must hold config.json, it has none")
@@ -216,7 +216,7 @@ def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
 
 
 def _account(folder, config: ModelConfig, weights: TensorFiles, slots: dict[str, Slot]) -> Account:
-  """Gives every tensor its place; see `load_pretrained` for what raises."""
+  """Assigns every tensor its place; raises what `load_pretrained` documents."""
   copies, account = copies_of(config), Account([], [], [], {})
   for name in weights.scales:
     account.ignored[name] = f"scale of {name.removesuffix(files.SCALE)}"
@@ -245,10 +245,10 @@ def _account(folder, config: ModelConfig, weights: TensorFiles, slots: dict[str,
 
 
 def check_copies(opened: Opened, block_rows: int = 1 << 12) -> None:
-  """Compares what a file repeats with the original, block by block.
+  """Compares repeated tensors with their originals, block by block.
 
   Raises:
-    ValueError: naming both tensors and their files, when they differ.
+    ValueError: naming both tensors and their files, if they differ.
   """
   weights = opened.weights
   copies = {n: o for n, o in copies_of(opened.config).items() if n in weights.stored}
@@ -268,22 +268,21 @@ def check_copies(opened: Opened, block_rows: int = 1 << 12) -> None:
 def load_pretrained(
   folder: str | pathlib.Path, compute_dtype: str = "float32", **fields: Any
 ) -> model_lib.Transformer:
-  """Reads a published checkpoint: config.json, and safetensors in one file or shards.
+  """Loads a published checkpoint: config.json, and safetensors in one file or shards.
 
-  Parameters are float32, whatever is stored; FP8 weights are scaled. Copies of the embedding
-  and head, as MTP layers have them, must equal the originals. transformers leaves MTP layers
-  out when it saves, and config.json still counts them: where not one of their tensors exists,
-  the model has no MTP and a warning says so, unless `fields` asks for
-  num_nextn_predict_layers.
+  Parameters become float32, whatever their stored dtype; FP8 weights are scaled. Copies of the
+  embedding and head, as MTP layers have them, must equal the originals. transformers saves no MTP
+  layers though config.json counts them: if not a single tensor of theirs exists, the model is
+  loaded without MTP and a warning says so, unless `fields` sets num_nextn_predict_layers.
 
   Args:
-    folder: of model_type deepseek_v3, kimi_k2 or deepseek_v2; float32, bfloat16, float16, or
-      float8_e4m3fn with `weight_scale_inv`.
-    compute_dtype: of the model's matrix products.
+    folder: of model_type deepseek_v3, kimi_k2 or deepseek_v2; tensors are float32, bfloat16,
+      float16, or float8_e4m3fn with `weight_scale_inv`.
+    compute_dtype: dtype of the model's matrix products.
     **fields: fields of `ModelConfig` to set; see `config_from_hf`.
 
   Raises:
-    ValueError: for an unsupported config, and, naming the tensor and its file, for one that
+    ValueError: for an unsupported config; and, naming the tensor and its file, for a tensor that
       is unknown, missing, of the wrong shape or dtype, or in a broken or missing file.
   """
   opened = open_pretrained(folder, compute_dtype=compute_dtype, **fields)

@@ -1,7 +1,7 @@
-"""Folders that appear whole or not at all, and whose making goes on after a kill.
+"""Creates folders atomically, and resumes after a kill.
 
-`<name>.partial` grows beside its destination and takes its name at the end. The journal in it
-holds what is being made and which items are on disk.
+A folder is written as `<name>.partial` beside its destination and renamed at the end. The journal
+in it describes the job and lists the items that are on disk.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ import rich.progress
 
 JOURNAL = "journal"
 WORKERS = 3  # reading, converting and writing overlap; each holds a piece of a tensor
-SYNC_SECS = 1.0  # between two notes in the journal
-LINE_SECS = 10.0  # between two lines of progress, off a terminal
-LONG_BYTES = 10**9  # what takes long enough to be announced
+SYNC_SECS = 1.0  # between two entries of the journal
+LINE_SECS = 10.0  # between two lines of progress, where there is no terminal
+LONG_BYTES = 10**9  # steps from this size on are announced
 
 
 def check_absent(destination: pathlib.Path) -> None:
@@ -34,25 +34,25 @@ def check_absent(destination: pathlib.Path) -> None:
 
 
 def announce(what: str, num_bytes: int) -> None:
-  """Prints what begins without a bar, where its bytes make one wait."""
+  """Prints the name of a step without a progress bar, if its size makes it slow."""
   if num_bytes >= LONG_BYTES:
     print(f"{what}, {num_bytes / 1e9:.1f} GB", flush=True)
 
 
 class Staging:
-  """A folder on its way to its destination; a context manager that keeps others out."""
+  """A folder that is being written; a context manager that locks out other processes."""
 
   def __init__(self, destination: pathlib.Path, job: dict[str, Any], num_bytes: int):
-    """Starts, or goes on with, the making of a folder.
+    """Starts to write a folder, or resumes.
 
     Args:
-      destination: must not exist.
-      job: what is made from what, for JSON: only the same job goes on.
-      num_bytes: what it will take on disk.
+      destination: final path; must not exist.
+      job: describes inputs and settings, for JSON; only an equal job is resumed.
+      num_bytes: size of the finished folder.
 
     Raises:
-      ValueError: when the destination exists, another job is under way, `<name>.partial` is
-        not one's own, or the disk is full.
+      ValueError: if the destination exists, another job is under way, `<name>.partial` was not
+        created by this class, or the disk is full.
     """
     self._destination = destination
     self.folder = destination.with_name(destination.name + ".partial")
@@ -93,7 +93,7 @@ class Staging:
     except BlockingIOError as error:
       raise ValueError(f"{self.folder} is being written by another process") from error
     check_absent(self._destination)
-    # Another process may have finished, or a user deleted it, before this one had the lock.
+    # Before this process had the lock, another may have finished, or a user may have deleted it.
     try:
       same = os.path.samestat(os.fstat(self._file.fileno()), self._journal.stat())
     except FileNotFoundError:
@@ -118,7 +118,7 @@ class Staging:
     self._file.close()
 
   def mark(self, item: str, sync: Callable[[], None]) -> None:
-    """Notes that an item is made; `sync` puts on disk what was made until now."""
+    """Records that an item is written; `sync` flushes to disk what was written until now."""
     self._waiting.append(item)
     if time.monotonic() - self._synced >= SYNC_SECS:
       sync()
@@ -128,7 +128,7 @@ class Staging:
       self._waiting, self._synced = [], time.monotonic()
 
   def finish(self) -> None:
-    """Gives the folder its name, all of it being on disk: from here on it exists."""
+    """Flushes the folder to disk and renames it to its destination."""
     paths = [*self.folder.rglob("*"), self.folder]
     announce(f"putting {self._destination} on disk", sum(path.stat().st_size for path in paths))
     for path in paths:
@@ -147,14 +147,15 @@ def run(
   label: str,
   group: Callable[[str], Any] = lambda item: None,
 ) -> None:
-  """Makes every item that the journal does not name, a few at a time, and shows how far it is.
+  """Writes every item that the journal does not list, a few at a time, with a progress bar.
 
   Args:
-    sizes: bytes of each item, in the order to make them.
-    make: called with an item, in a thread.
+    staging: the folder.
+    sizes: bytes of each item, in the order in which they are written.
+    make: writes an item; called in a thread.
     sync: see `Staging.mark`.
-    label: in front of the bar.
-    group: neighbours with an equal one are made together, others one after another.
+    label: text of the progress bar.
+    group: neighbouring items of an equal group may be written at the same time.
   """
   items = [item for item in sizes if item not in staging.done]
   already = sum(sizes.values()) - sum(sizes[item] for item in items)
@@ -180,16 +181,19 @@ def _in_threads(
 
 @contextlib.contextmanager
 def bytes_bar(label: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-  """Shows bytes, speed and time left; yields a function that is told of more bytes.
+  """Shows bytes, speed and time left; yields a function that adds bytes.
 
-  A bar on a terminal; elsewhere a line now and then, and one at the end.
+  A terminal shows a bar; elsewhere a line is printed now and then, and one at the end.
   """
   console = rich.console.Console(force_terminal=None if sys.stdout.isatty() else False)
   if console.is_terminal:
     columns = (
-      *(rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn()),
-      *(rich.progress.DownloadColumn(), rich.progress.TransferSpeedColumn()),
-      *(rich.progress.TimeRemainingColumn(), rich.progress.TextColumn("left")),
+      rich.progress.TextColumn("{task.description}"),
+      rich.progress.BarColumn(),
+      rich.progress.DownloadColumn(),
+      rich.progress.TransferSpeedColumn(),
+      rich.progress.TimeRemainingColumn(),
+      rich.progress.TextColumn("left"),
     )
     with rich.progress.Progress(*columns, console=console) as bar:
       task = bar.add_task(label, total=total, completed=done)

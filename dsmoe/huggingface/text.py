@@ -1,4 +1,4 @@
-"""What a checkpoint says of text: tokenizer files, and the tokens that config.json names."""
+"""The text side of a checkpoint: tokenizer files, and the special tokens of config.json."""
 
 import json
 import pathlib
@@ -12,16 +12,22 @@ from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.huggingface.config import fail
 from dsmoe.huggingface.files import read_json
 
-# Carried over; the last may be all there is (Moonlight, Kimi K2).
+# Files that are copied. Moonlight and Kimi K2 have the last two instead of tokenizer.json.
 FILES = (
-  *("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"),
-  *("special_tokens_map.json", "added_tokens.json", "tiktoken.model", "tokenization_*.py"),
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "generation_config.json",
+  "chat_template.jinja",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "tiktoken.model",
+  "tokenization_*.py",
 )
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def copy(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies the files there are."""
+  """Copies those of `FILES` that exist."""
   target.mkdir(exist_ok=True)
   for pattern in FILES:
     for path in source.glob(pattern):
@@ -29,7 +35,7 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def generation_tokens(folder: pathlib.Path) -> dict[str, Any] | None:
-  """Returns the special tokens of generation_config.json; None without one.
+  """Returns the special tokens of generation_config.json; None if there is no such file.
 
   Raises:
     ValueError: when it is not a JSON object.
@@ -42,14 +48,14 @@ def generation_tokens(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def settings(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:
-  """Returns what config.json says of special tokens, and files to write beside `FILES`.
+  """Returns the special tokens for config.json, and files to write beside `FILES`.
 
   Args:
-    folder: of the tokenizer; may have none.
-    config: of the model.
+    folder: the tokenizer's folder; it may lack a tokenizer.
+    config: the model's config.
 
   Raises:
-    ValueError: for a broken tokenizer or one with more tokens than the model.
+    ValueError: if the tokenizer is broken or has more tokens than the model.
   """
   tokens, path = generation_tokens(folder), folder / "tokenizer.json"
   if tokens is not None or not path.exists():
@@ -65,10 +71,10 @@ def settings(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any],
     tokens = {"bos_token_id": None, "eos_token_id": end}
     known = {"eos_token": tokenizer.id_to_token(end)}
   except ValueError:
-    pass  # a name we do not know: nothing is said
+    pass  # no token with a known name ends a document: leave it out
   if (folder / "tokenizer_config.json").exists():
     return tokens, {}
-  # A tokenizer trained here.
+  # A tokenizer that was trained here.
   own: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **known}
   own["model_max_length"] = config.max_position_embeddings
   return tokens, {"tokenizer_config.json": json.dumps(own, indent=2)}

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side, layer by layer: what each makes of the same random tokens.
+"""Compares two checkpoints layer by layer, by their activations for the same random tokens.
 
 One layer of each is in memory at a time. Either may be a published folder or a run's workdir.
 
@@ -32,20 +32,20 @@ from dsmoe.parallel import mesh as mesh_lib
 
 
 class Source(NamedTuple):
-  """A checkpoint whose parts are read when they are needed."""
+  """A checkpoint whose tensors are read when they are needed."""
 
   config: ModelConfig
   slots: dict[str, loading.Slot]
-  read: Callable[[str], np.ndarray]  # our part of a published tensor, float32
+  read: Callable[[str], np.ndarray]  # a published tensor by name, in our layout, float32
 
 
 class StepDifference(NamedTuple):
-  """How two checkpoints differ after one step of the model."""
+  """How the activations of two checkpoints differ after one step of the model."""
 
   name: str
-  difference: float  # largest, of what each made of its own stream
-  alone: float  # the same of this step only, both given the first one's input
-  magnitude: float  # largest, of the first
+  difference: float  # largest difference, each checkpoint computing from its own activations
+  alone: float  # largest difference if both get the first checkpoint's activations as input
+  magnitude: float  # largest magnitude of the first checkpoint's activations
 
 
 def open_source(path: str | pathlib.Path) -> Source:
@@ -80,7 +80,7 @@ def _layer(source: Source, stack: str, index: int) -> tuple[dict, dict]:
   """Reads one layer of a stack; returns its (params, router_bias), nested dicts of float32."""
   shapes = leaf_shapes(source.config)
   leaves: dict[tuple[str, ...], np.ndarray] = {}
-  # Leaf by leaf; see `slices.Arrays`.
+  # In the order of leaves, for `slices.Arrays`.
   for name, slot in sorted(source.slots.items(), key=lambda item: item[1][:2]):
     if slot.path[0] == stack and slot.at[0] == index:
       if slot.path not in leaves:
@@ -145,7 +145,7 @@ def _check_same_model(a: ModelConfig, b: ModelConfig) -> None:
 
 
 def compare(a: Source, b: Source, tokens_BS: np.ndarray) -> Iterator[StepDifference]:
-  """Yields a row for the embedding, each layer, the final norm, the logits and MTP's logits.
+  """Yields the differences after embedding, each layer, final norm, logits and MTP's logits.
 
   MTP layers that only one of them has are left out.
 
@@ -161,7 +161,7 @@ def compare(a: Source, b: Source, tokens_BS: np.ndarray) -> Iterator[StepDiffere
   graphs = {stack: _graph(config, stack) for stack in ("dense_layers", "moe_layers", "mtp")}
 
   def row(name: str, from_a, from_b, alone) -> StepDifference:
-    # By NumPy: XLA's maximum on CPU can lose a NaN.
+    # NumPy, because XLA's maximum on CPU can lose a NaN.
     from_a, from_b, alone = (np.asarray(x) for x in (from_a, from_b, alone))
     difference, apart = (float(np.abs(from_a - x).max()) for x in (from_b, alone))
     return StepDifference(name, difference, apart, float(np.abs(from_a).max()))
@@ -206,7 +206,7 @@ def compare(a: Source, b: Source, tokens_BS: np.ndarray) -> Iterator[StepDiffere
 
 
 def worst(rows: list[StepDifference]) -> StepDifference:
-  """Returns the step that by itself differs most; NaN is worse than any number."""
+  """Returns the step with the largest difference of its own; NaN is worse than any number."""
   return max(rows, key=lambda row: np.inf if np.isnan(row.alone) else row.alone)
 
 
