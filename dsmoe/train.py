@@ -19,7 +19,7 @@ from dsmoe import config as config_lib
 from dsmoe.config import Config
 from dsmoe.data import batches as data
 from dsmoe.data import records, sources
-from dsmoe.evaluation import evaluate
+from dsmoe.evaluation import perplexity
 from dsmoe.inference import batcher
 from dsmoe.inference.sampling import Sampling
 from dsmoe.parallel import mesh as mesh_lib
@@ -132,7 +132,7 @@ def train(
 
   def validation_line(limit: int) -> dict:
     batches = data.validation_batches(prepared, config.data, config.batch_size, *processes)
-    nats, tokens = evaluate.validation_nats(eval_step, state, batches, mesh, limit)
+    nats, tokens = perplexity.validation_nats(eval_step, state, batches, mesh, limit)
     tokens_per_byte = prepared.validation_tokens / prepared.validation_bytes
     loss = nats / tokens
     return {
@@ -144,7 +144,7 @@ def train(
   with checkpoints, writer, bar:
     bar.print(f"compiling for {mesh.size} x {jax.devices()[0].device_kind}")
     start = time.perf_counter()
-    batch = evaluate.to_global(next(batches), mesh)
+    batch = mesh_lib.to_global(next(batches), mesh)
     step_fn = step_fn.lower(state, batch).compile()
     cpu.release_memory()
     bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
@@ -152,7 +152,7 @@ def train(
     saved = first
     for step in range(first + 1, config.num_steps + 1):
       state, step_metrics = step_fn(state, batch)
-      batch = evaluate.to_global(next(batches), mesh)  # read while the device computes
+      batch = mesh_lib.to_global(next(batches), mesh)  # read while the device computes
       step_metrics = jax.device_get(step_metrics)
       if not step_metrics["finite"]:
         # The state returned is the one before this step.
@@ -199,7 +199,7 @@ def train(
 
 def write_sample(config: Config, workdir: epath.PathLike, prompt: str = "def ") -> str:
   """Returns what the newest checkpoint writes after `prompt`."""
-  run = evaluate.load_run(workdir)
+  run = checkpoint.load_run(workdir)
   if not run.tokenizer_path.exists():
     return ""
   encoder = run.tokenizer()

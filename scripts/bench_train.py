@@ -25,7 +25,6 @@ from dsmoe import runtime
 from dsmoe.config import Config
 from dsmoe.data import batches as data
 from dsmoe.data import records
-from dsmoe.evaluation import evaluate
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
@@ -61,7 +60,7 @@ def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
   processes = (jax.process_index(), jax.process_count())
   batches = data.train_iterator(prepared, config.data, config.batch_size, *processes)
   state = train_step.init_state(config, mesh)
-  batch = evaluate.to_global(next(batches), mesh)
+  batch = mesh_lib.to_global(next(batches), mesh)
   start = time.perf_counter()
   step_fn = train_step.make_train_step(config, mesh).lower(state, batch).compile()
   compile_secs = time.perf_counter() - start
@@ -73,7 +72,7 @@ def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
     for step in range(1, _WARMUP_STEPS + steps + 1):
       start = time.perf_counter()
       state, metrics = step_fn(state, batch)
-      batch = evaluate.to_global(next(batches), mesh)
+      batch = mesh_lib.to_global(next(batches), mesh)
       metrics = jax.device_get(metrics)
       secs.append(time.perf_counter() - start)
       loss = float(metrics["losses"].total)

@@ -12,8 +12,8 @@ import sys
 import rich
 from absl import app, flags, logging
 
-from dsmoe import runtime
-from dsmoe.evaluation import evaluate
+from dsmoe import checkpoint, runtime
+from dsmoe.evaluation import multiple_choice, perplexity
 from dsmoe.reporting import progress
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
@@ -29,12 +29,12 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   runtime.start()
   try:
-    questions = evaluate.read_questions(_CHOICES.value) if _CHOICES.value else []
-    run = evaluate.load_run(_WORKDIR.value, _STEP.value)
+    questions = multiple_choice.read_questions(_CHOICES.value) if _CHOICES.value else []
+    run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
     if _TEXT.value:
-      result = evaluate.score_text(run, _TEXT.value)
+      result = perplexity.score_text(run, _TEXT.value)
     else:
-      result = evaluate.score_choices(run, questions)
+      result = multiple_choice.score_choices(run, questions)
   except ValueError as error:
     sys.exit(f"evaluate: {error}")
   if _JSON.value:

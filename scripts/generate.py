@@ -16,8 +16,7 @@ import rich.console
 from absl import app, flags, logging
 from etils import epath
 
-from dsmoe import runtime
-from dsmoe.evaluation import evaluate
+from dsmoe import checkpoint, runtime
 from dsmoe.inference import batcher, generate, text_model
 from dsmoe.inference.sampling import Sampling
 from dsmoe.reporting import progress
@@ -60,7 +59,7 @@ class Writer:
   """A checkpoint and how it is to write."""
 
   def __init__(self):
-    run = evaluate.load_run(_WORKDIR.value, _STEP.value)
+    run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
     options = dict(cache_bytes=_CACHE_BYTES.value, speculate=_SPECULATE.value)
     self.engine = batcher.make(run, max_rows=_MAX_ROWS.value, **options)
     folder, limit = run.tokenizer_path.parent, self.engine.max_tokens_per_row

@@ -15,8 +15,7 @@ import sys
 from absl import app, flags, logging
 from etils import epath
 
-from dsmoe import runtime
-from dsmoe.evaluation import evaluate
+from dsmoe import checkpoint, runtime
 from dsmoe.inference import batcher, text_model
 from dsmoe.serving import http, server
 from dsmoe.serving.engine import Engine
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> None:
   runtime.start()
   try:
     key = api_key()
-    run = evaluate.load_run(_WORKDIR.value, _STEP.value)
+    run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
     options = dict(cache_bytes=_CACHE_BYTES.value, speculate=_SPECULATE.value)
     rows = batcher.make(run, max_rows=_MAX_ROWS.value, **options)
     name = _MODEL_NAME.value or epath.Path(_WORKDIR.value).resolve().name

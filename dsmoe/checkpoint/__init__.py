@@ -1,4 +1,4 @@
-"""What a run leaves to go on from; `slices` reads and writes its arrays a part at a time."""
+"""A run's checkpoints: saving, resuming, loading for use; `slices` handles parts of arrays."""
 
 from dsmoe.checkpoint.checkpointer import (
   CHECKPOINTS,
@@ -11,14 +11,17 @@ from dsmoe.checkpoint.checkpointer import (
   restore_weights,
   step_folder,
 )
+from dsmoe.checkpoint.loading import LoadedRun, load_run
 
 __all__ = [
   "CHECKPOINTS",
   "CONFIG_FILE",
   "Checkpointer",
+  "LoadedRun",
   "check_whole",
   "find_step",
   "load_config",
+  "load_run",
   "record_config",
   "restore_weights",
   "step_folder",

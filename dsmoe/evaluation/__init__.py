@@ -1,1 +1,1 @@
-"""How good a checkpoint is: the loss on a text, and multiple choice."""
+"""Measures of a checkpoint's quality: the loss on a text, and multiple choice."""

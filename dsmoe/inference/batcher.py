@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from dsmoe.checkpoint import LoadedRun
 from dsmoe.config import ModelConfig
-from dsmoe.evaluation import evaluate
 from dsmoe.inference import cache, decode, forward, sampling
 from dsmoe.inference.cache import PAGE_TOKENS
 from dsmoe.inference.cached_attention import Place
@@ -315,9 +315,12 @@ class Batcher:
     )
 
 
-def make(run: evaluate.Run, **options: Any) -> Batcher:
-  """Builds a `Batcher` for a loaded checkpoint, on this process's first device."""
-  params, router_bias = jax.device_put((run.params, run.router_bias), jax.local_devices()[0])
+def make(run: LoadedRun, **options: Any) -> Batcher:
+  """Builds a `Batcher` for a loaded checkpoint, on this process's first device.
+
+  Takes the weights out of `run`, which cannot be used to evaluate afterwards.
+  """
+  params, router_bias = jax.device_put(run.take_weights(), jax.local_devices()[0])
   return Batcher(run.config.model, params, router_bias, **options)
 
 

@@ -54,6 +54,12 @@ def batch_spec() -> PartitionSpec:
   return PartitionSpec(BATCH_AXES)
 
 
+def to_global(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+  """Turns this process's rows, NumPy arrays, into global arrays split over the mesh."""
+  shard = NamedSharding(mesh, batch_spec())
+  return {k: jax.make_array_from_process_local_data(shard, v) for k, v in batch.items()}
+
+
 def named(mesh: Mesh, specs: Any) -> Any:
   """Turns a tree of PartitionSpecs into NamedShardings on `mesh`."""
   return jax.tree.map(

@@ -21,7 +21,6 @@ from dsmoe import checkpoint
 from dsmoe import config as config_lib
 from dsmoe import model as model_lib
 from dsmoe.data import tokenizer as tokenizer_lib
-from dsmoe.evaluation import evaluate
 from dsmoe.huggingface import convert, files, loading, staging, verify
 from dsmoe.training import train_step
 from experiments import base
@@ -152,7 +151,7 @@ def test_fp8_export_is_quantise_dequantise(tmp_path, ue8m0, numbers, monkeypatch
 @pytest.mark.parametrize("folder", FP8_CASES, ids=cases.label)
 def test_fp8_case_both_ways(folder, tmp_path):
   convert.import_folder(folder, tmp_path / "run", DEFAULTS)  # float32: nothing is lost
-  run, case = evaluate.load_run(tmp_path / "run"), cases.load(folder)
+  run, case = checkpoint.load_run(tmp_path / "run"), cases.load(folder)
   _, params, router_bias = model_lib.split(case.model)
   assert jax.tree.all(jax.tree.map(np.array_equal, run.params, params))
   assert jax.tree.all(jax.tree.map(np.array_equal, run.router_bias, router_bias))
@@ -189,7 +188,7 @@ def test_imported_workdir_is_that_of_a_run(tmp_path, dtype):
   ):
     (tmp_path / "hf" / name).write_text(f'{{"eos_token_id": 7, "of": "{name}"}}')
   convert.import_folder(tmp_path / "hf", tmp_path / "run", DEFAULTS, dtype=dtype)
-  run = evaluate.load_run(tmp_path / "run")
+  run = checkpoint.load_run(tmp_path / "run")
   assert run.step == 0
   assert run.tokenizer_path.read_text() == (tmp_path / "hf/tokenizer.json").read_text()
   assert run.config.model.compute_dtype == "bfloat16"

@@ -9,8 +9,8 @@ import numpy as np
 import openai
 import pytest
 
-from dsmoe import train
-from dsmoe.evaluation import evaluate
+from dsmoe import checkpoint, train
+from dsmoe.evaluation import multiple_choice
 from dsmoe.inference import batcher
 from dsmoe.inference.sampling import Sampling
 from tests import runs
@@ -39,13 +39,13 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(workdir):
-  return evaluate.load_run(workdir)
+  return checkpoint.load_run(workdir)
 
 
 @pytest.fixture(scope="module")
-def engine(run):
+def engine(workdir):
   """A batcher of our own, to know what the server should say."""
-  return batcher.make(run, max_rows=2)
+  return batcher.make(checkpoint.load_run(workdir), max_rows=2)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_harness_gets_the_loglikelihoods(run, client):
     sum(choice.logprobs.token_logprobs[len(context) : -1])
     for choice, (context, _) in zip(answer.choices, pairs)
   ]
-  np.testing.assert_allclose(scores, evaluate.loglikelihoods(run, pairs), rtol=2e-4)
+  np.testing.assert_allclose(scores, multiple_choice.loglikelihoods(run, pairs), rtol=2e-4)
   for choice, prompt in zip(answer.choices, prompts):
     assert len(choice.logprobs.tokens) == len(prompt) + 1
 

@@ -1,15 +1,12 @@
-"""How good a checkpoint is: loss on a text, and the likelihood of given continuations.
+"""Multiple choice: the likelihood of given continuations, and the answers it chooses.
 
-Shapes: B rows, S tokens of a row, M = B * S, D hidden, V vocabulary.
+Shapes: B rows, S tokens of a row, D hidden, V vocabulary, c tokens of a chunk.
 """
 
-import dataclasses
-import itertools
 import json
 import math
-import tempfile
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,131 +15,18 @@ from etils import epath
 from flax import nnx
 from tokenizers import Tokenizer
 
-from dsmoe import checkpoint
+from dsmoe.checkpoint import LoadedRun
 from dsmoe.config import Config
-from dsmoe.data import batches as data
-from dsmoe.data import records
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import train_step
 
 
-class Run(NamedTuple):
-  """A checkpoint, loaded onto a mesh of all devices."""
-
-  config: Config
-  tokenizer_path: epath.Path
-  params: Any
-  router_bias: Any
-  mesh: jax.sharding.Mesh
-  step: int
-
-  def tokenizer(self) -> Tokenizer:
-    """Returns the run's tokenizer.
-
-    Raises:
-      ValueError: when there is none, the run's data being synthetic.
-    """
-    if not self.tokenizer_path.exists():
-      raise ValueError(f"the run must have a tokenizer, {self.tokenizer_path} does not exist")
-    return tokenizer_lib.load_tokenizer(self.tokenizer_path, self.config.model.vocab_size)
-
-
-def load_run(workdir: epath.PathLike, step: int | None = None) -> Run:
-  """Loads a run's newest checkpoint, or that of `step`.
-
-  Raises:
-    ValueError: when `workdir` holds no run or no such checkpoint.
-  """
-  workdir = epath.Path(workdir)
-  config = checkpoint.load_config(workdir)
-  # The run may have been on more devices than there are here.
-  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1))
-  mesh = mesh_lib.make_mesh(config.mesh)
-  params, router_bias, step = load_weights(config, workdir, mesh, step)
-  folder = epath.Path(config.data.cache_dir or workdir / "data")
-  return Run(config, folder / "tokenizer.json", params, router_bias, mesh, step)
-
-
-def load_weights(config: Config, workdir: epath.PathLike, mesh, step: int | None = None):
-  """Restores (params, router_bias, step) of a run onto a mesh."""
-  abstract = train_step.abstract_state(config, mesh)
-  return checkpoint.restore_weights(workdir, abstract.params, abstract.router_bias, step)
-
-
-def to_global(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
-  """Turns this process's rows into global arrays sharded over the mesh."""
-  shard = jax.sharding.NamedSharding(mesh, mesh_lib.batch_spec())
-  return {k: jax.make_array_from_process_local_data(shard, v) for k, v in batch.items()}
-
-
-def validation_nats(eval_step, state, batches: Iterable[dict], mesh, limit: int = -1):
-  """Returns (nats, tokens) summed over at most `limit` batches (-1: all).
-
-  Args:
-    eval_step: from `train_step.make_eval_step`.
-    state: a TrainState; only its params and router_bias are used.
-    batches: as `data.validation_batches` yields them.
-    mesh: the state's.
-    limit: -1 for all batches.
-  """
-  sums = [
-    eval_step(state, to_global(batch, mesh))
-    for batch in itertools.islice(batches, None if limit < 0 else limit)
-  ]
-  sums = jax.device_get(sums)
-  return sum(float(n) for n, _ in sums), sum(float(w) for _, w in sums)
-
-
-def score_text(run: Run, text_glob: str) -> dict[str, float]:
-  """Measures the loss on a text, every token of it, as the training loop's validation does.
-
-  Args:
-    run: from `load_run`.
-    text_glob: as in `data.validation_globs`: text, .jsonl or .parquet files, or "stdlib".
-
-  Returns:
-    `nats_per_token`, `perplexity`, `bits_per_byte`, and the numbers of `tokens` (ends of
-    documents among them) and `bytes`.
-
-  Raises:
-    ValueError: when nothing matches, or the run has no tokenizer.
-  """
-  run.tokenizer()
-  shards = mesh_lib.num_batch_shards(run.mesh)
-  config = dataclasses.replace(
-    run.config,
-    batch_size=run.config.batch_size + -run.config.batch_size % shards,
-    num_microbatches=1,
-    data=dataclasses.replace(
-      run.config.data,
-      train_globs=("synthetic",),
-      train_weights=(1.0,),
-      validation_globs=(text_glob,),
-      tokenizer=str(run.tokenizer_path),
-    ),
-  )
-  state = train_step.TrainState(None, run.params, None, run.router_bias)
-  with tempfile.TemporaryDirectory() as folder:
-    prepared = records.prepare(config.data, config.model.vocab_size, folder)
-    processes = (jax.process_index(), jax.process_count())
-    batches = data.validation_batches(prepared, config.data, config.batch_size, *processes)
-    eval_step = train_step.make_eval_step(config, run.mesh)
-    nats, tokens = validation_nats(eval_step, state, batches, run.mesh)
-  return {
-    "nats_per_token": nats / tokens,
-    "perplexity": math.exp(nats / tokens),
-    "bits_per_byte": nats / math.log(2) / prepared.validation_bytes,
-    "tokens": round(tokens),
-    "bytes": prepared.validation_bytes,
-  }
-
-
 def make_row_loglikelihoods(config: Config, mesh):
-  """Returns the jitted (params, bias, tokens_BS, targets_BS, weights_BS) -> float32 [B].
+  """Returns the jitted function (params, bias, tokens_BS, targets_BS, weights_BS) -> float32 [B].
 
-  The result is the sum of weight * log p(target) over each row, rows being one document.
+  Each row is one document; the result is the sum of weight * log p(target) over it.
   """
   graphdef, params, router_bias = train_step.model_parts(config)
 
@@ -170,7 +54,7 @@ def make_row_loglikelihoods(config: Config, mesh):
 
 
 def loglikelihoods(
-  run: Run, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
+  run: LoadedRun, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int = 16
 ) -> np.ndarray:
   """Returns log p(continuation | context) in nats, float64 [len(pairs)].
 
@@ -239,11 +123,13 @@ def read_questions(path: epath.PathLike) -> list[Question]:
       row = json.loads(line)
       prompt = row["question"] if "question" in row else row["prompt"]
       choices, answer = row["choices"], row["answer"]
-      fine = isinstance(prompt, str) and all(isinstance(c, str) and c for c in choices)
-      fine = fine and type(answer) is int and 0 <= answer < len(choices) and len(choices) > 1
+      is_valid = isinstance(prompt, str) and all(isinstance(c, str) and c for c in choices)
+      is_valid = (
+        is_valid and type(answer) is int and 0 <= answer < len(choices) and len(choices) > 1
+      )
     except (ValueError, KeyError, TypeError):
-      fine = False
-    if not fine:
+      is_valid = False
+    if not is_valid:
       raise ValueError(
         f'{path}, line {number}: must be {{"question": text, "choices": [texts], "answer": '
         f"index}} with at least 2 choices, got {line[:80]!r}"
@@ -255,10 +141,11 @@ def read_questions(path: epath.PathLike) -> list[Question]:
 
 
 def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[int], list[int]]:
-  """Encodes prompt and choice apart, joined by a space unless there is white space already.
+  """Returns the token ids of (context, continuation), encoded separately.
 
-  White space between the two belongs to the continuation, as in running text; an empty
-  prompt is the end of a document.
+  A space joins them unless there is white space between them already. White space between the
+  two belongs to the continuation, as tokens of running text begin with it. The context of an
+  empty prompt is the token that ends a document.
   """
   context = prompt.rstrip()
   between = prompt[len(context) :]
@@ -269,7 +156,7 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
   return ids[0] or [tokenizer_lib.eos_id(tokenizer)], ids[1]
 
 
-def score_choices(run: Run, questions: Sequence[Question]) -> dict[str, float]:
+def score_choices(run: LoadedRun, questions: Sequence[Question]) -> dict[str, float]:
   """Answers each question with its likeliest choice.
 
   Returns:

@@ -1,0 +1,76 @@
+"""Loads a run's checkpoint for use: evaluation, generation and serving.
+
+Training resumes through `Checkpointer.restore` instead, which also reads the optimizer's state.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from etils import epath
+from tokenizers import Tokenizer
+
+from dsmoe.checkpoint import checkpointer
+from dsmoe.config import Config
+from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.training import train_step
+
+
+@dataclasses.dataclass
+class LoadedRun:
+  """A run's config, and the weights of one of its checkpoints on a mesh of all devices."""
+
+  config: Config
+  tokenizer_path: epath.Path
+  params: Any  # None once `take_weights` was called, and so is `router_bias`
+  router_bias: Any
+  mesh: jax.sharding.Mesh
+  step: int
+
+  def tokenizer(self) -> Tokenizer:
+    """Returns the run's tokenizer.
+
+    Raises:
+      ValueError: when there is none, the run's data being synthetic.
+    """
+    if not self.tokenizer_path.exists():
+      raise ValueError(f"the run must have a tokenizer, {self.tokenizer_path} does not exist")
+    return tokenizer_lib.load_tokenizer(self.tokenizer_path, self.config.model.vocab_size)
+
+  def take_weights(self) -> tuple[Any, Any]:
+    """Returns (params, router_bias) and drops this object's references to them.
+
+    What converts the weights can then free each array as soon as it is converted: a reference
+    held here would keep a second copy of the model in memory.
+
+    Raises:
+      ValueError: when they were taken before.
+    """
+    if self.params is None:
+      raise ValueError(f"the weights of step {self.step} were taken before: load the run again")
+    weights = self.params, self.router_bias
+    self.params = self.router_bias = None
+    return weights
+
+
+def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
+  """Loads the weights of a run's newest checkpoint, or those of `step`.
+
+  Args:
+    workdir: the run's; it may have been written on any number of devices.
+    step: the checkpoint; None for the newest.
+
+  Raises:
+    ValueError: when `workdir` holds no run or no such checkpoint.
+  """
+  workdir = epath.Path(workdir)
+  config = checkpointer.load_config(workdir)
+  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1))
+  mesh = mesh_lib.make_mesh(config.mesh)
+  abstract = train_step.abstract_state(config, mesh)
+  params, router_bias, step = checkpointer.restore_weights(
+    workdir, abstract.params, abstract.router_bias, step
+  )
+  folder = epath.Path(config.data.cache_dir or workdir / "data")
+  return LoadedRun(config, folder / "tokenizer.json", params, router_bias, mesh, step)

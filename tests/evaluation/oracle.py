@@ -1,0 +1,24 @@
+"""Log-probabilities of tokens, in NumPy from `model.logits` of one document at a time."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsmoe import model as model_lib
+from dsmoe.training import train_step
+
+SEQUENCE_LENGTH = 16
+_LONGEST = 40
+
+
+def log_probabilities(run, ids):
+  """Returns log p(ids[i] | ids[:i]) for i from 1."""
+  graphdef, *_ = train_step.model_parts(run.config)
+  params, bias = jax.device_get((run.params, run.router_bias))
+  # Later tokens change nothing, so that one padded shape serves every length.
+  tokens_1S = np.zeros((1, _LONGEST), np.int32)
+  tokens_1S[0, : len(ids) - 1] = ids[:-1]
+  logits_1SV = model_lib.logits(nnx.merge(graphdef, params, bias), tokens_1S)
+  logits_SV = np.asarray(logits_1SV, np.float64)[0, : len(ids) - 1]
+  log_z_S = np.log(np.exp(logits_SV).sum(-1))
+  return np.array([row[i] for row, i in zip(logits_SV, ids[1:])]) - log_z_S

@@ -1,0 +1,88 @@
+"""Tests of dsmoe/evaluation/multiple_choice.py, against NumPy on logits and on given scores."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.evaluation import multiple_choice
+from tests.data.cases import VOCAB
+from tests.evaluation.oracle import log_probabilities
+from tests.helpers import assert_close
+
+
+def test_loglikelihoods_match_numpy(run):
+  rng = np.random.default_rng(0)
+  lengths = [(1, 1), (3, 2), (1, 9), (20, 1), (7, 13), (5, 5), (2, 2), (9, 1), (30, 4)]
+  pairs = [tuple(rng.integers(0, VOCAB, n).tolist() for n in pair) for pair in lengths]
+  actual = multiple_choice.loglikelihoods(run, pairs, batch_size=3)
+  expected = [log_probabilities(run, a + b)[-len(b) :].sum() for a, b in pairs]
+  assert_close(actual, np.array(expected), "model_float32")
+
+
+@pytest.mark.parametrize(
+  "pair, message",
+  [
+    (([], [1]), r"at least 1 token each, got 0 and 1 in pair 0"),
+    (([1], []), r"at least 1 token each, got 1 and 0"),
+    (([1] * 4000, [1] * 98), r"\(4000 \+ 98 tokens, pair 0\) must not exceed .*\(4096\)"),
+  ],
+)
+def test_pairs_that_do_not_fit_are_refused(run, pair, message):
+  with pytest.raises(ValueError, match=message):
+    multiple_choice.loglikelihoods(run, [pair])
+
+
+def test_choices_are_joined_as_in_running_text(run):
+  tokenizer = run.tokenizer()
+  for prompt, choice, context, continuation in [
+    ("alpha", "beta", "alpha", " beta"),
+    ("alpha ", "beta", "alpha", " beta"),
+    ("alpha\n", "beta", "alpha", "\nbeta"),
+    ("alpha", " beta", "alpha", " beta"),
+    ("", "beta", "<|endoftext|>", "beta"),
+  ]:
+    ids = multiple_choice.encode_choice(tokenizer, prompt, choice)
+    texts = [tokenizer.decode(part, skip_special_tokens=False) for part in ids]
+    assert texts == [context, continuation]
+  assert multiple_choice.encode_choice(tokenizer, "", "x")[0] == [tokenizer_lib.eos_id(tokenizer)]
+
+
+def test_score_choices(run, monkeypatch):
+  questions = [
+    multiple_choice.Question("a", ["xxxx", "yy"], 0),  # by the sum wrong, by the byte right
+    multiple_choice.Question("b", ["xxxx", "y", "zz"], 1),  # right both ways
+    multiple_choice.Question("c", ["é", "y"], 1),  # wrong; é has two bytes
+  ]
+  scores = np.array([-4.0, -3.0, -9.0, -1.0, -8.0, -1.0, -1.5])
+  monkeypatch.setattr(multiple_choice, "loglikelihoods", lambda run, pairs: scores[: len(pairs)])
+  result = multiple_choice.score_choices(run, questions)
+  assert result["questions"] == 3
+  assert result["accuracy"] == pytest.approx(1 / 3)
+  assert result["margin"] == pytest.approx((-1.0 + 7.0 - 0.5) / 3)
+  per_byte = [-1.0 + 1.5, -1.0 + 2.25, -1.5 + 0.5]
+  assert result["accuracy_per_byte"] == pytest.approx(2 / 3)
+  assert result["margin_per_byte"] == pytest.approx(np.mean(per_byte))
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    "{",
+    "[]",
+    '{"choices": ["a", "b"], "answer": 0}',
+    '{"question": "q", "choices": ["a", "b"], "answer": 2}',
+    '{"question": "q", "choices": ["a", ""], "answer": 0}',
+    '{"question": "q", "choices": ["a"], "answer": 0}',
+    '{"question": "q", "choices": ["a", "b"], "answer": "a"}',
+  ],
+)
+def test_broken_questions_are_refused(tmp_path, line):
+  path = tmp_path / "q.jsonl"
+  good = json.dumps({"prompt": "p", "choices": ["a", "b"], "answer": 1})
+  path.write_text(f"{good}\n\n{line}\n")
+  with pytest.raises(ValueError, match=r"q\.jsonl, line 3: must be"):
+    multiple_choice.read_questions(path)
+  path.write_text(f"{good}\n")
+  assert multiple_choice.read_questions(path) == [multiple_choice.Question("p", ["a", "b"], 1)]
