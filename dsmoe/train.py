@@ -20,7 +20,7 @@ from dsmoe.config import Config
 from dsmoe.data import batches as data
 from dsmoe.data import records, sources
 from dsmoe.evaluation import perplexity
-from dsmoe.inference import batcher
+from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference.sampling import Sampling
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
@@ -204,10 +204,10 @@ def write_sample(config: Config, workdir: epath.PathLike, prompt: str = "def ") 
     return ""
   encoder = run.tokenizer()
   tokens = encoder.encode(prompt, add_special_tokens=False).ids
-  engine = batcher.make(run, max_rows=1)
-  room = engine.max_tokens_per_row - len(tokens)
+  batcher = batcher_lib.make(run, batcher_lib.BatcherOptions(max_rows=1))
+  room = batcher.max_tokens_per_row - len(tokens)
   settings = Sampling(min(config.log.sample_tokens, room), temperature=0.7)
-  return prompt + encoder.decode(batcher.generate(engine, [tokens], settings)[0])
+  return prompt + encoder.decode(batcher_lib.generate(batcher, [tokens], settings)[0])
 
 
 def report(config: Config, workdir: epath.Path) -> None:

@@ -23,7 +23,8 @@ from dsmoe import config as config_lib
 from dsmoe import model as model_lib
 from dsmoe import runtime
 from dsmoe.config import ModelConfig
-from dsmoe.inference import batcher, cache
+from dsmoe.inference import batcher as batcher_lib
+from dsmoe.inference import cache
 from dsmoe.inference.sampling import Sampling
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
@@ -62,12 +63,12 @@ def bytes_read_a_step(config: ModelConfig, rows: int) -> float:
   return numbers * jnp.dtype(config.compute_dtype).itemsize
 
 
-def timed(engine: batcher.Batcher, rows: int, max_tokens: int, rng) -> float:
+def timed(batcher: batcher_lib.Batcher, rows: int, max_tokens: int, rng) -> float:
   """Returns the seconds in which fresh prompts get `max_tokens` tokens each."""
-  V = engine.config.vocab_size
+  V = batcher.config.vocab_size
   prompts = [rng.integers(0, V, _PROMPT.value).tolist() for _ in range(rows)]
   start = time.perf_counter()
-  batcher.generate(engine, prompts, Sampling(max_tokens=max_tokens, temperature=0))
+  batcher_lib.generate(batcher, prompts, Sampling(max_tokens=max_tokens, temperature=0))
   return time.perf_counter() - start
 
 
@@ -75,24 +76,24 @@ def measure(config: ModelConfig, params, router_bias, rows: int) -> dict[str, An
   """Returns the figures at one batch size."""
   tokens = _PROMPT.value + _NEW.value + 1
   pages = rows * -(-tokens // cache.PAGE_TOKENS)
-  engine = batcher.Batcher(
-    *(config, params, router_bias),
+  options = batcher_lib.BatcherOptions(
     max_rows=rows,
     cache_bytes=2 * pages * cache.page_bytes(config, _SPECULATE.value),
     speculate=_SPECULATE.value,
     prefill_tokens=rows * max(512, _PROMPT.value),
   )
+  batcher = batcher_lib.Batcher(config, params, router_bias, options)
   rng = np.random.default_rng(0)
   start = time.perf_counter()
-  timed(engine, rows, _NEW.value, rng)
-  timed(engine, rows, 1, rng)
+  timed(batcher, rows, _NEW.value, rng)
+  timed(batcher, rows, 1, rng)
   warm_up_secs = time.perf_counter() - start
   cpu.release_memory()
-  first = [timed(engine, rows, 1, rng) for _ in range(_REPEATS.value)]
-  whole = [timed(engine, rows, _NEW.value, rng) for _ in range(_REPEATS.value)]
+  first = [timed(batcher, rows, 1, rng) for _ in range(_REPEATS.value)]
+  whole = [timed(batcher, rows, _NEW.value, rng) for _ in range(_REPEATS.value)]
   first_secs = statistics.median(first)
   decode_secs = min(whole) - min(first)  # what else the machine does only adds
-  stats = engine.stats()
+  stats = batcher.stats()
   return {
     "batch": rows,
     "prefill_tokens_per_sec": rows * _PROMPT.value / first_secs,

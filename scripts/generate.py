@@ -17,7 +17,8 @@ from absl import app, flags, logging
 from etils import epath
 
 from dsmoe import checkpoint, runtime
-from dsmoe.inference import batcher, generate, text_model
+from dsmoe.inference import batcher as batcher_lib
+from dsmoe.inference import generate, text_model
 from dsmoe.inference.sampling import Sampling
 from dsmoe.reporting import progress
 
@@ -41,9 +42,9 @@ _CACHE_BYTES = flags.DEFINE_integer("cache_bytes", 2**30, "The most it takes.", 
 _SPECULATE = flags.DEFINE_bool("speculate", False, "Draft with the MTP module.")
 
 
-def show(figures: generate.Figures, engine: batcher.Batcher) -> None:
+def show(figures: generate.Figures, batcher: batcher_lib.Batcher) -> None:
   """Prints what it took, to stderr."""
-  stats = engine.stats()
+  stats = batcher.stats()
   rows = [
     ("tokens written", f"{figures.new_tokens:,}"),
     ("tokens/s", f"{figures.new_tokens / max(figures.secs, 1e-9):,.1f}"),
@@ -60,9 +61,9 @@ class Writer:
 
   def __init__(self):
     run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
-    options = dict(cache_bytes=_CACHE_BYTES.value, speculate=_SPECULATE.value)
-    self.engine = batcher.make(run, max_rows=_MAX_ROWS.value, **options)
-    folder, limit = run.tokenizer_path.parent, self.engine.max_tokens_per_row
+    options = batcher_lib.BatcherOptions(_MAX_ROWS.value, _CACHE_BYTES.value, _SPECULATE.value)
+    self.batcher = batcher_lib.make(run, options)
+    folder, limit = run.tokenizer_path.parent, self.batcher.max_tokens_per_row
     self.model = text_model.load(folder, run.tokenizer(), _WORKDIR.value, limit)
     self.settings = Sampling(
       *(_NUM_TOKENS.value, _TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value),
@@ -76,7 +77,7 @@ class Writer:
     prefix = [] if is_chat else list(self.model.prefix)
     encode = self.model.tokenizer.encode
     prompts = [prefix + encode(text, add_special_tokens=False).ids for text in texts]
-    args = (self.engine, self.model.vocabulary, prompts, self.settings, _STOP.value)
+    args = (self.batcher, self.model.vocabulary, prompts, self.settings, _STOP.value)
     return generate.stream(*args, self.figures)
 
   def chat(self) -> None:
@@ -103,7 +104,7 @@ class Writer:
       messages.append({"role": "assistant", "content": answer})
 
   def answer(self, conversation: str) -> str:
-    """Prints and returns what comes next; Ctrl-C ends it between two steps of the engine."""
+    """Prints and returns what comes next; Ctrl-C ends it between two rounds of the batcher."""
     interrupts: list[int] = []
     previous = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     text, pieces = "", self.stream([conversation], is_chat=True)
@@ -154,7 +155,7 @@ def main(argv: list[str]) -> None:
   except ValueError as error:
     sys.exit(f"generate: {error}")
   if writer.figures.new_tokens:
-    show(writer.figures, writer.engine)
+    show(writer.figures, writer.batcher)
 
 
 if __name__ == "__main__":

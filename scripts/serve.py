@@ -16,7 +16,8 @@ from absl import app, flags, logging
 from etils import epath
 
 from dsmoe import checkpoint, runtime
-from dsmoe.inference import batcher, text_model
+from dsmoe.inference import batcher as batcher_lib
+from dsmoe.inference import text_model
 from dsmoe.serving import http, server
 from dsmoe.serving.engine import Engine
 
@@ -66,18 +67,20 @@ def main(argv: list[str]) -> None:
   try:
     key = api_key()
     run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
-    options = dict(cache_bytes=_CACHE_BYTES.value, speculate=_SPECULATE.value)
-    rows = batcher.make(run, max_rows=_MAX_ROWS.value, **options)
+    options = batcher_lib.BatcherOptions(_MAX_ROWS.value, _CACHE_BYTES.value, _SPECULATE.value)
+    batcher = batcher_lib.make(run, options)
     name = _MODEL_NAME.value or epath.Path(_WORKDIR.value).resolve().name
     served = text_model.load(
-      run.tokenizer_path.parent, run.tokenizer(), name, rows.max_tokens_per_row
+      run.tokenizer_path.parent, run.tokenizer(), name, batcher.max_tokens_per_row
     )
   except ValueError as error:
     sys.exit(f"serve: {error}")
   if not key and not is_loopback(_HOST.value):
     logging.warning("anyone who reaches %s may use this server: it wants no key", _HOST.value)
   limits = server.Limits(_MAX_BODY_BYTES.value, request_secs=_REQUEST_SECS.value)
-  application = server.Server(served, Engine(rows, _MAX_ROWS.value, _MAX_QUEUE.value), limits, key)
+  application = server.Server(
+    served, Engine(batcher, _MAX_ROWS.value, _MAX_QUEUE.value), limits, key
+  )
   http.HttpServer(application, _HOST.value, _PORT.value, _DRAIN_SECS.value).run()
 
 

@@ -1,8 +1,8 @@
 """Continuous batching: requests join and leave a running batch over one paged cache.
 
-A row's pages are reserved when it joins, so nothing that has begun is ever put back. Each round
-takes in a part of the new prompts, then decodes a few tokens of every row that is ready: a long
-prompt does not stop the others.
+Each round processes a part of the new prompts, then decodes a few tokens of every row whose prompt
+is complete, so that a long prompt does not stop the other requests. All pages that a request may
+need are reserved when it joins, so that no request is ever interrupted for lack of space.
 """
 
 import collections
@@ -25,74 +25,77 @@ from dsmoe.inference.sampling import Sampling
 
 MAX_STOP_TOKENS = 8
 
-__all__ = ["Batcher", "Event", "Logprob", "generate", "make"]
+__all__ = ["Batcher", "BatcherOptions", "Event", "Logprob", "generate", "make"]
 
 
 def _bucket(n: int, base: int, most: int) -> int:
-  """The next power of `base`, or `most`: compiled functions exist for these sizes only."""
+  """Returns the next power of `base`, at most `most`: functions are compiled for these sizes."""
   size = 1
   while size < n:
     size *= base
   return min(size, most)
 
 
+@dataclasses.dataclass(frozen=True)
+class BatcherOptions:
+  """How much a `Batcher` does at once, and in how much memory."""
+
+  max_rows: int = 8  # requests decoded together
+  cache_bytes: int = 2**30  # upper limit of the cache
+  speculate: bool = False  # draft tokens with the first MTP module
+  steps_per_round: int = 8  # decode steps in a round
+  prompt_part_tokens: int = 512  # of one prompt in a round; a power of two, at least a page
+  prefill_tokens: int = 4096  # of all prompts in a round
+
+  def __post_init__(self):
+    for name in ("max_rows", "cache_bytes", "steps_per_round", "prefill_tokens"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    part = self.prompt_part_tokens
+    if part < PAGE_TOKENS or part & (part - 1):
+      raise ValueError(
+        f"prompt_part_tokens must be a power of two of at least {PAGE_TOKENS}, got {part}"
+      )
+
+
 class Batcher:
-  """The engine behind generate.py and serve.py. `submit`, `cancel`, `wait` from any thread,
-  `step` from one."""
+  """Generates tokens for many requests at once; behind generate.py and serve.py.
+
+  Any thread may call `submit`, `cancel` and `wait`; one thread at a time may call `step`.
+  """
 
   def __init__(
     self,
     config: ModelConfig,
     params: Any,
     router_bias: Any,
-    max_rows: int = 8,
-    cache_bytes: int = 2**30,
-    speculate: bool = False,
-    steps_per_round: int = 8,
-    prompt_part_tokens: int = 512,
-    prefill_tokens: int = 4096,
+    options: BatcherOptions | None = None,
   ):
     """Prepares weights and the cache.
 
     Args:
-      config: of the model.
+      config: the model's.
       params, router_bias: as `model.split` returns them, on one device.
-      max_rows: rows decoded together.
-      cache_bytes: the most the cache may take.
-      speculate: draft with the first MTP module.
-      steps_per_round: decode steps between two looks at the queue.
-      prompt_part_tokens: of a prompt taken in at once; a power of two, a page or more.
-      prefill_tokens: of all prompts taken in at once.
+      options: None for the defaults.
 
     Raises:
-      ValueError: for a number below 1, parts of another size, a cache too small for one page, or
-        drafts without an MTP module.
+      ValueError: when the cache cannot hold one page, or for drafts without an MTP module.
     """
-    numbers = dict(
-      max_rows=max_rows, steps_per_round=steps_per_round, prefill_tokens=prefill_tokens
-    )
-    for name, value in numbers.items():
-      if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    if prompt_part_tokens < PAGE_TOKENS or prompt_part_tokens & (prompt_part_tokens - 1):
+    options = options or BatcherOptions()
+    page_bytes = cache.page_bytes(config, options.speculate)
+    if options.cache_bytes < page_bytes:
       raise ValueError(
-        f"prompt_part_tokens must be a power of two of at least {PAGE_TOKENS}, got "
-        f"{prompt_part_tokens}"
+        f"cache_bytes ({options.cache_bytes}) must be at least the size of a page ({page_bytes})"
       )
-    page_bytes = cache.page_bytes(config, speculate)
-    if cache_bytes < page_bytes:
-      raise ValueError(f"cache_bytes ({cache_bytes}) must hold a page ({page_bytes})")
     limit = config.max_position_embeddings
-    wanted_pages = max_rows * -(-limit // PAGE_TOKENS)
-    num_pages = min(wanted_pages, cache_bytes // page_bytes)
+    needed_pages = options.max_rows * -(-limit // PAGE_TOKENS)
+    num_pages = min(needed_pages, options.cache_bytes // page_bytes)
     self.max_tokens_per_row = min(limit, num_pages * PAGE_TOKENS)
     pages_per_row = -(-self.max_tokens_per_row // PAGE_TOKENS) + 1
     self._table_width = -(-pages_per_row // cache.BLOCK_PAGES) * cache.BLOCK_PAGES
-    self.config, self._speculate, self._page_bytes = config, speculate, page_bytes
-    self._max_rows, self._steps = max_rows, steps_per_round
-    self._part_tokens, self._prefill_tokens = prompt_part_tokens, prefill_tokens
-    self._arch, self._weights = forward.prepare(config, params, router_bias, speculate)
-    self._kept = cache.empty(config, num_pages, speculate)
+    self.config, self.options, self._page_bytes = config, options, page_bytes
+    self._arch, self._weights = forward.prepare(config, params, router_bias, options.speculate)
+    self._kept = cache.empty(config, num_pages, options.speculate)
     self._pages = cache.PageTable(num_pages)
     self._lock = threading.Condition()
     self._numbers = itertools.count()
@@ -110,10 +113,10 @@ class Batcher:
     return len(self._running)
 
   def stats(self) -> dict[str, float]:
-    """Returns what was done so far, and how full the cache is."""
+    """Returns the numbers of tokens and drafts so far, and how full the cache is."""
     names = ("prompt_tokens", "new_tokens", "prefix_hit_tokens", "drafts", "drafts_accepted")
-    return {
-      **{name: self._counts[name] for name in names},
+    counts: dict[str, float] = {name: self._counts[name] for name in names}
+    return counts | {
       "cache_pages_used": self._pages.num_used,
       "cache_pages": self._pages.num_pages,
       "cache_bytes": self._pages.num_pages * self._page_bytes,
@@ -145,7 +148,7 @@ class Batcher:
       raise ValueError(
         f"stop_tokens must be at most {MAX_STOP_TOKENS}, got {len(sampling.stop_tokens)}"
       )
-    # Log-probabilities of the whole prompt need all of it computed: nothing is shared.
+    # Log-probabilities of a prompt need all of it computed, so its pages are not looked up.
     keys = [] if sampling.prompt_logprobs else cache.page_keys(prompt)
     with self._lock:
       row = Row(next(self._numbers), prompt, sampling, keys)
@@ -154,23 +157,27 @@ class Batcher:
     return row.request
 
   def cancel(self, request: int) -> None:
-    """Ends a request: no events after the round that runs. One over or unknown is left alone."""
+    """Ends a request, which has no more events after the current round.
+
+    Nothing happens when it is finished or unknown.
+    """
     with self._lock:
       if any(row.request == request for row in (*self._waiting, *self._running)):
         self._cancelled.add(request)
       self._lock.notify_all()
 
   def wait(self, timeout_secs: float) -> bool:
-    """Blocks until there is work, at most so long; returns whether there is."""
+    """Blocks until a request waits or runs, or the time is over; returns whether one does."""
     with self._lock:
       return self._lock.wait_for(lambda: bool(self._waiting or self._running), timeout_secs)
 
   def step(self) -> list[Event]:
-    """Does one round of work; returns what is new, nothing when idle."""
+    """Does one round of work; returns the new events, none when there are no requests."""
     self._admit()
     ready = [row for row in self._running if row.is_ready]
     events = self._prefill([row for row in self._running if not row.is_ready])
-    # Those that have just become ready wait: their first tokens are out the sooner.
+    # Rows whose prompt was completed in this round decode in the next one, so that their first
+    # tokens are returned sooner.
     return events + self._decode(ready)
 
   def _admit(self) -> None:
@@ -181,7 +188,7 @@ class Batcher:
         row for row in self._waiting if row.request not in self._cancelled
       )
       self._cancelled.clear()
-      while self._waiting and len(self._running) < self._max_rows:
+      while self._waiting and len(self._running) < self.options.max_rows:
         row = self._waiting[0]
         taken = self._pages.take(row.keys, len(row.prompt) + row.sampling.max_tokens)
         if taken is None:
@@ -195,21 +202,19 @@ class Batcher:
     self._pages.give_back(row.pages)
 
   def _num_rows(self, rows: Sequence[Row]) -> int:
-    return _bucket(len(rows), 4, self._max_rows)
+    return _bucket(len(rows), 4, self.options.max_rows)
 
   def _place(self, rows: Sequence[Row], counts: Sequence[int]) -> Place:
     B = self._num_rows(rows)
-    table_BP, first_B, count_B = (
-      np.zeros((B, self._table_width), np.int32),
-      *np.zeros((2, B), np.int32),
-    )
+    table_BP = np.zeros((B, self._table_width), np.int32)
+    first_B, count_B = np.zeros((2, B), np.int32)
     for i, (row, count) in enumerate(zip(rows, counts)):
       table_BP[i, : len(row.pages)] = row.pages
       first_B[i], count_B[i] = row.length, count
     return Place(table_BP, first_B, count_B)
 
   def _settings(self, rows: Sequence[Row]) -> tuple[sampling.RowSampling, np.ndarray | None]:
-    """Returns the rows' settings, and the tokens they have if any row has a penalty for those."""
+    """Returns the rows' settings, and the tokens each has seen if any has a repetition penalty."""
     B = self._num_rows(rows)
     padding = [Sampling(temperature=0.0)] * (B - len(rows))
     settings = sampling.stack([row.sampling for row in rows] + padding)
@@ -223,9 +228,9 @@ class Batcher:
   def _prefill(self, rows: list[Row]) -> list[Event]:
     if not rows:
       return []
-    first = min(len(rows[0].prompt) - rows[0].length, self._part_tokens)
-    S = max(_bucket(first, 2, self._part_tokens), PAGE_TOKENS)
-    rows = rows[: max(1, self._prefill_tokens // S)]
+    first = min(len(rows[0].prompt) - rows[0].length, self.options.prompt_part_tokens)
+    S = max(_bucket(first, 2, self.options.prompt_part_tokens), PAGE_TOKENS)
+    rows = rows[: max(1, self.options.prefill_tokens // S)]
     counts = [min(len(row.prompt) - row.length, S) for row in rows]
     place = self._place(rows, counts)
     B = len(place.first_B)
@@ -239,7 +244,13 @@ class Batcher:
       self._arch,
       any(row.sampling.logprobs is not None for row in rows),
       any(row.sampling.prompt_logprobs for row in rows),
-      *(self._weights, self._kept, tokens_BS, next_B, place, settings, seen_BV),
+      self._weights,
+      self._kept,
+      tokens_BS,
+      next_B,
+      place,
+      settings,
+      seen_BV,
     )
     drawn, drafted_B, prompt_logprobs = jax.device_get(result)
     events = []
@@ -272,29 +283,43 @@ class Batcher:
       stop_BX[i, : len(row.sampling.stop_tokens)] = row.sampling.stop_tokens
     settings, seen_BV = self._settings(rows)
     state = decode.Rows(
-      token_B, draft_B if self._speculate else None, place.first_B, remaining_B, seen_BV
+      token_B, draft_B if self.options.speculate else None, place.first_B, remaining_B, seen_BV
     )
     self._kept, state, steps = decode.decode(
       self._arch,
-      self._steps,
+      self.options.steps_per_round,
       any(row.sampling.logprobs is not None for row in rows),
-      *(self._weights, self._kept, state, place.table_BP, settings, stop_BX),
+      self._weights,
+      self._kept,
+      state,
+      place.table_BP,
+      settings,
+      stop_BX,
     )
     steps, draft_B = jax.device_get((steps, state.draft_B))
     self._counts["drafts"] += int(steps.drafted_B.sum())
-    if self._speculate:
+    if self.options.speculate:
       self._counts["drafts_accepted"] += int((steps.token_BX[..., 1] >= 0).sum())
     events = []
     for i, row in enumerate(rows):
       places = [(n, i, x) for n, x in np.argwhere(steps.token_BX[:, i] >= 0).tolist()]
       new = [int(steps.token_BX[p]) for p in places]
       row.length += len(new)
-      row.draft = int(draft_B[i]) if self._speculate else 0
+      row.draft = int(draft_B[i]) if self.options.speculate else 0
       events.append(self._event(row, new, [(steps.logprobs, p) for p in places]))
     return events
 
   def _event(self, row: Row, new: list[int], logprobs: list, is_first: bool = False) -> Event:
-    """Adds new tokens to a row; ends it when one is a stop token or it is full."""
+    """Adds new tokens to a row and returns its event.
+
+    The row leaves the batch when the last one is a stop token, or when it has all its tokens.
+
+    Args:
+      row: the request's.
+      new: the tokens drawn.
+      logprobs: of each: (`TokenLogprobs` of the batch, the token's index there).
+      is_first: whether this is the row's first event, which has the prompt's log-probabilities.
+    """
     row.tokens += new
     stopped = bool(new) and new[-1] in row.sampling.stop_tokens
     shown = new[:-1] if stopped else new
@@ -303,25 +328,23 @@ class Batcher:
     if finish:
       with self._lock:
         self._leave(row)
-    wanted = row.sampling.logprobs is not None
-    return Event(
-      row.request,
-      tuple(shown),
-      tuple(logprob_at(v, at, token, row) for (v, at), token in zip(logprobs, shown))
-      if wanted
-      else (),
-      tuple(row.prompt_logprobs) if is_first and row.sampling.prompt_logprobs else (),
-      finish,
-    )
+    of_shown: tuple[Logprob, ...] = ()
+    of_prompt: tuple[Logprob | None, ...] = ()
+    if row.sampling.logprobs is not None:
+      of_shown = tuple(logprob_at(v, at, token, row) for (v, at), token in zip(logprobs, shown))
+    if is_first and row.sampling.prompt_logprobs:
+      of_prompt = tuple(row.prompt_logprobs)
+    return Event(row.request, tuple(shown), of_shown, of_prompt, finish)
 
 
-def make(run: LoadedRun, **options: Any) -> Batcher:
+def make(run: LoadedRun, options: BatcherOptions | None = None) -> Batcher:
   """Builds a `Batcher` for a loaded checkpoint, on this process's first device.
 
-  Takes the weights out of `run`, which cannot be used to evaluate afterwards.
+  It takes the weights out of `run`, so that only one copy of the model stays in memory; load the
+  run again to evaluate it.
   """
   params, router_bias = jax.device_put(run.take_weights(), jax.local_devices()[0])
-  return Batcher(run.config.model, params, router_bias, **options)
+  return Batcher(run.config.model, params, router_bias, options)
 
 
 def generate(
@@ -329,7 +352,7 @@ def generate(
 ) -> list[list[int]]:
   """Continues each prompt to its end; returns the new tokens of each.
 
-  Row i of equal calls gets the same text: its seed is `settings.seed` + i.
+  Prompt i is sampled with the seed `settings.seed` + i, so that equal calls give equal tokens.
 
   Raises:
     ValueError: for no prompt, or one that `Batcher.submit` refuses.

@@ -1,4 +1,4 @@
-"""Text from a running batch: pieces as they come, and what it took."""
+"""Text of several prompts, piece by piece as it is generated, with timings."""
 
 import dataclasses
 import json
@@ -14,44 +14,45 @@ from dsmoe.inference.sampling import Sampling
 
 
 class Piece(NamedTuple):
-  """New text of one prompt."""
+  """New text that continues one prompt."""
 
-  prompt: int  # its place in the list
+  prompt: int  # the prompt's index in the list
   text: str  # whole characters, perhaps none
-  finish: str | None  # "stop", "length"; then nothing comes after it
+  finish: str | None  # "stop" or "length" in a prompt's last piece, otherwise None
 
 
 @dataclasses.dataclass
 class Figures:
-  """What generation took."""
+  """How long generation took, for how many tokens."""
 
   first_secs: float = 0.0  # until the first token
-  secs: float = 0.0
+  secs: float = 0.0  # until the last
   new_tokens: int = 0
 
 
 def stream(
-  engine: Batcher,
+  batcher: Batcher,
   vocabulary: Vocabulary,
   prompts: Sequence[Sequence[int]],
   settings: Sampling,
   stop: Sequence[str] = (),
   figures: Figures | None = None,
 ) -> Iterator[Piece]:
-  """Continues prompts, as many at once as the engine decodes; prompt i draws by seed + i.
+  """Continues prompts and yields their text; prompt i is sampled with `settings.seed` + i.
 
-  Closed early, it ends what still runs. Nobody else may step the engine meanwhile.
+  Closing the iterator early cancels the prompts that are not finished. Nothing else may call the
+  batcher's `step` meanwhile.
 
   Args:
-    engine: without other requests.
+    batcher: without other requests.
     vocabulary: of the tokenizer.
     prompts: token ids.
     settings: of every prompt.
-    stop: texts that end an answer and are not returned.
-    figures: added to as it goes; its `first_secs` is that of the first call.
+    stop: texts that end a continuation and are not returned.
+    figures: where times and tokens are added up; `first_secs` is set by the first call only.
 
   Raises:
-    ValueError: for no prompt, an empty stop string, or a prompt that the engine refuses.
+    ValueError: for no prompt, an empty stop string, or a prompt that the batcher refuses.
   """
   if not prompts:
     raise ValueError("prompts must have at least 1 prompt, got 0")
@@ -60,16 +61,16 @@ def stream(
   open_texts: dict[int, tuple[int, Detokenizer, StopStrings]] = {}
   try:
     for i, prompt in enumerate(prompts):
-      request = engine.submit(prompt, dataclasses.replace(settings, seed=settings.seed + i))
+      request = batcher.submit(prompt, dataclasses.replace(settings, seed=settings.seed + i))
       open_texts[request] = i, Detokenizer(vocabulary, prompt), StopStrings(stop)
     while open_texts:
-      for event in engine.step():
+      for event in batcher.step():
         if event.request not in open_texts:
           continue
         figures.secs = secs_before + time.perf_counter() - start
         figures.first_secs = figures.first_secs or figures.secs
         figures.new_tokens += len(event.tokens)
-        place, detokenizer, stops = open_texts[event.request]
+        index, detokenizer, stops = open_texts[event.request]
         text, finish = stops.push(detokenizer.push(event.tokens)), event.finish
         if finish and not stops.found:
           text += stops.push(detokenizer.flush())
@@ -78,15 +79,15 @@ def stream(
           finish = "stop"
         if finish:
           del open_texts[event.request]
-          engine.cancel(event.request)
-        yield Piece(place, text, finish)
+          batcher.cancel(event.request)
+        yield Piece(index, text, finish)
   finally:
     for request in open_texts:
-      engine.cancel(request)
+      batcher.cancel(request)
 
 
 def read_prompts(path: epath.Path) -> list[str]:
-  """Reads a file of prompts.
+  """Reads a file with one prompt a line; in .jsonl each line is {"prompt": text}.
 
   Raises:
     ValueError: for a missing or empty file, or a line of another form.
@@ -98,10 +99,10 @@ def read_prompts(path: epath.Path) -> list[str]:
     if path.suffix == ".jsonl":
       lines = [json.loads(line)["prompt"] for line in lines]
     if not all(isinstance(line, str) for line in lines):
-      raise TypeError("a prompt that is no text")
+      raise TypeError("every prompt must be text")
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(
-      f"{path} must be UTF-8, in .jsonl lines of {{'prompt': text}}: {error!r}"
+      f"{path} must be UTF-8 text, and .jsonl have {{'prompt': text}} in each line: {error!r}"
     ) from error
   if not lines:
     raise ValueError(f"the file of prompts must have at least 1 line, {path} has none")

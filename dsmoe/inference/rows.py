@@ -1,4 +1,4 @@
-"""A request on its way through the batcher, and what is told of it."""
+"""One request in the batch, and the events that report its progress."""
 
 import dataclasses
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from dsmoe.inference.sampling import Sampling, TokenLogprobs
 
 
 class Logprob(NamedTuple):
-  """Of one token, under the model itself."""
+  """A token's log-probability under the model, before temperature, penalties and filters."""
 
   token: int
   logprob: float
@@ -15,27 +15,28 @@ class Logprob(NamedTuple):
 
 
 class Event(NamedTuple):
-  """News of one request."""
+  """What one round added to a request."""
 
-  request: int
-  tokens: tuple[int, ...]  # new ones
-  logprobs: tuple[Logprob, ...]  # of each, or none when not asked for
-  prompt_logprobs: tuple[Logprob | None, ...]  # once, the first None; or none
-  finish: str | None  # "stop", "length"; then nothing comes after it
+  request: int  # its number, from `Batcher.submit`
+  tokens: tuple[int, ...]  # the new ones
+  logprobs: tuple[Logprob, ...]  # of each new token; empty when not asked for
+  # Of the prompt's tokens, None for the first; in a request's first event if asked for.
+  prompt_logprobs: tuple[Logprob | None, ...]
+  finish: str | None  # "stop" or "length" in the last event, otherwise None
 
 
 @dataclasses.dataclass(eq=False)
 class Row:
-  """A request and how far it is."""
+  """A request in the batch or in its queue, with the state of its generation."""
 
-  request: int
+  request: int  # its number, from `Batcher.submit`
   prompt: list[int]
   sampling: Sampling
   keys: list[bytes]  # of the prompt's pages
   pages: list[int] = dataclasses.field(default_factory=list)
   length: int = 0  # tokens in the cache
-  tokens: list[int] = dataclasses.field(default_factory=list)  # drawn, stop token included
-  draft: int = 0
+  tokens: list[int] = dataclasses.field(default_factory=list)  # generated, a stop token included
+  draft: int = 0  # the token guessed to come after the newest one
   prompt_logprobs: list[Logprob | None] = dataclasses.field(default_factory=lambda: [None])
 
   @property
@@ -45,11 +46,12 @@ class Row:
 
   @property
   def remaining(self) -> int:
+    """The number of tokens still to generate."""
     return self.sampling.max_tokens - len(self.tokens)
 
 
 def logprob_at(values: TokenLogprobs, at: tuple[int, ...], token: int, row: Row) -> Logprob:
-  """Picks one token's log-probabilities out of a batch's, with as many others as `row` wants."""
+  """Returns one token's log-probability out of a batch's, and as many others as `row` asks for."""
   shown = row.sampling.logprobs or 0
   top = zip(values.top_tokens[at][:shown].tolist(), values.top[at][:shown].tolist())
   return Logprob(token, float(values.chosen[at]), tuple(top))

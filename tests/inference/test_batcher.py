@@ -4,15 +4,19 @@ import dataclasses
 import functools
 import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
+from dsmoe import checkpoint
 from dsmoe import model as model_lib
-from dsmoe.inference import batcher, cache
+from dsmoe.inference import batcher as batcher_lib
+from dsmoe.inference import cache
 from dsmoe.inference.sampling import Sampling
 from tests import oracles
-from tests.helpers import assert_close, random_model, random_parts, small_config
+from tests.helpers import assert_close, mesh_of, random_model, random_parts, small_config
 
 CONFIG = small_config(
   **{
@@ -33,11 +37,15 @@ def _parts():
   return params, bias
 
 
-def _engine(speculate=False, **options):
+def _batcher(speculate=False, **options):
   """Prompts in parts of 32 tokens, few pages: most of what can happen happens."""
+  return batcher_lib.Batcher(CONFIG.model, *_parts(), _options(speculate, **options))
+
+
+def _options(speculate=False, **options):
   page_bytes = cache.page_bytes(CONFIG.model, speculate)
   options = dict(max_rows=4, cache_bytes=PAGES * page_bytes, prompt_part_tokens=32) | options
-  return batcher.Batcher(CONFIG.model, *_parts(), speculate=speculate, **options)
+  return batcher_lib.BatcherOptions(speculate=speculate, **options)
 
 
 def _prompts(seed, lengths):
@@ -62,14 +70,14 @@ def _is_greedy(prompt, new):
   return logits.argmax(axis=-1).tolist() == list(new)
 
 
-def _drain(engine, limit=400):
+def _drain(batcher, limit=400):
   """Steps to the end; returns each request's events."""
-  events: dict[int, list[batcher.Event]] = {}
+  events: dict[int, list[batcher_lib.Event]] = {}
   for _ in range(limit):
-    for event in engine.step():
+    for event in batcher.step():
       assert not (events.get(event.request) and events[event.request][-1].finish)
       events.setdefault(event.request, []).append(event)
-    if not engine.num_running and not engine.num_waiting:
+    if not batcher.num_running and not batcher.num_waiting:
       return events
   raise AssertionError(f"still running after {limit} steps")
 
@@ -78,13 +86,13 @@ def _drain(engine, limit=400):
 def test_greedy_is_the_argmax_of_full_passes(speculate):
   """More prompts than rows and pages, of all lengths, one longer than a block of the cache."""
   prompts = _prompts(0, (5, 33, 140, 1, 17, 40, 64))
-  engine = _engine(speculate)
-  new = batcher.generate(engine, prompts, GREEDY)
+  batcher = _batcher(speculate)
+  new = batcher_lib.generate(batcher, prompts, GREEDY)
   assert all(len(tokens) == 11 for tokens in new)
   for prompt, tokens in zip(prompts, new):
     assert _is_greedy(prompt, tokens)
   assert len({tuple(tokens) for tokens in new}) == len(prompts)
-  stats = engine.stats()
+  stats = batcher.stats()
   assert stats["prompt_tokens"] == sum(map(len, prompts))
   assert stats["cache_pages_used"] == 0 and stats["cache_pages"] == PAGES
   assert (stats["drafts"] > 0) == speculate
@@ -94,46 +102,38 @@ def test_accepted_drafts_save_steps():
   """A model that always repeats a token is easy to draft for."""
   params, bias = _parts()
   params = dict(params, head=params["head"] * 0)  # equal logits: token 0, for ever
-  page_bytes = cache.page_bytes(CONFIG.model, True)
-  engine = batcher.Batcher(
-    *(CONFIG.model, params, bias),
-    max_rows=4,
-    cache_bytes=PAGES * page_bytes,
-    speculate=True,
-    prompt_part_tokens=32,
-  )
-  [new] = batcher.generate(engine, [[7, 8]], dataclasses.replace(GREEDY, max_tokens=9))
+  batcher = batcher_lib.Batcher(CONFIG.model, params, bias, _options(speculate=True))
+  [new] = batcher_lib.generate(batcher, [[7, 8]], dataclasses.replace(GREEDY, max_tokens=9))
   assert new == [0] * 9
-  stats = engine.stats()
+  stats = batcher.stats()
   assert stats["drafts"] == stats["drafts_accepted"] == 4  # 1 + 4 x 2 tokens
 
 
 @pytest.mark.parametrize("speculate", [False, True])
 def test_a_known_beginning_is_not_computed_again(speculate):
-  engine = _engine(speculate)
+  batcher = _batcher(speculate)
   [base] = _prompts(1, (50,))
-  first = batcher.generate(engine, [base], GREEDY)[0]
-  assert engine.stats()["prefix_hit_tokens"] == 0
+  first = batcher_lib.generate(batcher, [base], GREEDY)[0]
+  assert batcher.stats()["prefix_hit_tokens"] == 0
   longer = base[:48] + [3, 4, 5]
-  answers = batcher.generate(engine, [base, longer, base[:40]], GREEDY)
+  answers = batcher_lib.generate(batcher, [base, longer, base[:40]], GREEDY)
   assert answers[0] == first
   for prompt, new in zip((base, longer, base[:40]), answers):
     assert _is_greedy(prompt, new)
   # The third page of `longer` is followed by another token than that of `base`.
-  assert engine.stats()["prefix_hit_tokens"] == 48 + 32 + 32
-  assert engine.stats()["prompt_tokens"] == 50 + 2 + 19 + 8
+  assert batcher.stats()["prefix_hit_tokens"] == 48 + 32 + 32
+  assert batcher.stats()["prompt_tokens"] == 50 + 2 + 19 + 8
 
 
 def test_one_requests_nan_stays_its_own():
   params, bias = _parts()
   params = dict(params, embed=params["embed"].copy())
   params["embed"][5] = np.nan
-  page_bytes = cache.page_bytes(CONFIG.model)
-  engine = batcher.Batcher(CONFIG.model, params, bias, max_rows=4, cache_bytes=PAGES * page_bytes)
+  batcher = batcher_lib.Batcher(CONFIG.model, params, bias, _options(prompt_part_tokens=512))
   fine = [1, 2, 3]
-  expected = batcher.generate(engine, [fine], GREEDY)[0]
-  beside = batcher.generate(engine, [[5] * 40, fine], GREEDY)[1]
-  after = batcher.generate(engine, [fine], GREEDY)[0]
+  expected = batcher_lib.generate(batcher, [fine], GREEDY)[0]
+  beside = batcher_lib.generate(batcher, [[5] * 40, fine], GREEDY)[1]
+  after = batcher_lib.generate(batcher, [fine], GREEDY)[0]
   assert beside == after == expected and len(set(expected)) > 1
 
 
@@ -142,22 +142,22 @@ def test_sampled_text_does_not_depend_on_the_company(speculate):
   """The same request alone, later, beside others: equal tokens, since they follow its seed."""
   settings = Sampling(max_tokens=10, temperature=0.9, top_p=0.9, repetition_penalty=1.3, seed=5)
   prompt, *others = _prompts(2, (20, 9, 35, 3))
-  alone = batcher.generate(_engine(speculate), [prompt], settings)[0]
-  engine = _engine(speculate)
+  alone = batcher_lib.generate(_batcher(speculate), [prompt], settings)[0]
+  batcher = _batcher(speculate)
   for i, other in enumerate(others):
-    engine.submit(other, Sampling(max_tokens=15, seed=50 + i))
-  engine.step()
-  request = engine.submit(prompt, settings)
-  events = _drain(engine)
+    batcher.submit(other, Sampling(max_tokens=15, seed=50 + i))
+  batcher.step()
+  request = batcher.submit(prompt, settings)
+  events = _drain(batcher)
   assert [t for e in events[request] for t in e.tokens] == alone
-  again = batcher.generate(_engine(speculate), [prompt], dataclasses.replace(settings, seed=6))
+  again = batcher_lib.generate(_batcher(speculate), [prompt], dataclasses.replace(settings, seed=6))
   assert again[0] != alone
 
 
 def test_repetition_penalty_counts_prompt_and_answer():
   [prompt] = _prompts(3, (12,))
   settings = Sampling(max_tokens=12, temperature=0, repetition_penalty=1.8)
-  new = batcher.generate(_engine(), [prompt], settings)[0]
+  new = batcher_lib.generate(_batcher(), [prompt], settings)[0]
   assert not _is_greedy(prompt, new)
   for i, token in enumerate(new):
     seen = [*prompt, *new[:i]]
@@ -174,9 +174,9 @@ def test_logprobs_are_those_of_full_passes(speculate):
     Sampling(max_tokens=7, temperature=0.7, logprobs=3, prompt_logprobs=True),
     Sampling(max_tokens=0, logprobs=0, prompt_logprobs=True),
   ]
-  engine = _engine(speculate)
-  requests = [engine.submit(*each) for each in zip(prompts, settings)]
-  events = _drain(engine)
+  batcher = _batcher(speculate)
+  requests = [batcher.submit(*each) for each in zip(prompts, settings)]
+  events = _drain(batcher)
   for prompt, s, request in zip(prompts, settings, requests):
     mine = events[request]
     new = [t for e in mine for t in e.tokens]
@@ -197,12 +197,12 @@ def test_logprobs_are_those_of_full_passes(speculate):
 @pytest.mark.parametrize("speculate", [False, True])
 def test_a_stop_token_ends_its_row_only_and_is_not_shown(speculate):
   prompts = _prompts(5, (8, 21))
-  whole = batcher.generate(_engine(speculate), prompts, GREEDY)
+  whole = batcher_lib.generate(_batcher(speculate), prompts, GREEDY)
   stop = whole[0][3]
   settings = dataclasses.replace(GREEDY, stop_tokens=(V - 1, stop), logprobs=0)
-  engine = _engine(speculate)
-  requests = [engine.submit(p, settings) for p in prompts]
-  events = _drain(engine)
+  batcher = _batcher(speculate)
+  requests = [batcher.submit(p, settings) for p in prompts]
+  events = _drain(batcher)
   for request, tokens in zip(requests, whole):
     cut = tokens[: tokens.index(stop)] if stop in tokens else tokens
     assert [t for e in events[request] for t in e.tokens] == cut
@@ -211,37 +211,37 @@ def test_a_stop_token_ends_its_row_only_and_is_not_shown(speculate):
 
 
 def test_cancelled_rows_leave_and_their_pages_are_used_again():
-  engine = _engine()
+  batcher = _batcher()
   long = dataclasses.replace(GREEDY, max_tokens=200)
-  running, waiting, later = (engine.submit(p, long) for p in _prompts(6, (30, 40, 20)))
-  seen = engine.step()
-  assert engine.num_running == 1 and engine.num_waiting == 2  # a row's pages are reserved
+  running, waiting, later = (batcher.submit(p, long) for p in _prompts(6, (30, 40, 20)))
+  seen = batcher.step()
+  assert batcher.num_running == 1 and batcher.num_waiting == 2  # a row's pages are reserved
   assert {e.request for e in seen} <= {running}
-  engine.cancel(running)
-  engine.cancel(waiting)
-  engine.cancel(12345)
-  events = _drain(engine)
+  batcher.cancel(running)
+  batcher.cancel(waiting)
+  batcher.cancel(12345)
+  events = _drain(batcher)
   assert list(events) == [later] and len([t for e in events[later] for t in e.tokens]) == 200
-  assert engine.stats()["cache_pages_used"] == 0
-  engine.cancel(later)  # over: nothing happens
-  assert engine.step() == []
+  assert batcher.stats()["cache_pages_used"] == 0
+  batcher.cancel(later)  # over: nothing happens
+  assert batcher.step() == []
 
 
 def test_many_threads_submit_and_every_answer_is_their_own():
-  engine, answers = _engine(), {}
+  batcher, answers = _batcher(), {}
   prompts = _prompts(7, tuple(range(3, 15)))
   requests: dict[int, int] = {}
 
   def submit(i):
-    requests[i] = engine.submit(prompts[i], dataclasses.replace(GREEDY, max_tokens=5))
+    requests[i] = batcher.submit(prompts[i], dataclasses.replace(GREEDY, max_tokens=5))
 
   threads = [threading.Thread(target=submit, args=(i,)) for i in range(len(prompts))]
   for thread in threads:
     thread.start()
-  assert engine.wait(10)
+  assert batcher.wait(10)
   finished = set()
   while len(finished) < len(prompts):
-    for event in engine.step():
+    for event in batcher.step():
       assert event.request not in finished
       answers.setdefault(event.request, []).extend(event.tokens)
       if event.finish:
@@ -251,7 +251,7 @@ def test_many_threads_submit_and_every_answer_is_their_own():
   assert all(len(answer) == 5 for answer in answers.values())
   assert sorted(answers) == list(range(len(prompts)))
   assert all(_is_greedy(prompts[i], answers[r]) for i, r in requests.items())
-  assert not engine.wait(0.01)
+  assert not batcher.wait(0.01)
 
 
 @pytest.mark.parametrize(
@@ -266,62 +266,74 @@ def test_many_threads_submit_and_every_answer_is_their_own():
   ],
 )
 def test_bad_requests_are_refused(prompt, settings, message):
-  engine = _engine()
+  batcher = _batcher()
   with pytest.raises(ValueError, match=message):
-    engine.submit(prompt, Sampling(**settings))
-  assert engine.num_waiting == 0
+    batcher.submit(prompt, Sampling(**settings))
+  assert batcher.num_waiting == 0
 
 
-def test_bad_engines_are_refused():
+def test_the_weights_of_a_loaded_run_are_in_memory_once():
+  others = {id(x) for x in jax.live_arrays()}
+  params, bias = jax.device_put(_parts(), jax.devices()[0])
+  run = checkpoint.LoadedRun(CONFIG, epath.Path("none"), params, bias, mesh_of(1), 0)
+  del params, bias
+  batcher = batcher_lib.make(run, _options())
+  own = {id(x) for x in jax.tree.leaves((batcher._weights, batcher._kept))}
+  assert sum(x.nbytes for x in jax.live_arrays() if id(x) not in own | others) == 0
+  assert len(own) > 20 and run.params is None
+
+
+def test_bad_options_are_refused():
   with pytest.raises(ValueError, match="prompts must have at least 1 prompt, got 0"):
-    batcher.generate(_engine(), [], GREEDY)
+    batcher_lib.generate(_batcher(), [], GREEDY)
   for options, message in (
     ({"max_rows": 0}, "max_rows must be at least 1, got 0"),
+    ({"steps_per_round": 0}, "steps_per_round must be at least 1, got 0"),
     ({"prompt_part_tokens": 24}, "must be a power of two of at least 16, got 24"),
-    ({"cache_bytes": 10}, r"cache_bytes \(10\) must hold a page"),
+    ({"cache_bytes": 10}, r"cache_bytes \(10\) must be at least the size of a page"),
   ):
     with pytest.raises(ValueError, match=message):
-      _engine(**options)
+      _batcher(**options)
 
 
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("pages", [PAGES, 4])
 def test_tokens_that_fit_exactly_are_all_written(speculate, pages):
   """Up to the model's limit, and up to the last place of the last page."""
-  engine = _engine(speculate, cache_bytes=pages * cache.page_bytes(CONFIG.model, speculate))
-  room = engine.max_tokens_per_row
+  batcher = _batcher(speculate, cache_bytes=pages * cache.page_bytes(CONFIG.model, speculate))
+  room = batcher.max_tokens_per_row
   assert room == min(250, pages * cache.PAGE_TOKENS)
   [prompt] = _prompts(8, (room - 20,))
-  [new] = batcher.generate(engine, [prompt], dataclasses.replace(GREEDY, max_tokens=20))
+  [new] = batcher_lib.generate(batcher, [prompt], dataclasses.replace(GREEDY, max_tokens=20))
   assert len(new) == 20 and _is_greedy(prompt, new)
 
 
 def test_a_first_token_does_not_wait_for_a_round_of_decoding():
-  engine = _engine()
-  engine.submit(_prompts(10, (20,))[0], GREEDY)
-  [event] = engine.step()
+  batcher = _batcher()
+  batcher.submit(_prompts(10, (20,))[0], GREEDY)
+  [event] = batcher.step()
   assert len(event.tokens) == 1 and event.finish is None
-  [event] = engine.step()
+  [event] = batcher.step()
   assert len(event.tokens) == 8
 
 
 def test_a_refused_prompt_leaves_nothing_behind():
-  engine = _engine()
+  batcher = _batcher()
   with pytest.raises(ValueError, match=f"got {V}"):
-    batcher.generate(engine, [[1], [V]], GREEDY)
-  assert len(batcher.generate(engine, [[3]], GREEDY)[0]) == 11
-  assert engine.num_waiting == engine.num_running == 0
+    batcher_lib.generate(batcher, [[1], [V]], GREEDY)
+  assert len(batcher_lib.generate(batcher, [[3]], GREEDY)[0]) == 11
+  assert batcher.num_waiting == batcher.num_running == 0
 
 
 def test_a_row_cancelled_amid_its_prompt_leaves():
-  engine = _engine()
-  long = engine.submit(_prompts(11, (100,))[0], GREEDY)
-  other = engine.submit([4, 5], GREEDY)
-  engine.step()
-  assert engine.stats()["prompt_tokens"] == 32 + 2
-  engine.cancel(long)
-  events = _drain(engine)
-  assert set(events) == {other} and engine.stats()["cache_pages_used"] == 0
+  batcher = _batcher()
+  long = batcher.submit(_prompts(11, (100,))[0], GREEDY)
+  other = batcher.submit([4, 5], GREEDY)
+  batcher.step()
+  assert batcher.stats()["prompt_tokens"] == 32 + 2
+  batcher.cancel(long)
+  events = _drain(batcher)
+  assert set(events) == {other} and batcher.stats()["cache_pages_used"] == 0
 
 
 def test_bfloat16_and_interleaved_and_tied_models_generate():
@@ -333,9 +345,11 @@ def test_bfloat16_and_interleaved_and_tied_models_generate():
       **{"model.num_hidden_layers": 2, "model.first_k_dense_replace": 1}, **fields
     )
     _, params, bias = random_parts(config, 1)
-    engine = batcher.Batcher(config.model, params, bias, max_rows=1, cache_bytes=2**20)
+    batcher = batcher_lib.Batcher(
+      config.model, params, bias, batcher_lib.BatcherOptions(max_rows=1, cache_bytes=2**20)
+    )
     prompt = [5, 6, 7]
-    [new] = batcher.generate(engine, [prompt], dataclasses.replace(GREEDY, max_tokens=4))
+    [new] = batcher_lib.generate(batcher, [prompt], dataclasses.replace(GREEDY, max_tokens=4))
     logits = model_lib.logits(random_model(config, 1), jnp.asarray([prompt + new]))[0]
     kind = "bfloat16" if config.model.compute_dtype == "bfloat16" else "model_float32"
     taken = jnp.take_along_axis(logits[2:6], jnp.asarray(new)[:, None], axis=1)[:, 0]

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from dsmoe.data import tokenizer as tokenizer_lib
-from dsmoe.inference import batcher, generate
+from dsmoe.inference import batcher as batcher_lib
+from dsmoe.inference import generate
 from dsmoe.inference.detokenize import Vocabulary
 from dsmoe.inference.sampling import Sampling
 from tests.helpers import random_parts, small_config
@@ -19,7 +20,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def engine(tokenizer):
+def batcher(tokenizer):
   config = small_config(
     **{
       "model.vocab_size": 300,
@@ -30,17 +31,17 @@ def engine(tokenizer):
     }
   )
   _, params, bias = random_parts(config, 0)
-  return batcher.Batcher(config.model, params, bias, max_rows=2)
+  return batcher_lib.Batcher(config.model, params, bias, batcher_lib.BatcherOptions(max_rows=2))
 
 
-def test_pieces_join_to_the_text_and_stop_before_a_stop_string(engine, tokenizer):
+def test_pieces_join_to_the_text_and_stop_before_a_stop_string(batcher, tokenizer):
   prompts = [tokenizer.encode(t).ids for t in ("alpha", "ü", "def f(x")]
   settings = Sampling(max_tokens=40, temperature=1.0, seed=3)
-  tokens = batcher.generate(engine, prompts, settings)
+  tokens = batcher_lib.generate(batcher, prompts, settings)
   figures = generate.Figures()
   texts, finishes = ["", "", ""], {}
   vocabulary = Vocabulary(tokenizer)
-  for piece in generate.stream(engine, vocabulary, prompts, settings, (), figures):
+  for piece in generate.stream(batcher, vocabulary, prompts, settings, (), figures):
     assert piece.prompt not in finishes
     texts[piece.prompt] += piece.text
     if piece.finish:
@@ -51,26 +52,26 @@ def test_pieces_join_to_the_text_and_stop_before_a_stop_string(engine, tokenizer
 
   stop = next(whole[0][i : i + 2] for i in range(3, 60) if whole[0].index(whole[0][i : i + 2]) == i)
   short, finish = "", None
-  for piece in generate.stream(engine, vocabulary, prompts[:1], settings, (stop, "\0")):
+  for piece in generate.stream(batcher, vocabulary, prompts[:1], settings, (stop, "\0")):
     short, finish = short + piece.text, piece.finish or finish
   assert short == whole[0][: whole[0].index(stop)] and finish == "stop"
 
 
-def test_closing_it_ends_what_runs(engine, tokenizer):
+def test_closing_it_ends_what_runs(batcher, tokenizer):
   prompts = [tokenizer.encode(t).ids for t in ("alpha", "beta", "gamma")]
   settings = Sampling(max_tokens=90)
-  pieces = generate.stream(engine, Vocabulary(tokenizer), prompts, settings)
+  pieces = generate.stream(batcher, Vocabulary(tokenizer), prompts, settings)
   next(pieces)
   pieces.close()
-  assert engine.step() == [] and engine.num_running == engine.num_waiting == 0
-  assert engine.stats()["cache_pages_used"] == 0
+  assert batcher.step() == [] and batcher.num_running == batcher.num_waiting == 0
+  assert batcher.stats()["cache_pages_used"] == 0
 
 
-def test_a_refused_prompt_leaves_nothing_behind(engine, tokenizer):
+def test_a_refused_prompt_leaves_nothing_behind(batcher, tokenizer):
   vocabulary = Vocabulary(tokenizer)
   with pytest.raises(ValueError, match="prompts must have at least 1 prompt, got 0"):
-    next(generate.stream(engine, vocabulary, [], Sampling()))
+    next(generate.stream(batcher, vocabulary, [], Sampling()))
   settings = dataclasses.replace(Sampling(), max_tokens=120)
   with pytest.raises(ValueError, match=r"prompt \(9 tokens\) plus max_tokens \(120\)"):
-    next(generate.stream(engine, vocabulary, [[1], [2] * 9], settings))
-  assert engine.step() == [] and engine.num_waiting == 0
+    next(generate.stream(batcher, vocabulary, [[1], [2] * 9], settings))
+  assert batcher.step() == [] and batcher.num_waiting == 0

@@ -11,7 +11,7 @@ import pytest
 
 from dsmoe import checkpoint, train
 from dsmoe.evaluation import multiple_choice
-from dsmoe.inference import batcher
+from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference.sampling import Sampling
 from tests import runs
 from tests.data.cases import VOCAB, make_folder
@@ -43,9 +43,9 @@ def run(workdir):
 
 
 @pytest.fixture(scope="module")
-def engine(workdir):
+def batcher(workdir):
   """A batcher of our own, to know what the server should say."""
-  return batcher.make(checkpoint.load_run(workdir), max_rows=2)
+  return batcher_lib.make(checkpoint.load_run(workdir), batcher_lib.BatcherOptions(max_rows=2))
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +67,17 @@ def complete(client, prompt=TEXT, **kwargs):
   return client.completions.create(model="tiny", prompt=prompt, **kwargs)
 
 
-def test_the_likeliest_text(run, engine, client):
+def test_the_likeliest_text(run, batcher, client):
   tokenizer = run.tokenizer()
   ids = tokenizer.encode(TEXT).ids
-  [tokens] = batcher.generate(engine, [ids], Sampling(max_tokens=24, temperature=0))
+  [tokens] = batcher_lib.generate(batcher, [ids], Sampling(max_tokens=24, temperature=0))
   [choice] = complete(client, temperature=0, max_tokens=24).choices
   assert choice.text == tokenizer.decode(tokens)
   stream = complete(client, ids, temperature=0, max_tokens=24, stream=True)
   assert "".join(chunk.choices[0].text for chunk in stream) == choice.text
 
 
-def test_sampled_texts_of_clients_at_once(run, engine, client):
+def test_sampled_texts_of_clients_at_once(run, batcher, client):
   tokenizer = run.tokenizer()
   words = "alpha beta gamma delta epsilon zeta eta theta".split()
   prompts = [" ".join(words[i:] + words[:i]) for i in range(8)]
@@ -90,7 +90,9 @@ def test_sampled_texts_of_clients_at_once(run, engine, client):
   for i, prompt in enumerate(prompts):
     ids = tokenizer.encode(prompt).ids
     stop = Sampling(max_tokens=12, seed=i, stop_tokens=(0,))
-    assert texts[i] == [tokenizer.decode(t) for t in batcher.generate(engine, [ids, ids], stop)]
+    assert texts[i] == [
+      tokenizer.decode(t) for t in batcher_lib.generate(batcher, [ids, ids], stop)
+    ]
 
 
 def test_a_harness_gets_the_loglikelihoods(run, client):
