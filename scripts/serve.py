@@ -19,7 +19,7 @@ from dsmoe import checkpoint, runtime
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference import text_model
 from dsmoe.serving import http, server
-from dsmoe.serving.engine import Engine
+from dsmoe.serving.batcher_thread import BatcherThread
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     logging.warning("anyone who reaches %s may use this server: it wants no key", _HOST.value)
   limits = server.Limits(_MAX_BODY_BYTES.value, request_secs=_REQUEST_SECS.value)
   application = server.Server(
-    served, Engine(batcher, _MAX_ROWS.value, _MAX_QUEUE.value), limits, key
+    served, BatcherThread(batcher, _MAX_ROWS.value, _MAX_QUEUE.value), limits, key
   )
   http.HttpServer(application, _HOST.value, _PORT.value, _DRAIN_SECS.value).run()
 

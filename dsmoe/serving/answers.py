@@ -1,4 +1,4 @@
-"""OpenAI's answers: whole ones, and the chunks of a stream."""
+"""Answers as OpenAI's JSON: complete ones, and the chunks of a stream."""
 
 import secrets
 import time
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsmoe.inference.text_model import ServedModel
-from dsmoe.serving.choices import Choice, Entry, Piece, chat_logprobs, completion_logprobs
+from dsmoe.serving.choices import Choice, Delta, Entry, chat_logprobs, completion_logprobs
 from dsmoe.serving.requests import Request
 
 
 class Answer:
-  """The answer to one request, as it grows."""
+  """The answer to one HTTP request."""
 
   def __init__(self, served: ServedModel, request: Request):
-    self.choices = [Choice(served, request, place) for place in range(len(request.rows))]
+    self.choices = [Choice(served, request, index) for index in range(len(request.choices))]
     self._request = request
-    self._wants_logprobs = request.rows[0].sampling.logprobs is not None
+    self._has_logprobs = request.choices[0].sampling.logprobs is not None
     self._head = {
       "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{secrets.token_hex(12)}",
       "object": "chat.completion" if request.is_chat else "text_completion",
@@ -24,13 +24,13 @@ class Answer:
       "model": served.name,
     }
 
-  def whole(self, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
-    """Returns the JSON of a complete answer, given all pieces of each choice."""
+  def complete(self, deltas: Sequence[Sequence[Delta]]) -> dict[str, Any]:
+    """Returns the JSON of a complete answer, given all deltas of each choice."""
     choices = []
-    for place, parts in enumerate(pieces):
+    for index, parts in enumerate(deltas):
       text = "".join(part.text for part in parts)
       entries = [entry for part in parts for entry in part.entries]
-      values: dict[str, Any] = {"index": place, "logprobs": self._logprobs(entries)}
+      values: dict[str, Any] = {"index": index, "logprobs": self._logprobs(entries)}
       if self._request.is_chat:
         values["message"] = {"role": "assistant", "content": text, "refusal": None}
       else:
@@ -39,7 +39,7 @@ class Answer:
     return self._head | {"choices": choices, "usage": self._usage()}
 
   def opening(self) -> list[dict[str, Any]]:
-    """Returns the chunks a stream begins with."""
+    """Returns the first chunks of a stream: in a chat, one with the role for each choice."""
     if not self._request.is_chat:
       return []
     delta = {"role": "assistant", "content": "", "refusal": None}
@@ -48,19 +48,19 @@ class Answer:
       for i in range(len(self.choices))
     ]
 
-  def chunks(self, place: int, piece: Piece) -> list[dict[str, Any]]:
-    """Returns what a stream has to say of a piece, nothing for an empty one."""
-    if not (piece.text or piece.entries or piece.finish):
+  def chunks(self, index: int, delta: Delta) -> list[dict[str, Any]]:
+    """Returns the chunk that reports a choice's delta; none for an empty delta."""
+    if not (delta.text or delta.entries or delta.finish):
       return []
-    values: dict[str, Any] = {"index": place, "logprobs": self._logprobs(piece.entries)}
+    values: dict[str, Any] = {"index": index, "logprobs": self._logprobs(delta.entries)}
     if self._request.is_chat:
-      values["delta"] = {"content": piece.text} if piece.text or piece.entries else {}
+      values["delta"] = {"content": delta.text} if delta.text or delta.entries else {}
     else:
-      values["text"] = piece.text
-    return [self._chunk([values | {"finish_reason": piece.finish}])]
+      values["text"] = delta.text
+    return [self._chunk([values | {"finish_reason": delta.finish}])]
 
   def closing(self) -> list[dict[str, Any]]:
-    """Returns the chunks a stream ends with."""
+    """Returns the last chunks of a stream: the usage, if it was asked for."""
     return [self._chunk([]) | {"usage": self._usage()}] if self._request.include_usage else []
 
   def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -69,14 +69,14 @@ class Answer:
     return self._head | kind | {"choices": choices} | usage
 
   def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any] | None:
-    if not self._wants_logprobs:
+    if not self._has_logprobs:
       return None
     return chat_logprobs(entries) if self._request.is_chat else completion_logprobs(entries)
 
   def _usage(self) -> dict[str, int]:
-    written = sum(choice.num_tokens for choice in self.choices)
+    num_generated = sum(choice.num_tokens for choice in self.choices)
     return {
       "prompt_tokens": self._request.num_prompt_tokens,
-      "completion_tokens": written,
-      "total_tokens": self._request.num_prompt_tokens + written,
+      "completion_tokens": num_generated,
+      "total_tokens": self._request.num_prompt_tokens + num_generated,
     }

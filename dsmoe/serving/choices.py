@@ -1,4 +1,4 @@
-"""Events of the batcher as text and log-probabilities in OpenAI's forms."""
+"""The batcher's events as text, and as log-probabilities in OpenAI's forms."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,40 +12,43 @@ _LOWEST_LOGPROB = -9999.0  # JSON has no infinity
 
 
 class Entry(NamedTuple):
-  """One token's log-probability; None for the first token there is."""
+  """One token of an answer with its log-probability."""
 
   token: bytes
-  offset: int  # of its first character in the text returned
-  logprob: float | None
-  top: tuple[tuple[bytes, float], ...]
+  offset: int  # of its first character in the returned text
+  logprob: float | None  # None for the first token of an echoed prompt
+  top: tuple[tuple[bytes, float], ...]  # the likeliest tokens, descending
 
 
-class Piece(NamedTuple):
-  """What a choice grew by."""
+class Delta(NamedTuple):
+  """What one event adds to a choice."""
 
   text: str
-  entries: tuple[Entry, ...]
-  finish: str | None
+  entries: tuple[Entry, ...]  # of the tokens whose text is out; empty without log-probabilities
+  finish: str | None  # "stop" or "length" in the last delta, otherwise None
 
 
 class Choice:
-  """One row's text, held back where it may be the beginning of a stop string."""
+  """The text of one choice; what may begin a stop string is held back until that is known."""
 
-  def __init__(self, served: ServedModel, request: Request, place: int):
-    self._prompt = request.rows[place].prompt
+  def __init__(self, served: ServedModel, request: Request, index: int):
+    self._prompt = request.choices[index].prompt
     self._echo, self._ends = request.echo, served.stop_tokens
     self._text = Detokenizer(served.vocabulary, () if request.echo else self._prompt)
     self._stops = StopStrings(request.stops)
     self._bytes_of = served.vocabulary.token_bytes
-    # Goes through the entries' tokens as `_text` does, to know where each begins.
+    # A second detokenizer, of the entries' tokens, tells at which character each begins.
     self._reader = Detokenizer(served.vocabulary, () if request.echo else self._prompt)
-    self._num_read = self._num_sent = 0  # characters: of the entries, of the text
+    self._num_read = self._num_sent = 0  # characters of the entries, and of the returned text
     self._entries: list[Entry] = []
     self._begun = False
     self.num_tokens = 0
 
-  def push(self, event: Event) -> Piece:
-    """Returns what is certain after `event`; a finish ends the choice, whatever comes."""
+  def push(self, event: Event) -> Delta:
+    """Returns the text that is certain after `event`, and the entries of its tokens.
+
+    The choice ends with the first delta that has a `finish`, even if more events come.
+    """
     text, tokens, finish = "", event.tokens, event.finish
     if not self._begun:
       self._begun = True
@@ -70,7 +73,7 @@ class Choice:
     ):
       ready += 1
     entries, self._entries = tuple(self._entries[:ready]), self._entries[ready:]
-    return Piece(text, entries, finish)
+    return Delta(text, entries, finish)
 
   def _add(self, token: int, value: Logprob | None) -> None:
     top = tuple((self._bytes_of(i), _clamp(p)) for i, p in value.top) if value else ()
@@ -84,7 +87,7 @@ def _clamp(logprob: float) -> float:
 
 
 def _show(token: bytes) -> str:
-  """Returns a token's text; one that is no whole characters is spelt out."""
+  """Returns a token's text, or its bytes spelt out when they are not whole characters."""
   try:
     return token.decode()
   except UnicodeDecodeError:
@@ -92,10 +95,10 @@ def _show(token: bytes) -> str:
 
 
 def completion_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
-  """Returns the `logprobs` of a completion; the token itself is always among the `top_logprobs`."""
+  """Returns the `logprobs` of a completion; its `top_logprobs` always include the token itself."""
   top = []
   for entry in entries:
-    likeliest = {_show(token): p for token, p in reversed(entry.top)}  # of equal texts: the best
+    likeliest = {_show(token): p for token, p in reversed(entry.top)}  # the best of equal texts
     if entry.logprob is not None:
       likeliest = {_show(entry.token): entry.logprob} | likeliest
     top.append(likeliest or None)
@@ -108,7 +111,7 @@ def completion_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
 
 
 def chat_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:
-  """Returns the `logprobs` of a message."""
+  """Returns the `logprobs` of a chat message."""
 
   def one(token: bytes, logprob: float | None) -> dict[str, Any]:
     return {"token": token.decode(errors="replace"), "logprob": logprob, "bytes": list(token)}

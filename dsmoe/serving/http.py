@@ -1,4 +1,4 @@
-"""Uvicorn that drains: on SIGTERM running requests are finished and new ones refused."""
+"""Uvicorn that drains: after SIGTERM running requests are finished and new ones refused."""
 
 import asyncio
 import time
@@ -9,13 +9,20 @@ from absl import logging
 from dsmoe.serving.requests import ApiError
 from dsmoe.serving.server import Server
 
-_IDLE_CONNECTIONS = 256  # beside those with a request
+_IDLE_CONNECTIONS = 256  # allowed beside connections with a request
 
 
 class HttpServer(uvicorn.Server):
-  """The first signal refuses new requests and finishes the running ones; the second ends."""
+  """Drains at the first signal; ends at once at the second."""
 
   def __init__(self, server: Server, host: str, port: int, drain_secs: float):
+    """Prepares to listen.
+
+    Args:
+      server: the application.
+      host, port: where; port 0 for any free one.
+      drain_secs: time that running requests have to finish after the first signal.
+    """
     super().__init__(
       uvicorn.Config(
         server.app,
@@ -27,7 +34,7 @@ class HttpServer(uvicorn.Server):
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=5,
-        limit_concurrency=2 * server.engine.capacity + _IDLE_CONNECTIONS,
+        limit_concurrency=2 * server.batcher_thread.capacity + _IDLE_CONNECTIONS,
       )
     )
     self._server, self._drain_secs = server, drain_secs
@@ -35,7 +42,7 @@ class HttpServer(uvicorn.Server):
 
   @property
   def bound_port(self) -> int:
-    """The port it listens on, once it has started; differs from 0 when that was asked for."""
+    """The port that the started server listens on, also when port 0 was asked for."""
     return self.servers[0].sockets[0].getsockname()[1]
 
   async def startup(self, sockets=None) -> None:
@@ -46,7 +53,7 @@ class HttpServer(uvicorn.Server):
       print(f"serving {self._server.served.name} on http://{host}:{self.bound_port}", flush=True)
 
   def handle_exit(self, sig, frame) -> None:
-    """Begins to drain; at the second signal ends at once."""
+    """Begins to drain, or ends at once when draining has begun already."""
     loop = self._loop
     if self._server.draining or loop is None:
       self.should_exit = self.force_exit = True
@@ -64,5 +71,5 @@ class HttpServer(uvicorn.Server):
         "%d requests are not finished after %g s", server.num_active, self._drain_secs
       )
       message = "the server is shutting down"
-      server.engine.end(ApiError(message, None, "draining", 503, "server_error"))
+      server.batcher_thread.end(ApiError(message, None, "draining", 503, "server_error"))
     self.should_exit = True

@@ -1,4 +1,4 @@
-"""What the server counts, for Prometheus."""
+"""The server's metrics, for Prometheus."""
 
 from collections.abc import Iterator
 
@@ -11,15 +11,16 @@ _SECS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 3
 
 
 class _BatcherCollector:
-  """Asks the batcher when Prometheus asks."""
+  """Reads the batcher's figures when Prometheus asks for them."""
 
   def __init__(self, batcher: Batcher):
     self._batcher = batcher
 
   def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
     batcher = self._batcher
-    yield GaugeMetricFamily("dsmoe_queue_length", "Rows that wait.", batcher.num_waiting)
-    yield GaugeMetricFamily("dsmoe_running_rows", "Rows being written.", batcher.num_running)
+    waiting, running = batcher.num_waiting, batcher.num_running
+    yield GaugeMetricFamily("dsmoe_queue_length", "Choices that wait in the queue.", waiting)
+    yield GaugeMetricFamily("dsmoe_running_rows", "Choices being generated.", running)
     for name, value in batcher.stats().items():
       family = GaugeMetricFamily if name.startswith("cache_") else CounterMetricFamily
       yield family(f"dsmoe_batcher_{name}", f"The batcher's {name}.", value)
@@ -43,24 +44,24 @@ class Metrics:
       registry=self.registry,
     )
     self.prompt_tokens = prometheus.Counter(
-      "dsmoe_prompt_tokens", "Tokens of prompts accepted.", registry=self.registry
+      "dsmoe_prompt_tokens", "Tokens of accepted prompts.", registry=self.registry
     )
     self.new_tokens = prometheus.Counter(
-      "dsmoe_new_tokens", "Tokens written to clients.", registry=self.registry
+      "dsmoe_new_tokens", "Tokens generated for clients.", registry=self.registry
     )
     self.first_token_secs = prometheus.Histogram(
       "dsmoe_first_token_secs",
-      "From request to first token.",
+      "Seconds from a request to its first token.",
       buckets=_SECS,
       registry=self.registry,
     )
     self.request_secs = prometheus.Histogram(
       "dsmoe_request_secs",
-      "From request to the end of its answer.",
+      "Seconds from a request to the end of its answer.",
       buckets=_SECS,
       registry=self.registry,
     )
 
   def text(self) -> bytes:
-    """Returns all of it in Prometheus' text format."""
+    """Returns all metrics in Prometheus' text format."""
     return prometheus.generate_latest(self.registry)

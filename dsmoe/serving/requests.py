@@ -1,4 +1,4 @@
-"""What clients may ask for: OpenAI's JSON, checked field by field, as rows for the batcher."""
+"""Requests in OpenAI's JSON: checked field by field, and turned into work for the batcher."""
 
 import dataclasses
 import json
@@ -11,15 +11,23 @@ from dsmoe.inference.text_model import ServedModel
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 256
 MAX_CHOICES = 128
-_DEFAULT_TOKENS = 16  # of a completion; a conversation's answer may be as long as there is room
+_LARGEST = 2**31 - 1  # int32, as tokens are counted
+_DEFAULT_TOKENS = 16  # of a completion; a chat message may fill the context
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
-# Fields that change nothing about the answer.
+# Fields that do not change the answer.
 _IGNORED = {
-  *("user", "metadata", "store", "service_tier", "safety_identifier", "verbosity"),
-  *("prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls"),
+  "metadata",
+  "parallel_tool_calls",
+  "prompt_cache_key",
+  "prompt_cache_retention",
+  "safety_identifier",
+  "service_tier",
+  "store",
+  "user",
+  "verbosity",
 }
-# Fields of features that are not here, with the values that do not ask for them.
+# Fields of features that this server lacks, with the values that do not ask for the feature.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "presence_penalty": (None, 0),
   "frequency_penalty": (None, 0),
@@ -35,7 +43,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-  """A refusal, as OpenAI words it."""
+  """A refusal in the form of OpenAI's errors."""
 
   def __init__(
     self,
@@ -45,13 +53,22 @@ class ApiError(Exception):
     status: int = 400,
     type: str = "invalid_request_error",
   ):
+    """Makes the error's body.
+
+    Args:
+      message: the rule that was broken, and the values.
+      param: the field at fault.
+      code: a name for programs to test.
+      status: of HTTP.
+      type: the class of error, in OpenAI's names.
+    """
     super().__init__(message)
     self.status = status
     self.body = {"error": {"message": message, "type": type, "param": param, "code": code}}
 
 
-class Row(NamedTuple):
-  """One choice to write."""
+class ChoiceRequest(NamedTuple):
+  """A prompt to continue for one choice of the answer."""
 
   prompt: list[int]
   sampling: Sampling
@@ -61,7 +78,7 @@ class Row(NamedTuple):
 class Request:
   """A checked request."""
 
-  rows: list[Row]  # prompts in order, the choices of each together
+  choices: list[ChoiceRequest]  # prompts in order, the choices of each together
   num_prompt_tokens: int  # each prompt counted once
   is_chat: bool
   stream: bool
@@ -71,13 +88,13 @@ class Request:
 
 
 class _Fields:
-  """Reads a JSON object's fields, each with its type and range; then no others may be left."""
+  """Reads the fields of a JSON object and checks types and ranges; knows which were not read."""
 
   def __init__(self, values: dict[str, Any]):
     self._values, self._known = values, set(_IGNORED)
 
   def get(self, name: str, default: Any = None) -> Any:
-    """Returns a field as it is, the default for null."""
+    """Returns a field's value, or the default when it is absent or null."""
     self._known.add(name)
     value = self._values.get(name)
     return default if value is None else value
@@ -103,6 +120,7 @@ class _Fields:
     return float(value)
 
   def refuse_others(self) -> None:
+    """Raises ApiError for a field that was not read, unless its value asks for nothing."""
     for name, value in self._values.items():
       if name not in self._known and value not in _NEUTRAL.get(name, (None,)):
         message = f"{_show(name)} is not supported here, got {_show(value)}"
@@ -207,7 +225,7 @@ def _chat_prompt(fields: _Fields, served: ServedModel) -> list[int]:
 
 
 def _max_tokens(wanted: int | None, default: int, num_prompt: int, limit: int, where: str) -> int:
-  """Returns how many tokens to write, which with the prompt must fit in the context."""
+  """Returns how many tokens to generate; with the prompt they must fit in the context."""
   room = limit - num_prompt
   num_tokens = min(default, max(room, 1)) if wanted is None else wanted
   if num_tokens > room:
@@ -221,21 +239,17 @@ def _max_tokens(wanted: int | None, default: int, num_prompt: int, limit: int, w
   return num_tokens
 
 
-def parse(values: dict[str, Any], served: ServedModel, is_chat: bool) -> Request:
-  """Checks a request and encodes its prompts.
-
-  Raises:
-    ApiError: for a field that is missing, unknown, of another type or out of range, a model that
-      is not served, or more tokens than a row holds.
-  """
-  fields = _Fields(values)
+def _check_model(fields: _Fields, served: ServedModel) -> None:
   name = fields.get("model")
   if name is None:
     raise ApiError("you must provide a model parameter", "model")
   if name != served.name:
     message = f"The model {_show(name)} does not exist; {served.name!r} does"
     raise ApiError(message, "model", "model_not_found", 404)
-  stream = fields.boolean("stream")
+
+
+def _includes_usage(fields: _Fields, stream: bool) -> bool:
+  """Returns whether a stream should end with the numbers of tokens."""
   options = fields.get("stream_options", {})
   if not isinstance(options, dict) or (options and not stream):
     raise ApiError("stream_options must be an object, and only with stream", "stream_options")
@@ -243,32 +257,47 @@ def parse(values: dict[str, Any], served: ServedModel, is_chat: bool) -> Request
   include_usage = stream_fields.boolean("include_usage")
   stream_fields.boolean("include_obfuscation")
   stream_fields.refuse_others()
+  return include_usage
 
-  limit, high = served.max_tokens_per_row, 2**31 - 1
+
+def _chat_logprobs(fields: _Fields) -> int | None:
+  """Returns the number of alternatives reported with each token; None for no log-probabilities."""
+  num_top = fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
+  if fields.boolean("logprobs"):
+    return num_top or 0
+  if num_top:
+    raise ApiError("top_logprobs must come with logprobs", "top_logprobs")
+  return None
+
+
+def parse(values: dict[str, Any], served: ServedModel, is_chat: bool) -> Request:
+  """Checks a request and encodes its prompts.
+
+  Raises:
+    ApiError: for a field that is missing, unknown, of another type or out of range, a model that
+      is not served, or more tokens than the context holds.
+  """
+  fields = _Fields(values)
+  _check_model(fields, served)
+  stream = fields.boolean("stream")
+  include_usage = _includes_usage(fields, stream)
   if is_chat:
-    echo, prompts = False, [_chat_prompt(fields, served)]
-    logprobs = fields.integer("top_logprobs", None, 0, MAX_LOGPROBS)
-    if not fields.boolean("logprobs"):
-      if logprobs:
-        raise ApiError("top_logprobs must come with logprobs", "top_logprobs")
-      logprobs = None
-    else:
-      logprobs = logprobs or 0
-    wanted = fields.integer("max_tokens", None, 1, high)
-    wanted = fields.integer("max_completion_tokens", wanted, 1, high)
+    echo, prompts, logprobs = False, [_chat_prompt(fields, served)], _chat_logprobs(fields)
+    wanted = fields.integer("max_tokens", None, 1, _LARGEST)
+    wanted = fields.integer("max_completion_tokens", wanted, 1, _LARGEST)
   else:
     echo, prompts = fields.boolean("echo"), _prompts(fields.get("prompt"), served)
     logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
-    wanted = fields.integer("max_tokens", None, 0, high)
+    wanted = fields.integer("max_tokens", None, 0, _LARGEST)
   num_choices = fields.integer("n", 1, 1, MAX_CHOICES)
   if fields.integer("best_of", num_choices, 1, MAX_CHOICES) != num_choices:
     raise ApiError(f"best_of must be n ({num_choices})", "best_of")
   seed = fields.integer("seed", None, -(2**63), 2**63 - 1)
   settings: dict[str, Any] = {
     "temperature": fields.number("temperature", 1, 0, 2),
-    "top_p": fields.number("top_p", 1, 0, 1) or 1e-9,  # 0: the likeliest alone
+    "top_p": fields.number("top_p", 1, 0, 1) or 1e-9,  # 0 keeps the likeliest token alone
     "min_p": fields.number("min_p", 0, 0, 1),
-    "top_k": fields.integer("top_k", 0, 0, high),
+    "top_k": fields.integer("top_k", 0, 0, _LARGEST),
     "repetition_penalty": fields.number("repetition_penalty", 1, 0.01, 100),
     "logprobs": logprobs,
     "prompt_logprobs": echo and logprobs is not None,
@@ -276,16 +305,19 @@ def parse(values: dict[str, Any], served: ServedModel, is_chat: bool) -> Request
   stops = _stops(fields.get("stop", []))
   fields.refuse_others()
 
-  rows: list[Row] = []
+  choices: list[ChoiceRequest] = []
+  limit = served.max_tokens_per_row
   default = limit if is_chat else _DEFAULT_TOKENS
   first_seed = secrets.randbits(62) if seed is None else seed
   for prompt in prompts:
     where = "messages" if is_chat else "prompt"
     max_tokens = _max_tokens(wanted, default, len(prompt), limit, where)
-    # Harnesses ask for one token and its logprob, which must be there even if it ends the text.
+    # Evaluation harnesses ask for one token with its log-probability, which must be there even
+    # when the token ends the text.
     ends = () if max_tokens == 1 and logprobs is not None else served.stop_tokens
     settings |= {"max_tokens": max_tokens, "stop_tokens": ends}
     for _ in range(num_choices):
-      rows.append(Row(prompt, Sampling(seed=(first_seed + len(rows)) % 2**63, **settings)))
+      sampling = Sampling(seed=(first_seed + len(choices)) % 2**63, **settings)
+      choices.append(ChoiceRequest(prompt, sampling))
   num_prompt_tokens = sum(map(len, prompts))
-  return Request(rows, num_prompt_tokens, is_chat, stream, include_usage, echo, stops)
+  return Request(choices, num_prompt_tokens, is_chat, stream, include_usage, echo, stops)

@@ -1,9 +1,10 @@
 """An OpenAI-compatible HTTP server over the continuous batcher.
 
-Routes: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics. A request becomes
-rows of the batcher (requests.py), which one thread runs (engine.py); their events
-become text (choices.py) and OpenAI's JSON (answers.py), whole or as a stream
-(streams.py). A client that leaves takes its rows along. http.py listens.
+Routes: /v1/models, /v1/completions, /v1/chat/completions, /health, /metrics. An HTTP request is
+checked and turned into a request to the batcher for each choice (requests.py); one thread runs the
+batcher (batcher_thread.py). Its events become text (choices.py) and OpenAI's JSON (answers.py),
+which is sent whole or as a stream (streams.py). When a client leaves, its choices are cancelled.
+http.py listens on the port.
 """
 
 import asyncio
@@ -23,23 +24,23 @@ from starlette.routing import Route
 from dsmoe.inference.text_model import ServedModel
 from dsmoe.serving import requests, streams
 from dsmoe.serving.answers import Answer
-from dsmoe.serving.choices import Piece
-from dsmoe.serving.engine import Engine, Job
+from dsmoe.serving.batcher_thread import BatcherThread, Job
+from dsmoe.serving.choices import Delta
 from dsmoe.serving.prometheus import Metrics
 from dsmoe.serving.requests import ApiError
 
 _GENERATION = ("/v1/completions", "/v1/chat/completions")
 _ROUTES = (*_GENERATION, "/v1/models", "/health", "/metrics")
-_CLIENT_GONE = 499  # in the metrics; nobody reads it
+_CLIENT_GONE = 499  # only the metrics show this status: the client has left
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """What one request may cost."""
+  """The largest size and the longest times of one request."""
 
   max_body_bytes: int = 4 * 2**20
-  body_secs: float = 30.0  # to send the body
-  request_secs: float = 600.0  # to be answered
+  body_secs: float = 30.0  # until the body has arrived
+  request_secs: float = 600.0  # until the answer is complete
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -49,24 +50,28 @@ class Limits:
 
 
 class Server:
-  """The application and its state."""
+  """The ASGI application, `app`, and its state."""
 
   def __init__(
-    self, served: ServedModel, engine: Engine, limits: Limits | None = None, api_key: str = ""
+    self,
+    served: ServedModel,
+    batcher_thread: BatcherThread,
+    limits: Limits | None = None,
+    api_key: str = "",
   ):
-    """Makes the ASGI application, `self.app`.
+    """Makes the application.
 
     Args:
       served: the model's name, tokenizer and limits.
-      engine: not yet started; starts and ends with the application.
-      limits: of a request.
-      api_key: what clients must send; "": nothing.
+      batcher_thread: not yet started; the application starts and stops it.
+      limits: of one request; None for the defaults.
+      api_key: the key that clients must send; "" for none.
     """
-    self.served, self.engine = served, engine
+    self.served, self.batcher_thread = served, batcher_thread
     self.limits = limits or Limits()
-    self.metrics = Metrics(engine.batcher)
+    self.metrics = Metrics(batcher_thread.batcher)
     self.draining = False
-    self.num_active = 0  # requests for text that are not answered yet
+    self.num_active = 0  # requests for text whose answer is not complete
     self._api_key = api_key.encode()
     self._created = int(time.time())
     handlers: dict[Any, Any] = {
@@ -92,12 +97,12 @@ class Server:
 
   @contextlib.asynccontextmanager
   async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-    self.engine.start()
+    self.batcher_thread.start()
     yield
-    self.engine.stop()
+    self.batcher_thread.stop()
 
   def _gate(self, inner: Starlette):
-    """Wraps the application: counts requests, wants the key, refuses while draining."""
+    """Wraps the application: counts requests, checks the key, refuses requests while draining."""
 
     async def app(scope, receive, send):
       if scope["type"] != "http":
@@ -134,8 +139,8 @@ class Server:
     return None
 
   async def _health(self, request: Request) -> Response:
-    if self.engine.error is not None:
-      return JSONResponse({"status": "failed", "reason": str(self.engine.error)}, 503)
+    if self.batcher_thread.error is not None:
+      return JSONResponse({"status": "failed", "reason": str(self.batcher_thread.error)}, 503)
     return JSONResponse(
       {"status": "draining" if self.draining else "ok"}, 503 if self.draining else 200
     )
@@ -165,53 +170,54 @@ class Server:
   async def _generate(self, request: Request, is_chat: bool) -> Response:
     start = time.monotonic()
     values = requests.parse_json(await self._body(request))
-    # In a thread: long texts take long to encode, and streams must go on.
+    # In a thread, since a long text takes long to encode and other streams must not stop for it.
     parsed = await asyncio.to_thread(requests.parse, values, self.served, is_chat)
-    job = self.engine.submit(parsed.rows)
+    job = self.batcher_thread.submit(parsed.choices)
     self.metrics.prompt_tokens.inc(parsed.num_prompt_tokens)
     answer = Answer(self.served, parsed)
-    pieces = self._pieces(job, answer, start)
+    deltas = self._deltas(job, answer, start)
     if parsed.stream:
       limit = self.limits.request_secs + streams.SEND_SECS
-      return streams.EventStream(streams.lines(answer, pieces), job, limit, self.metrics)
+      return streams.EventStream(streams.lines(answer, deltas), job, limit, self.metrics)
     try:
-      collected = await streams.unless_gone(request, streams.collect(pieces, len(parsed.rows)))
+      collecting = streams.collect(deltas, len(parsed.choices))
+      collected = await streams.unless_gone(request, collecting)
     except ClientDisconnect:
       self.metrics.vanished.inc()
       raise
     finally:
       job.cancel()
-    return JSONResponse(answer.whole(collected))
+    return JSONResponse(answer.complete(collected))
 
-  async def _pieces(
+  async def _deltas(
     self, job: Job, answer: Answer, start: float
-  ) -> AsyncIterator[tuple[int, Piece]]:
-    """Yields what each choice grows by, until all are finished."""
+  ) -> AsyncIterator[tuple[int, Delta]]:
+    """Yields choices' indices and deltas until all choices are finished."""
     deadline = asyncio.get_running_loop().time() + self.limits.request_secs
     unfinished, begun = set(range(len(answer.choices))), False
     while unfinished:
       try:
         async with asyncio.timeout_at(deadline):
-          place, event = await job.next_event()
+          index, event = await job.next_event()
       except TimeoutError:
         job.cancel()
         message = f"not answered within {self.limits.request_secs:g} s"
         raise ApiError(message, None, "timeout", 504, "server_error") from None
-      if place not in unfinished:
-        continue  # was under way when a stop string ended this choice
-      piece = answer.choices[place].push(event)
+      if index not in unfinished:
+        continue  # this event was on its way when a stop string ended the choice
+      delta = answer.choices[index].push(event)
       self.metrics.new_tokens.inc(len(event.tokens))
       if not begun:
         begun = True
         self.metrics.first_token_secs.observe(time.monotonic() - start)
-      if piece.finish:
-        unfinished.remove(place)
-        job.cancel(place)
-      yield place, piece
+      if delta.finish:
+        unfinished.remove(index)
+        job.cancel(index)
+      yield index, delta
     self.metrics.request_secs.observe(time.monotonic() - start)
 
   async def _body(self, request: Request) -> bytes:
-    """Reads the body; all of it even if it is too long, so that its sender hears why."""
+    """Returns the body; reads even one that is too long, so that its client gets the error."""
     if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
       raise ApiError("Content-Type must be application/json", status=415)
     limit, parts, size = self.limits.max_body_bytes, [], 0

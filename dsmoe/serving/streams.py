@@ -1,4 +1,4 @@
-"""Answers on their way out, and clients that do not wait for them."""
+"""Sends answers, whole or as streams, to clients that may leave or stop reading."""
 
 import asyncio
 import json
@@ -10,23 +10,24 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 
 from dsmoe.serving.answers import Answer
-from dsmoe.serving.choices import Piece
-from dsmoe.serving.engine import Job
+from dsmoe.serving.batcher_thread import Job
+from dsmoe.serving.choices import Delta
 from dsmoe.serving.prometheus import Metrics
 from dsmoe.serving.requests import ApiError
 
-SEND_SECS = 10.0  # a client that reads nothing for so long after its time is up is cut off
+SEND_SECS = 10.0  # given to a client to read the rest once a request's time is over
 
 
-async def collect(pieces: AsyncIterator[tuple[int, Piece]], num_choices: int) -> list[list[Piece]]:
-  result: list[list[Piece]] = [[] for _ in range(num_choices)]
-  async for place, piece in pieces:
-    result[place].append(piece)
+async def collect(deltas: AsyncIterator[tuple[int, Delta]], num_choices: int) -> list[list[Delta]]:
+  """Returns all deltas of each choice."""
+  result: list[list[Delta]] = [[] for _ in range(num_choices)]
+  async for index, delta in deltas:
+    result[index].append(delta)
   return result
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-  """Returns the result of `work`; raises ClientDisconnect if the client leaves before."""
+  """Returns the result of `work`, or raises ClientDisconnect when the client leaves before."""
 
   async def gone():
     while (await request.receive())["type"] != "http.disconnect":
@@ -43,23 +44,23 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Any]) -> Any:
       task.cancel()
 
 
-async def lines(answer: Answer, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[str]:
-  """Yields server-sent events; an error after the beginning is an event too."""
+async def lines(answer: Answer, deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[str]:
+  """Yields server-sent events; an error that comes after the first one is an event too."""
 
-  def lines(chunks: Sequence[dict[str, Any]]) -> str:
+  def events(chunks: Sequence[dict[str, Any]]) -> str:
     return "".join(f"data: {json.dumps(c, separators=(',', ':'))}\n\n" for c in chunks)
 
   try:
-    yield lines(answer.opening())
-    async for place, piece in pieces:
-      yield lines(answer.chunks(place, piece))
-    yield lines(answer.closing()) + "data: [DONE]\n\n"
+    yield events(answer.opening())
+    async for index, delta in deltas:
+      yield events(answer.chunks(index, delta))
+    yield events(answer.closing()) + "data: [DONE]\n\n"
   except ApiError as error:
-    yield lines([error.body])
+    yield events([error.body])
 
 
 class EventStream(StreamingResponse):
-  """A stream of events whose rows end when it ends, however it ends."""
+  """A stream of server-sent events; whatever ends it also cancels the choices still running."""
 
   def __init__(self, lines: AsyncIterator[str], job: Job, limit_secs: float, metrics: Metrics):
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -71,7 +72,7 @@ class EventStream(StreamingResponse):
       async with asyncio.timeout(self._limit_secs):
         await super().__call__(scope, receive, send)
     except TimeoutError:
-      logging.warning("cut off a client that does not read its answer")
+      logging.warning("closed the stream of a client that does not read its answer")
     finally:
       if self._job.running:
         self._metrics.vanished.inc()

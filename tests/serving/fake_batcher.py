@@ -1,4 +1,4 @@
-"""A batcher without a model: what it writes is a function of prompt and seed."""
+"""A batcher without a model: its tokens are a function of prompt and seed."""
 
 import collections
 import itertools
@@ -21,7 +21,7 @@ def logprob(token, num_top) -> Logprob:
 
 
 class FakeBatcher:
-  """Has the interface of dsmoe.batcher.Batcher."""
+  """Has the interface of dsmoe.inference.batcher.Batcher."""
 
   def __init__(self, max_rows=4, max_tokens_per_row=512, secs_per_step=0.001):
     self.max_tokens_per_row = max_tokens_per_row

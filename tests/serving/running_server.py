@@ -12,7 +12,7 @@ from openai import OpenAI
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.inference.chat import ChatTemplate
 from dsmoe.inference.text_model import ServedModel
-from dsmoe.serving.engine import Engine
+from dsmoe.serving.batcher_thread import BatcherThread
 from dsmoe.serving.http import HttpServer
 from dsmoe.serving.server import Limits, Server
 from tests.serving.fake_batcher import FakeBatcher
@@ -104,24 +104,24 @@ def running(batcher=None, max_rows=4, max_queue=64, drain_secs=5, limits=None, *
   """Runs a server; `kwargs` go to `served_model`, but for api_key."""
   batcher = batcher or FakeBatcher(max_rows)
   api_key = kwargs.pop("api_key", "")
-  engine = Engine(batcher, max_rows, max_queue)
-  server = Server(served_model(**kwargs), engine, limits or Limits(), api_key)
+  thread = BatcherThread(batcher, max_rows, max_queue)
+  server = Server(served_model(**kwargs), thread, limits or Limits(), api_key)
   http = HttpServer(server, "127.0.0.1", 0, drain_secs)
-  thread = threading.Thread(target=http.run)
-  thread.start()
+  http_thread = threading.Thread(target=http.run)
+  http_thread.start()
   try:
     wait_until(lambda: http.started)
     yield Running(batcher, http.bound_port, http)
   finally:
     http.should_exit = True
-    thread.join(20)
-    assert not thread.is_alive()
+    http_thread.join(20)
+    assert not http_thread.is_alive()
 
 
 def main() -> None:
   """Serves a slow fake until a signal comes; its address is printed."""
-  engine = Engine(FakeBatcher(secs_per_step=0.02), 4, 4)
-  HttpServer(Server(served_model(), engine), "127.0.0.1", 0, float(sys.argv[1])).run()
+  thread = BatcherThread(FakeBatcher(secs_per_step=0.02), 4, 4)
+  HttpServer(Server(served_model(), thread), "127.0.0.1", 0, float(sys.argv[1])).run()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def expected(prompt, place=0, **values):
   """The fake's continuation of a prompt (text or ids), as the server should ask for it."""
   ids = encode(prompt) if isinstance(prompt, str) else prompt
   body = {"model": "tiny", "prompt": ids, "n": place + 1, "max_tokens": 16, "seed": 0} | values
-  return continuation(ids, requests.parse(body, served_model(), False).rows[place].sampling)
+  return continuation(ids, requests.parse(body, served_model(), False).choices[place].sampling)
 
 
 def text(ids):
@@ -275,7 +275,7 @@ def test_metrics(server, client):
 def test_settings_arrive():
   body = {"model": "tiny", "prompt": [1, 2], "temperature": 0, "top_p": 0, "top_k": 3, "min_p": 0.5}
   body |= {"repetition_penalty": 1.5, "seed": -1, "logprobs": 4, "echo": True, "max_tokens": 9}
-  [(prompt, sampling)] = requests.parse(body, served_model(), False).rows
+  [(prompt, sampling)] = requests.parse(body, served_model(), False).choices
   assert prompt == [1, 2] and sampling.seed == 2**63 - 1 and 0 < sampling.top_p < 1e-6
   assert (sampling.temperature, sampling.top_k, sampling.min_p) == (0, 3, 0.5)
   assert (sampling.repetition_penalty, sampling.logprobs) == (1.5, 4)
@@ -286,4 +286,4 @@ def test_a_prefix_goes_before_text_only():
   served = served_model(prefix=(3,))
   for prompt, ids in (("def", [3, *encode("def")]), ([9], [9]), ("", [3])):
     body = {"model": "tiny", "prompt": prompt}
-    assert requests.parse(body, served, False).rows[0].prompt == ids
+    assert requests.parse(body, served, False).choices[0].prompt == ids

@@ -173,7 +173,7 @@ def test_a_failing_batcher_ends_every_request():
     status, _, answer = server.raw("GET", "/health")
     assert status == 503 and json.loads(answer)["status"] == "failed"
     assert server.post(GOOD)[0] == 500
-    with pytest.raises(openai.APIError, match="the engine failed: RuntimeError"):
+    with pytest.raises(openai.APIError, match="generation failed: RuntimeError"):
       list(server.client().completions.create(**GOOD, stream=True))
 
 

@@ -1,4 +1,4 @@
-"""Tests of dsmoe/inference/rows.py through HTTP: requests that are wrong, and in what way."""
+"""Tests of dsmoe/serving/requests.py through HTTP: each wrong request is refused by name."""
 
 import json
 
