@@ -2,11 +2,11 @@
 
   python scripts/bench_decode.py --config=experiments/bench_small.py --batches=1,8,64
 
-Greedy, on fresh random prompts each time; medians of --repeats runs. The bound printed beside
-decode is the time to read every weight a step needs, once, at the bandwidth measured here.
+Generation is greedy, on new random prompts in each of --repeats runs. The bound printed beside the
+speed of decoding is what reading every weight that a step needs, once, would allow at the
+bandwidth measured here.
 """
 
-import json
 import statistics
 import time
 from typing import Any
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich
 import rich.table
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from dsmoe import config as config_lib
@@ -28,19 +28,27 @@ from dsmoe.inference import cache
 from dsmoe.inference.sampling import Sampling
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
+from dsmoe.reporting import output
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
-_BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Numbers of rows.")
-_PROMPT = flags.DEFINE_integer("prompt_tokens", 64, "Tokens a prompt.", lower_bound=1)
-_NEW = flags.DEFINE_integer("new_tokens", 128, "Tokens written to each.", lower_bound=2)
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Measured runs.", lower_bound=1)
-_SPECULATE = flags.DEFINE_bool("speculate", False, "Draft with the MTP module.")
-_JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Batch sizes to measure.")
+_PROMPT = flags.DEFINE_integer("prompt_tokens", 64, "Tokens of each prompt.", lower_bound=1)
+_NEW = flags.DEFINE_integer("new_tokens", 128, "Tokens generated for each prompt.", lower_bound=2)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Runs to measure.", lower_bound=1)
+_SPECULATE = flags.DEFINE_bool("speculate", False, "Draft tokens with the first MTP module.")
+_JSON = output.define_json()
+flags.register_validator(
+  "batches",
+  lambda sizes: bool(sizes) and all(size.isdecimal() and int(size) > 0 for size in sizes),
+  "must be positive integers",
+)
 
 
 def read_bandwidth() -> float:
-  """Returns bytes a second at which this device sums a gigabyte."""
-  x = jnp.ones(2**28, jnp.float32)
+  """Returns bytes a second at which this device sums an array larger than its caches."""
+  # On CPU the array counts towards this process's peak memory, which bench_peers reports.
+  mib = 256 if jax.default_backend() == "cpu" else 1024
+  x = jnp.ones(mib << 18, jnp.float32)
   total = jax.jit(jnp.sum)
   secs = []
   for _ in range(4):
@@ -51,10 +59,9 @@ def read_bandwidth() -> float:
 
 
 def bytes_read_a_step(config: ModelConfig, rows: int) -> float:
-  """Returns the bytes of the weights that decoding one token of each row needs, read once.
+  """Returns the bytes of the weights that decoding one token of each row reads, each once.
 
-  Each expert is needed by at least one of the rows with the probability it has under even
-  routing.
+  An expert counts with the probability that at least one row chooses it under even routing.
   """
   parts = accounting.parameters(config)["parts"]
   share = 1 - (1 - config.num_experts_per_tok / max(config.n_routed_experts, 1)) ** rows
@@ -64,7 +71,7 @@ def bytes_read_a_step(config: ModelConfig, rows: int) -> float:
 
 
 def timed(batcher: batcher_lib.Batcher, rows: int, max_tokens: int, rng) -> float:
-  """Returns the seconds in which fresh prompts get `max_tokens` tokens each."""
+  """Returns the seconds of generating `max_tokens` tokens for each of `rows` random prompts."""
   V = batcher.config.vocab_size
   prompts = [rng.integers(0, V, _PROMPT.value).tolist() for _ in range(rows)]
   start = time.perf_counter()
@@ -92,7 +99,7 @@ def measure(config: ModelConfig, params, router_bias, rows: int) -> dict[str, An
   first = [timed(batcher, rows, 1, rng) for _ in range(_REPEATS.value)]
   whole = [timed(batcher, rows, _NEW.value, rng) for _ in range(_REPEATS.value)]
   first_secs = statistics.median(first)
-  decode_secs = min(whole) - min(first)  # what else the machine does only adds
+  decode_secs = min(whole) - min(first)  # other work on the machine only adds time
   stats = batcher.stats()
   return {
     "batch": rows,
@@ -106,35 +113,48 @@ def measure(config: ModelConfig, params, router_bias, rows: int) -> dict[str, An
   }
 
 
+def show(rows: list[dict[str, Any]], bandwidth: float) -> None:
+  """Prints a table of the figures, a line for each batch size."""
+  table = rich.table.Table(caption=f"weights read at {bandwidth / 1e9:.1f} GB/s")
+  columns = ["rows", "prefill tok/s", "first token ms", "decode tok/s", "bound", "cache B/token"]
+  if _SPECULATE.value:
+    columns.append("drafts accepted")
+  for column in columns:
+    table.add_column(column)
+  for row in rows:
+    numbers = [
+      row["batch"],
+      row["prefill_tokens_per_sec"],
+      1e3 * row["first_token_secs"],
+      row["decode_tokens_per_sec"],
+      row["decode_bound_tokens_per_sec"],
+      row["cache_bytes_per_token"],
+    ]
+    cells = [f"{number:,.0f}" for number in numbers]
+    if _SPECULATE.value:
+      cells.append("none" if row["acceptance"] is None else f"{row['acceptance']:.1%}")
+    table.add_row(*cells)
+  rich.print(table)
+
+
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  output.refuse_arguments(argv)
   logging.set_verbosity(logging.WARNING)
   runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value).model
-  _, params, router_bias = model_lib.split(model_lib.build(config))
   bandwidth = read_bandwidth()
+  cpu.release_memory()
+  _, params, router_bias = model_lib.split(model_lib.build(config))
   rows = [measure(config, params, router_bias, int(n)) for n in _BATCHES.value]
   for row in rows:
     step_secs = row["weight_bytes_per_step"] / bandwidth
     row["decode_bound_tokens_per_sec"] = row["batch"] / step_secs
-  if _JSON.value:
-    device = jax.devices()[0].device_kind
-    print(json.dumps({"device": device, "read_bytes_per_sec": bandwidth, "runs": rows}))
-    return
-  table = rich.table.Table(
-    *("rows", "prefill tok/s", "first token ms", "decode tok/s", "bound", "cache B/token"),
-    *(["drafts accepted"] if _SPECULATE.value else []),
-    caption=f"weights read at {bandwidth / 1e9:.1f} GB/s",
-  )
-  for row in rows:
-    cells = [row["batch"], row["prefill_tokens_per_sec"], 1e3 * row["first_token_secs"]]
-    cells += [row["decode_tokens_per_sec"], row["decode_bound_tokens_per_sec"]]
-    shown = [f"{x:,.0f}" for x in (*cells, row["cache_bytes_per_token"])]
-    table.add_row(*shown, *([f"{row['acceptance']:.1%}"] if _SPECULATE.value else []))
-  rich.print(table)
+  device = jax.devices()[0].device_kind
+  output.write_json(_JSON.value, {"device": device, "read_bytes_per_sec": bandwidth, "runs": rows})
+  if _JSON.value != output.STDOUT:
+    show(rows, bandwidth)
 
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  output.run_script(main)

@@ -105,7 +105,7 @@ class Case(NamedTuple):
 def ours(script: str, *args: str) -> list[str]:
   """Returns the command of one of our own benchmarks on the config."""
   holder = flags.FLAGS["config"]
-  command = [OURS_PYTHON.value, script, "--json", *args]
+  command = [OURS_PYTHON.value, script, "--json=-", *args]
   command.append(f"--config={config_flags.get_config_filename(holder)}")
   return command + [
     f"--config.{k}={v}" for k, v in config_flags.get_override_values(holder).items()

@@ -1,13 +1,12 @@
 """Measures a config's training step: tokens/s, compile seconds, peak memory, GFLOP/s, MFU.
 
-python scripts/bench_train.py --config=experiments/bench_small.py --steps=10 --json
+  python scripts/bench_train.py --config=experiments/bench_small.py --steps=10 --json=-
 
-The measured step is the whole one: the next batch is read while it runs, and its metrics are
-fetched. Validation data is not touched; --synthetic leaves the training data alone too.
+A measured step is a whole one: the next batch is read while it runs, and its metrics are fetched.
+Validation data is not read; with --synthetic no training data is read either.
 """
 
 import dataclasses
-import json
 import resource
 import statistics
 import sys
@@ -17,7 +16,8 @@ from typing import Any
 
 import jax
 import rich
-from absl import app, flags, logging
+import rich.console
+from absl import flags, logging
 from ml_collections import config_flags
 
 from dsmoe import config as config_lib
@@ -28,32 +28,34 @@ from dsmoe.data import records
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
-from dsmoe.reporting import progress
+from dsmoe.reporting import output, progress
 from dsmoe.training import train_step
 
-_WARMUP_STEPS = 2  # after compiling, not measured
+_WARMUP_STEPS = 2  # made after compiling, and not measured
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Measured steps.", lower_bound=1)
-_SYNTHETIC = flags.DEFINE_bool("synthetic", False, "Random tokens instead of the config's data.")
-_JSON = flags.DEFINE_bool("json", False, "End with one line of JSON.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Steps to measure.", lower_bound=1)
+_SYNTHETIC = flags.DEFINE_bool(
+  "synthetic", False, "Train on random tokens instead of the config's data."
+)
+_JSON = output.define_json()
 
 
 def peak_rss_mib() -> float:
-  """Returns the most memory this process has held."""
+  """Returns the largest amount of memory that this process has held."""
   unit_bytes = 1 if sys.platform == "darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 2**20
 
 
 def peak_device_mib() -> float | None:
-  """Returns the most memory in use on the fullest device, or None where it is not counted."""
+  """Returns the peak memory of the device with the highest, or None where it is not counted."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [s["peak_bytes_in_use"] / 2**20 for s in stats if "peak_bytes_in_use" in s]
   return max(peaks, default=None)
 
 
 def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
-  """Compiles the step and runs it; returns the figures."""
+  """Compiles the step and runs it; returns the figures by name."""
   mesh = mesh_lib.make_mesh(config.mesh)
   directory = config.data.cache_dir or folder
   prepared = records.prepare(config.data, config.model.vocab_size, directory)
@@ -68,7 +70,8 @@ def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
 
   tokens = config.batch_size * config.data.sequence_length
   secs = []
-  with progress.Progress(_WARMUP_STEPS + steps) as bar:
+  console = rich.console.Console(stderr=True)  # stdout is for the results
+  with progress.Progress(_WARMUP_STEPS + steps, console=console) as bar:
     for step in range(1, _WARMUP_STEPS + steps + 1):
       start = time.perf_counter()
       state, metrics = step_fn(state, batch)
@@ -97,8 +100,7 @@ def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  output.refuse_arguments(argv)
   logging.set_verbosity(logging.WARNING)
   runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value)
@@ -108,8 +110,8 @@ def main(argv: list[str]) -> None:
   config = dataclasses.replace(config, data=dataclasses.replace(config.data, **values))
   with tempfile.TemporaryDirectory() as folder:
     result = measure(config, _STEPS.value, folder)
-  if _JSON.value:
-    print(json.dumps(result))
+  output.write_json(_JSON.value, result)
+  if _JSON.value == output.STDOUT:
     return
   rows = []
   for name, value in result.items():
@@ -120,4 +122,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  output.run_script(main)

@@ -1,39 +1,53 @@
-"""Serves a checkpoint over HTTP as OpenAI's API does.
+"""Serves a checkpoint over HTTP with OpenAI's API.
 
   python scripts/serve.py --workdir=runs/tiny --port=8000
   curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "tiny", "prompt": "def ", "max_tokens": 32}'
 
-The API key, if there is to be one, is the content of --api_key_file or of $DSMOE_API_KEY.
-SIGTERM finishes the running requests and refuses new ones; a second one ends at once.
+An API key, if clients must send one, is the content of --api_key_file or of $DSMOE_API_KEY.
+After SIGTERM running requests are finished and new ones refused; a second one ends at once.
 """
 
 import ipaddress
 import os
-import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from dsmoe import checkpoint, runtime
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference import text_model
+from dsmoe.reporting import output
 from dsmoe.serving import http, server
 from dsmoe.serving.batcher_thread import BatcherThread
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of the run, on disk or gs://.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
-_MODEL_NAME = flags.DEFINE_string("model_name", "", "Default: the last part of --workdir.")
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Where to listen; 0.0.0.0: everywhere.")
-_PORT = flags.DEFINE_integer("port", 8000, "0: a free one.", lower_bound=0, upper_bound=65535)
-_API_KEY_FILE = flags.DEFINE_string("api_key_file", "", "Default: $DSMOE_API_KEY, or no key.")
-_MAX_ROWS = flags.DEFINE_integer("max_rows", 8, "Rows written at once.", lower_bound=1)
-_MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "Rows that may wait.", lower_bound=0)
-_CACHE_BYTES = flags.DEFINE_integer("cache_bytes", 2**30, "The most it takes.", lower_bound=1)
-_SPECULATE = flags.DEFINE_bool("speculate", False, "Draft with the MTP module.")
-_MAX_BODY_BYTES = flags.DEFINE_integer("max_body_bytes", 4 * 2**20, "Of a request.", lower_bound=1)
-_REQUEST_SECS = flags.DEFINE_float("request_secs", 600, "To answer a request.", lower_bound=0.001)
-_DRAIN_SECS = flags.DEFINE_float("drain_secs", 30, "To finish after SIGTERM.", lower_bound=0)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's, on disk or gs://.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "The checkpoint; by default the newest.")
+_MODEL_NAME = flags.DEFINE_string("model_name", "", "By default the last part of --workdir.")
+_HOST = flags.DEFINE_string(
+  "host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all of this machine's."
+)
+_PORT = flags.DEFINE_integer(
+  "port", 8000, "Port to listen on; 0 for a free one.", lower_bound=0, upper_bound=65535
+)
+_API_KEY_FILE = flags.DEFINE_string(
+  "api_key_file", "", "A file with the API key; by default $DSMOE_API_KEY, or no key."
+)
+_MAX_ROWS = flags.DEFINE_integer("max_rows", 8, "Choices generated at once.", lower_bound=1)
+_MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "Choices that may wait.", lower_bound=0)
+_CACHE_BYTES = flags.DEFINE_integer(
+  "cache_bytes", 2**30, "Upper limit of the cache of attention's latents.", lower_bound=1
+)
+_SPECULATE = flags.DEFINE_bool("speculate", False, "Draft tokens with the first MTP module.")
+_MAX_BODY_BYTES = flags.DEFINE_integer(
+  "max_body_bytes", 4 * 2**20, "Upper limit of a request's body.", lower_bound=1
+)
+_REQUEST_SECS = flags.DEFINE_float(
+  "request_secs", 600, "Time in which a request must be answered.", lower_bound=0.001
+)
+_DRAIN_SECS = flags.DEFINE_float(
+  "drain_secs", 30, "Time that running requests have after SIGTERM.", lower_bound=0
+)
 
 
 def api_key() -> str:
@@ -52,7 +66,7 @@ def api_key() -> str:
 
 
 def is_loopback(host_name: str) -> bool:
-  """Whether only this machine reaches that address."""
+  """Returns whether an address can be reached from this machine only."""
   try:
     return ipaddress.ip_address(host_name).is_loopback
   except ValueError:
@@ -60,29 +74,25 @@ def is_loopback(host_name: str) -> bool:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  output.refuse_arguments(argv)
   logging.set_verbosity(logging.WARNING)
   runtime.start()
-  try:
-    key = api_key()
-    run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
-    options = batcher_lib.BatcherOptions(_MAX_ROWS.value, _CACHE_BYTES.value, _SPECULATE.value)
-    batcher = batcher_lib.make(run, options)
-    name = _MODEL_NAME.value or epath.Path(_WORKDIR.value).resolve().name
-    served = text_model.load(
-      run.tokenizer_path.parent, run.tokenizer(), name, batcher.max_tokens_per_row
-    )
-  except ValueError as error:
-    sys.exit(f"serve: {error}")
+  key = api_key()
+  run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
+  options = batcher_lib.BatcherOptions(_MAX_ROWS.value, _CACHE_BYTES.value, _SPECULATE.value)
+  batcher = batcher_lib.make(run, options)
+  name = _MODEL_NAME.value or epath.Path(_WORKDIR.value).resolve().name
+  folder, limit = run.tokenizer_path.parent, batcher.max_tokens_per_row
+  served = text_model.load(folder, run.tokenizer(), name, limit)
   if not key and not is_loopback(_HOST.value):
-    logging.warning("anyone who reaches %s may use this server: it wants no key", _HOST.value)
+    logging.warning(
+      "this server accepts requests without an API key from anyone who reaches %s", _HOST.value
+    )
   limits = server.Limits(_MAX_BODY_BYTES.value, request_secs=_REQUEST_SECS.value)
-  application = server.Server(
-    served, BatcherThread(batcher, _MAX_ROWS.value, _MAX_QUEUE.value), limits, key
-  )
+  thread = BatcherThread(batcher, _MAX_ROWS.value, _MAX_QUEUE.value)
+  application = server.Server(served, thread, limits, key)
   http.HttpServer(application, _HOST.value, _PORT.value, _DRAIN_SECS.value).run()
 
 
 if __name__ == "__main__":
-  app.run(main)
+  output.run_script(main)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -37,7 +37,7 @@ def stream(
   settings: Sampling,
   stop: Sequence[str] = (),
   figures: Figures | None = None,
-) -> Iterator[Piece]:
+) -> Generator[Piece]:
   """Continues prompts and yields their text; prompt i is sampled with `settings.seed` + i.
 
   Closing the iterator early cancels the prompts that are not finished. Nothing else may call the

@@ -68,12 +68,13 @@ def test_compute_report_counts_both_devices_of_a_chip():
   assert values["mfu"]["causal"] == pytest.approx(0.266, abs=5e-4)
 
 
-def test_bench_train():
+def test_bench_train(tmp_path):
   args = ("scripts/bench_train.py", f"--config={runs.SHORT_RUN}", "--steps=2")
-  values = json.loads(runs.run(*args, "--json").splitlines()[-1])
+  values = json.loads(runs.run(*args, "--json=-"))
   for name in ("tokens_per_sec", "compile_secs", "peak_rss_mib", "loss", "gflops_per_sec"):
     assert values[name] > 0, name
-  assert "tokens per sec" in runs.run(*args)
+  assert "tokens per sec" in runs.run(*args, f"--json={tmp_path}/figures.json")
+  assert json.loads((tmp_path / "figures.json").read_text()).keys() == values.keys()
 
 
 def test_generate(workdir):
@@ -111,16 +112,16 @@ def test_generate_talks(workdir):
     path.unlink()
   assert process.returncode == 0, err
   assert out.count("> ") >= 5 and "(a new conversation)" in out
-  assert "tokens written" in err
+  assert "new tokens" in err
 
 
-def test_bench_decode():
-  small = ["--config.model.hidden_size=32", "--config.model.vocab_size=64"]
-  out = runs.run(
-    *("scripts/bench_decode.py", "--config=experiments/bench_small.py", *small, "--json"),
-    *("--batches=1,3", "--prompt_tokens=9", "--new_tokens=65", "--repeats=3"),
-  )
-  rows = json.loads(out.strip().splitlines()[-1])["runs"]
+def test_bench_decode(tmp_path):
+  args = ["scripts/bench_decode.py", "--config=experiments/bench_small.py", "--prompt_tokens=9"]
+  args += ["--config.model.hidden_size=32", "--config.model.vocab_size=64", "--new_tokens=65"]
+  rows = json.loads(runs.run(*args, "--batches=1,3", "--json=-"))["runs"]
+  path = tmp_path / "figures.json"
+  assert "decode tok/s" in runs.run(*args, "--batches=1", "--repeats=1", f"--json={path}")
+  assert [row["batch"] for row in json.loads(path.read_text())["runs"]] == [1]
   assert [row["batch"] for row in rows] == [1, 3]
   for row in rows:
     assert row["cache_bytes_per_token"] == 4 * 4 * (64 + 16)
@@ -145,7 +146,7 @@ def test_generate_refuses_in_one_sentence(workdir, args, message):
 
 def test_evaluate_text_is_the_runs_own_validation(workdir, corpus):
   args = ("scripts/evaluate.py", f"--workdir={workdir}")
-  values = json.loads(runs.run(*args, f"--text={corpus}/v/*.txt", "--json"))
+  values = json.loads(runs.run(*args, f"--text={corpus}/v/*.txt", "--json=-"))
   last = [json.loads(line) for line in (workdir / "metrics.jsonl").open()][-1]
   assert values["step"] == last["step"] == 3
   assert values["nats_per_token"] == pytest.approx(last["validation_loss"], rel=1e-5)
@@ -157,9 +158,44 @@ def test_evaluate_choices(workdir, tmp_path):
   path = tmp_path / "questions.jsonl"
   questions = [{"question": "alpha", "choices": ["beta", "qqqq", "##"], "answer": 0}] * 2
   path.write_text("\n".join(map(json.dumps, questions)))
-  out = runs.run("scripts/evaluate.py", f"--workdir={workdir}", f"--choices={path}")
+  args = ("scripts/evaluate.py", f"--workdir={workdir}", f"--choices={path}")
+  out = runs.run(*args, f"--json={tmp_path}/scores.json")
+  assert json.loads((tmp_path / "scores.json").read_text())["questions"] == 2
   for text in ("accuracy", "accuracy per byte", "margin"):
     assert text in out
+
+
+@pytest.mark.parametrize(
+  "args, code, message",
+  [
+    (("generate", "--prompt=a", "--top_p=2"), 1, "top_p must be above 0 and at most 1, got 2.0"),
+    (("generate", "--prompt=a", "--num_tokens=0"), 2, "flag --num_tokens=0: 0 is not"),
+    (("generate",), 2, "give one of --prompt, --prompts and --chat"),
+    (("generate", "--prompt=a"), 1, "a run's workdir must hold config.json, got /nowhere"),
+    (("serve", "--port=70000"), 2, "flag --port=70000: 70000 is not an integer"),
+    (("serve",), 1, "a run's workdir must hold config.json, got /nowhere"),
+    (("serve", "--api_key_file=nokey"), 1, "api_key_file must hold a key, nokey does not"),
+    (("evaluate", "--text=a", "--step=x"), 2, "flag --step=x: invalid literal for int()"),
+    (("evaluate", "--text=a", "--choices=b"), 2, "Exactly one of (text, choices) must have a"),
+    (("evaluate", "--text=a"), 1, "a run's workdir must hold config.json, got /nowhere"),
+    (("evaluate", "--choices=/nowhere.jsonl"), 1, "file of questions must exist, got /nowhere"),
+    (("bench_train", "--steps=0"), 2, "flag --steps=0: 0 is not a positive"),
+    (("bench_train",), 2, "Flag --config must have a value other than None"),
+    (("bench_train", "--config=/nowhere.py"), 1, "No such file or directory: '/nowhere.py'"),
+    (("bench_decode", "--batches=1,x"), 2, "flag --batches=['1', 'x']: must be positive integers"),
+    (("bench_decode",), 2, "Flag --config must have a value other than None"),
+    (("bench_decode", "--json=/nowhere/a.json"), 2, "the folder of the file must exist"),
+  ],
+)
+def test_mistakes_end_in_one_sentence(args, code, message):
+  """Wrong flags exit with 2 and wrong inputs with 1."""
+  name, *flags = args
+  if name in ("generate", "serve", "evaluate"):
+    flags.append("--workdir=/nowhere")
+  found, out, err = runs.finish(runs.start(f"scripts/{name}.py", *flags))
+  assert found == code and out == "" and "Traceback" not in err
+  [line] = err.splitlines()
+  assert line.startswith(f"{name}: ") and message in line
 
 
 def test_report(workdir):
