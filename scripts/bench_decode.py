@@ -79,8 +79,8 @@ def timed(batcher: batcher_lib.Batcher, rows: int, max_tokens: int, rng) -> floa
   return time.perf_counter() - start
 
 
-def measure(config: ModelConfig, params, router_bias, rows: int) -> dict[str, Any]:
-  """Returns the figures at one batch size."""
+def measure(config: ModelConfig, rows: int) -> dict[str, Any]:
+  """Returns the figures at one batch size, of a model of its own with random weights."""
   tokens = _PROMPT.value + _NEW.value + 1
   pages = rows * -(-tokens // cache.PAGE_TOKENS)
   options = batcher_lib.BatcherOptions(
@@ -89,7 +89,10 @@ def measure(config: ModelConfig, params, router_bias, rows: int) -> dict[str, An
     speculate=_SPECULATE.value,
     prefill_tokens=rows * max(512, _PROMPT.value),
   )
+  _, params, router_bias = model_lib.split(model_lib.build(config))
   batcher = batcher_lib.Batcher(config, params, router_bias, options)
+  del params, router_bias  # the batcher has what it needs of them
+  cpu.release_memory()
   rng = np.random.default_rng(0)
   start = time.perf_counter()
   timed(batcher, rows, _NEW.value, rng)
@@ -144,8 +147,7 @@ def main(argv: list[str]) -> None:
   config = config_lib.from_config_dict(_CONFIG.value).model
   bandwidth = read_bandwidth()
   cpu.release_memory()
-  _, params, router_bias = model_lib.split(model_lib.build(config))
-  rows = [measure(config, params, router_bias, int(n)) for n in _BATCHES.value]
+  rows = [measure(config, int(n)) for n in _BATCHES.value]
   for row in rows:
     step_secs = row["weight_bytes_per_step"] / bandwidth
     row["decode_bound_tokens_per_sec"] = row["batch"] / step_secs

@@ -22,6 +22,7 @@ from dsmoe import checkpoint, runtime
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference import generate, text_model
 from dsmoe.inference.sampling import Sampling
+from dsmoe.platforms import cpu
 from dsmoe.reporting import output, progress
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's, on disk or gs://.", required=True)
@@ -76,6 +77,7 @@ class Writer:
     run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
     options = batcher_lib.BatcherOptions(_MAX_ROWS.value, _CACHE_BYTES.value, _SPECULATE.value)
     self.batcher = batcher_lib.make(run, options)
+    cpu.release_memory()  # that restoring and preparing the weights used: compiling comes next
     folder, limit = run.tokenizer_path.parent, self.batcher.max_tokens_per_row
     self.model = text_model.load(folder, run.tokenizer(), _WORKDIR.value, limit)
     self.sampling = dataclasses.replace(sampling, stop_tokens=self.model.stop_tokens)

@@ -17,6 +17,7 @@ from etils import epath
 from dsmoe import checkpoint, runtime
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference import text_model
+from dsmoe.platforms import cpu
 from dsmoe.reporting import output
 from dsmoe.serving import http, server
 from dsmoe.serving.batcher_thread import BatcherThread
@@ -81,6 +82,7 @@ def main(argv: list[str]) -> None:
   run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
   options = batcher_lib.BatcherOptions(_MAX_ROWS.value, _CACHE_BYTES.value, _SPECULATE.value)
   batcher = batcher_lib.make(run, options)
+  cpu.release_memory()  # that restoring and preparing the weights used: compiling comes next
   name = _MODEL_NAME.value or epath.Path(_WORKDIR.value).resolve().name
   folder, limit = run.tokenizer_path.parent, batcher.max_tokens_per_row
   served = text_model.load(folder, run.tokenizer(), name, limit)
