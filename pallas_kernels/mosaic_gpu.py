@@ -3,6 +3,8 @@
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.varying import varying_like
+
 CAPABILITY = "9.0"  # of Hopper, whose instructions the kernels are made of: H100, H200
 
 
@@ -65,11 +67,4 @@ def call(
     num_threads=warpgroups if warpgroups > 1 else None,
     thread_name="wg" if warpgroups > 1 else None,
   )(*operands)
-  axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-
-  def varying(out):
-    """An output varies over the mesh axes any operand varies over, which a kernel forgets."""
-    missing = tuple(axes - jax.typeof(out).manual_axis_type.varying)
-    return jax.lax.pcast(out, missing, to="varying") if missing else out
-
-  return jax.tree.map(varying, outs)
+  return varying_like(outs, *operands)

@@ -48,27 +48,6 @@ def bytes_moved(
   return total
 
 
-def vary_alike(*operands):
-  """Returns arrays that all vary over the mesh axes any of them varies over.
-
-  What was the same on all devices then has a gradient that is summed over them.
-  """
-  axes = [jax.typeof(a).manual_axis_type.varying for a in operands]
-  missing = [tuple(sorted(frozenset().union(*axes) - own)) for own in axes]
-  return [
-    jax.lax.pcast(a, names, to="varying") if names else a for a, names in zip(operands, missing)
-  ]
-
-
-def varying_like(operands: Sequence[Any], structs):
-  """Returns output structs that vary over the mesh axes any of the operands varies over."""
-  axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-  kind = jax.sharding.ManualAxisType(varying=axes)
-  return jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, manual_axis_type=kind), structs
-  )
-
-
 def struct(a) -> jax.ShapeDtypeStruct:
   """Returns an array's shape and dtype."""
   return jax.ShapeDtypeStruct(a.shape, a.dtype)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.varying import zeros_like_operands
+
 
 class CrossEntropy(NamedTuple):
   """Sums over tokens, each times its weight; float32 scalars."""
@@ -22,11 +24,6 @@ def _chunks(a, chunk: int):
   missing = -a.shape[0] % chunk
   a = jnp.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1))
   return a.reshape(-1, chunk, *a.shape[1:])
-
-
-def _like(shape, *operands):
-  axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-  return jax.lax.pcast(jnp.zeros(shape, jnp.float32), tuple(axes), to="varying")
 
 
 def _chunk_loss(x_cD, head_DV, targets_c, weights_c):
@@ -69,7 +66,7 @@ def chunked_cross_entropy(x_MD, head_DV, targets_M, weights_M, z_loss_weight, ch
     sums, _ = _chunk_loss(x_cD, head_DV, targets_c, weights_c)
     return jax.tree.map(jnp.add, total, sums), None
 
-  zero = _like((), x_MD, head_DV, targets_M, weights_M)
+  zero = zeros_like_operands((), jnp.float32, x_MD, head_DV, targets_M, weights_M)
   sums, _ = jax.lax.scan(step, CrossEntropy(zero, zero), inputs)
   return sums.cross_entropy + z_loss_weight * sums.z_loss, sums
 
@@ -90,8 +87,8 @@ def _fwd(x_MD, head_DV, targets_M, weights_M, z_loss_weight, chunk_tokens):
     return (jax.tree.map(jnp.add, total, sums), dhead_DV), dx_cD
 
   operands = (x_MD, head_DV, targets_M, weights_M)
-  zero = _like((), *operands)
-  carry = (CrossEntropy(zero, zero), _like(head_DV.shape, *operands))
+  zero = zeros_like_operands((), jnp.float32, *operands)
+  carry = (CrossEntropy(zero, zero), zeros_like_operands(head_DV.shape, jnp.float32, *operands))
   (sums, dhead_DV), dx = jax.lax.scan(step, carry, inputs)
   dx_MD = dx.reshape(-1, x_MD.shape[1])[: x_MD.shape[0]]
   return (sums.cross_entropy + z_loss_weight * sums.z_loss, sums), (dx_MD, dhead_DV)

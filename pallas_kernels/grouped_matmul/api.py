@@ -10,12 +10,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu, traffic
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
 from pallas_kernels.grouped_matmul.tpu_tiles import tile_rows
 from pallas_kernels.permute import combine, expert_order, group_starts, num_rows, permute
 from pallas_kernels.permute import gpu as permute_gpu
 from pallas_kernels.routing import Routed
+from pallas_kernels.varying import vary_alike
 
 
 def _dense_sizes(sizes_E, starts_E, P: int):
@@ -130,7 +131,7 @@ def _tile(P: int, E: int, alignment: int, tile: int | None = None) -> int:
 def _mosaic_matmul(x_PK, w_EKN, sizes_E, starts_E, alignment: int):
   P, E = x_PK.shape[0], sizes_E.shape[0]
   tile = _tile(P, E, alignment)
-  x_PK, w_EKN = traffic.vary_alike(x_PK, w_EKN)
+  x_PK, w_EKN = vary_alike(x_PK, w_EKN)
   aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
   y_PN = tpu.grouped_matmul(aligned.rows(x_PK), w_EKN, sizes_E, aligned.starts_E, tile)
   return aligned.back(y_PN)
@@ -140,7 +141,7 @@ def _mosaic_swiglu(x_PD, weight_P, *args, alignment: int, tile: int | None):
   *weights, sizes_E, starts_E = args
   P, E = weight_P.shape[0], sizes_E.shape[0]
   tile = _tile(P, E, alignment, tile)
-  x_PD, weight_P, *weights = traffic.vary_alike(x_PD, weight_P, *weights)
+  x_PD, weight_P, *weights = vary_alike(x_PD, weight_P, *weights)
   aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
   y_PD = tpu.grouped_swiglu(
     *(aligned.rows(x_PD), aligned.numbers(weight_P), tuple(weights)),
@@ -307,7 +308,7 @@ def routed_swiglu(
   if implementation == "mosaic_tpu":
     tile = tile or tile_rows(P / E)
     starts_E = group_starts(counts_E, tile)
-    x_MD, gate_MK, *weights = traffic.vary_alike(x_MD, gate_MK, *experts)
+    x_MD, gate_MK, *weights = vary_alike(x_MD, gate_MK, *experts)
     return tpu.routed_swiglu(
       *(x_MD, gate_MK, tuple(weights), starts_E[expert_MK] + rank_MK),
       *(counts_E, starts_E, num_rows(P, E, tile), tile),

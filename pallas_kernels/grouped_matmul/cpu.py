@@ -15,17 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.permute import sum_rows
+from pallas_kernels.varying import zeros_like_operands
 
 ROWS = 256  # a block's rows, unless told
 BLOCKS = 8  # blocks a step
 
 f32 = jnp.float32
-
-
-def _zeros(shape, dtype, operands):
-  """Zeros that vary over the mesh axes any of the operands varies over."""
-  axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in operands))
-  return jax.lax.pcast(jnp.zeros(shape, dtype), tuple(axes), to="varying")
 
 
 def _schedule(group_sizes_E, group_starts_E, num_rows: int, rows: int):
@@ -116,8 +111,11 @@ def _fwd(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, or
     y_brD = jnp.matmul(inner_brF, w_down_EFD[expert_b])
     return _put(y_PD, y_brD, first_b, mine_br), _put(hidden_PI, hidden_brI, first_b, mine_br)
 
-  zeros = functools.partial(_zeros, operands=(x_MD, weight_P, w_in_EDI, w_down_EFD, sizes_E))
-  carry = (zeros((P, D), x_MD.dtype), zeros((P, w_in_EDI.shape[-1]), x_MD.dtype))
+  operands = (x_MD, weight_P, w_in_EDI, w_down_EFD, sizes_E)
+  carry = (
+    zeros_like_operands((P, D), x_MD.dtype, *operands),
+    zeros_like_operands((P, w_in_EDI.shape[-1]), x_MD.dtype, *operands),
+  )
   y_PD, hidden_PI = jax.lax.fori_loop(0, num_steps, body, carry)
   saved = (x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E, order, hidden_PI)
   return y_PD, saved
@@ -153,12 +151,12 @@ def _bwd(rows, saved, dy_PD):
       _add(dw_down_EFD, dw_down, expert_b),
     )
 
-  zeros = functools.partial(_zeros, operands=(x_MD, weight_P, w_in_EDI, w_down_EFD, sizes_E, dy_PD))
+  operands = (x_MD, weight_P, w_in_EDI, w_down_EFD, sizes_E, dy_PD)
   carry = (
-    zeros((P, D), dtype),
-    zeros((P,), f32),
-    zeros(w_in_EDI.shape, f32),
-    zeros(w_down_EFD.shape, f32),
+    zeros_like_operands((P, D), dtype, *operands),
+    zeros_like_operands((P,), f32, *operands),
+    zeros_like_operands(w_in_EDI.shape, f32, *operands),
+    zeros_like_operands(w_down_EFD.shape, f32, *operands),
   )
   dx_PD, dweight_P, dw_in_EDI, dw_down_EFD = jax.lax.fori_loop(0, num_steps, body, carry)
   dw_gate, dw_up = jnp.split(dw_in_EDI.astype(dtype), 2, axis=-1)

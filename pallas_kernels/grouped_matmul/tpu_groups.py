@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import traffic
 from pallas_kernels.grouped_matmul import tpu_tiles as tiles
 from pallas_kernels.grouped_matmul.tpu_tiles import LANES
+from pallas_kernels.varying import varying_like
 
 UNROLL = 8  # products of one tile's rows alone are short: their ends overlap
 
@@ -113,7 +114,7 @@ def over_groups(lhs, rhs, plan, tile: int, dtype):
         *(pltpu.VMEM(shape, dtype) for shape in [(k, tile), *plain_shapes]),
       ],
     ),
-    out_shape=traffic.varying_like([*steps[:3], lhs, *rhs], out_shape),
+    out_shape=varying_like(out_shape, *steps[:3], lhs, *rhs),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
       vmem_limit_bytes=tiles.VMEM_BYTES + 2**22,

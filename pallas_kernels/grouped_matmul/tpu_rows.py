@@ -20,6 +20,7 @@ from pallas_kernels import traffic
 from pallas_kernels.grouped_matmul import tpu_tiles as tiles
 from pallas_kernels.grouped_matmul.tpu_tiles import LANES
 from pallas_kernels.permute import tpu as permute
+from pallas_kernels.varying import varying_like
 
 f32, u32 = jnp.float32, jnp.uint32
 
@@ -251,7 +252,7 @@ def over_rows(
       out_specs=out_specs,
       scratch_shapes=scratch,
     ),
-    out_shape=traffic.varying_like([*lists(steps), *operands], out_shape),
+    out_shape=varying_like(out_shape, *lists(steps), *operands),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.VMEM_BYTES + 2**22
     ),

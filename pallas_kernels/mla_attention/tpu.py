@@ -37,6 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import traffic
+from pallas_kernels.varying import varying_like
 
 BLOCK_TOKENS = 1024  # queries and keys of a grid step of the gradient, half of the forward's
 CHUNK_TOKENS = 256  # queries at a time within it
@@ -46,11 +47,6 @@ LANES = 128
 HIDDEN = -1e30  # a logit; not -inf, whose difference to itself is no number
 
 f32 = jnp.float32
-
-
-def out_struct(shape, dtype, operands) -> jax.ShapeDtypeStruct:
-  """A kernel's result, which varies over the mesh axes any of its operands varies over."""
-  return traffic.varying_like(operands, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def _dot(a, b, contract: tuple[int, int]):
@@ -221,7 +217,9 @@ def _call(name, kernel, steps, inputs, outputs, scratch, flops, transcendentals)
   grid = (B, H, len(steps[0]))
   arrays, in_specs = zip(*inputs)
   out_specs = [spec for _, _, spec in outputs]
-  out_shapes = [out_struct(shape, dtype, arrays) for shape, dtype, _ in outputs]
+  out_shapes = [
+    varying_like(jax.ShapeDtypeStruct(shape, dtype), *arrays) for shape, dtype, _ in outputs
+  ]
   operands = list(zip(map(traffic.struct, arrays), in_specs)) + list(zip(out_shapes, out_specs))
   # Every head of every row moves as much as the first.
   moved = traffic.bytes_moved((1, 1, grid[2]), operands, steps)

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import traffic
-from pallas_kernels.mla_attention.tpu import out_struct
+from pallas_kernels.varying import varying_like
 
 BLOCK_TOKENS = 512
 BUFFERS = 3  # blocks: one of values, one of keys, one under way
@@ -242,7 +242,8 @@ def decode_attention(
   q_spec = pl.BlockSpec((None, X, W), by_row)
   out_spec = pl.BlockSpec((None, X, C), by_row)
   q = jax.ShapeDtypeStruct((B, X, W), q_BSHW.dtype)
-  out = out_struct((B, X, C), q_BSHW.dtype, (q_BSHW, pages_NTW, *scalars))
+  out = jax.ShapeDtypeStruct((B, X, C), q_BSHW.dtype)
+  out = varying_like(out, q_BSHW, pages_NTW, *scalars)
   # The table's every page once: how many are used is known only at run time.
   cache_bytes = B * P * T * W * pages_NTW.dtype.itemsize
   stand_ins = [np.zeros(s.shape, np.int32) for s in scalars]

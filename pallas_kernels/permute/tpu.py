@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import traffic
+from pallas_kernels.varying import varying_like
 
 LANES = 128
 VMEM_BYTES = 2**24  # of the row buffers
@@ -148,7 +149,7 @@ def scatter_as(words: jax.ShapeDtypeStruct, pack, x_MD, row_MK, num_rows: int, n
     grid=grid,
     in_specs=[row_spec, x_spec],
     out_specs=pl.BlockSpec(memory_space=pl.ANY),
-    out_shape=traffic.varying_like((rows, x_MD), jax.ShapeDtypeStruct((num_rows, W), words.dtype)),
+    out_shape=varying_like(jax.ShapeDtypeStruct((num_rows, W), words.dtype), rows, x_MD),
     scratch_shapes=[pltpu.VMEM((2, m, W), words.dtype), pltpu.SemaphoreType.DMA((2,))],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("arbitrary",), vmem_limit_bytes=4 * VMEM_BYTES
@@ -231,7 +232,7 @@ def gather_sum(words_PW, row_MK, dtype, gate_MK=None):
       pl.BlockSpec(memory_space=pl.ANY),
     ],
     out_specs=out_spec,
-    out_shape=traffic.varying_like((rows, *gates, words_PW), out),
+    out_shape=varying_like(out, rows, *gates, words_PW),
     scratch_shapes=[pltpu.VMEM((2, K, m, W), words_PW.dtype), pltpu.SemaphoreType.DMA((2,))],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("arbitrary",), vmem_limit_bytes=4 * VMEM_BYTES

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import traffic
 from pallas_kernels.grouped_matmul.gpu import EIGHT
 from pallas_kernels.grouped_matmul.tpu import weights_of_rows
 from pallas_kernels.mosaic_gpu import call
@@ -31,6 +30,7 @@ from pallas_kernels.quantized_matmul.e4m3 import (
   largest_magnitude,
   scale_of,
 )
+from pallas_kernels.varying import vary_alike
 
 TILES = 64  # quantised at once, in a warpgroup's registers
 
@@ -142,7 +142,7 @@ def routed_swiglu(power_of_two: bool, x_MD, routed, experts):
   expert_MK, gate_MK, counts_E, rank_MK = routed
   dtype, D = x_MD.dtype, x_MD.shape[1]
   row_MK = group_starts(counts_E)[expert_MK] + rank_MK
-  x_MD, w_gate, w_up, w_down = traffic.vary_alike(x_MD, *experts)
+  x_MD, w_gate, w_up, w_down = vary_alike(x_MD, *experts)
   x_MD, w_down = gpu.whole(x_MD, axis1=TILE), gpu.whole(w_down, axis2=TILE)
   w_gate, w_up = (gpu.whole(w, axis1=TILE) for w in (w_gate, w_up))
   gate_AF, up_AF = _gate_and_up(power_of_two, x_MD, w_gate, w_up, row_MK, counts_E)

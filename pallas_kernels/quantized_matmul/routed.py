@@ -6,7 +6,6 @@ Shapes: M tokens, D hidden, F inner, E experts, K experts a token, P = M K rows.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import traffic
 from pallas_kernels.permute import combine, expert_order, group_starts, permute
 from pallas_kernels.quantized_matmul import gpu, gpu_routed, tpu_grouped, tpu_routed
 from pallas_kernels.quantized_matmul.api import (
@@ -16,6 +15,7 @@ from pallas_kernels.quantized_matmul.api import (
   quantized_grouped_matmul,
 )
 from pallas_kernels.routing import Routed
+from pallas_kernels.varying import vary_alike
 
 
 def quantized_routed_swiglu(
@@ -79,7 +79,7 @@ def _mosaic_tpu(x_MD, routed: Routed, experts, power_of_two_scales: bool):
   m = tpu_grouped.step_rows(expert_MK.size, counts_E.shape[0])
   starts_E = group_starts(counts_E, m)
   plan = tpu_routed.Plan(counts_E, starts_E, m, expert_MK.size)
-  x_MD, gate_MK, *experts = traffic.vary_alike(x_MD, gate_MK, *experts)
+  x_MD, gate_MK, *experts = vary_alike(x_MD, gate_MK, *experts)
   return tpu_routed.routed_swiglu(
     *(power_of_two_scales, x_MD, gate_MK, tuple(experts), starts_E[expert_MK] + rank_MK, plan)
   )

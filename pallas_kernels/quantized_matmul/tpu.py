@@ -30,6 +30,7 @@ from pallas_kernels.quantized_matmul.e4m3 import (
   nearest,
   scale_of,
 )
+from pallas_kernels.varying import varying_like
 
 VMEM_BYTES = 48 * 2**20  # of the 64 MiB of v5p and tpu7x; v6e has 128
 # Loops take this many tiles at a time, as many as a register of float32 has rows, in code
@@ -44,7 +45,7 @@ bf16 = jnp.bfloat16
 
 def out(shape, dtype, *operands):
   """An output that varies over the mesh axes any of the operands varies over."""
-  return traffic.varying_like(operands, jax.ShapeDtypeStruct(shape, dtype))
+  return varying_like(jax.ShapeDtypeStruct(shape, dtype), *operands)
 
 
 def call(

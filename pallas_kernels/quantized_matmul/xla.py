@@ -19,6 +19,7 @@ from pallas_kernels.quantized_matmul.e4m3 import (
   largest_magnitude,
   scale_of,
 )
+from pallas_kernels.varying import zeros_like_operands
 
 
 def _padded(a, *axes: int):
@@ -127,8 +128,5 @@ def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype
     dy = quantize_columns(dy_rF, power_of_two_scales)
     return dw_EDF.at[expert].add(product(x, dy, f32, power_of_two_scales)), None
 
-  axes = frozenset().union(
-    *(jax.typeof(a).manual_axis_type.varying for a in (x_PD, dy_PF, group_sizes_E))
-  )
-  zeros_EDF = jax.lax.pcast(jnp.zeros(shape, f32), tuple(axes), to="varying")
+  zeros_EDF = zeros_like_operands(shape, f32, x_PD, dy_PF, group_sizes_E)
   return jax.lax.scan(add, zeros_EDF, tiles)[0].astype(dtype)

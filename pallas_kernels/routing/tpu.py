@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import traffic
 from pallas_kernels.routing.reference import Routed, Rule, scores
+from pallas_kernels.varying import varying_like
 
 BLOCK_TOKENS = 256
 
@@ -128,7 +129,7 @@ def _call(kernel, name: str, M: int, flops: int, operands, in_specs, outs, out_s
     grid=grid,
     in_specs=in_specs,
     out_specs=out_specs,
-    out_shape=traffic.varying_like(operands, outs),
+    out_shape=varying_like(outs, *operands),
     scratch_shapes=scratch,
     compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
     cost_estimate=pl.CostEstimate(
