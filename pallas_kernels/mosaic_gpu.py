@@ -1,24 +1,9 @@
-"""How the kernels for NVIDIA GPUs (Mosaic GPU) are chosen and called."""
+"""How the kernels for NVIDIA GPUs (Mosaic GPU) are called."""
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.varying import varying_like
-
-CAPABILITY = "9.0"  # of Hopper, whose instructions the kernels are made of: H100, H200
-
-
-def default(refused: str | None, otherwise: str) -> str:
-  """Returns what None stands for on this platform.
-
-  Args:
-    refused: why the kernel for GPUs does not take the operands, or None.
-    otherwise: the implementation where no kernel is.
-  """
-  backend = jax.default_backend()
-  if backend == "gpu" and refused is None and jax.devices()[0].compute_capability == CAPABILITY:
-    return "mosaic_gpu"
-  return "mosaic_tpu" if backend == "tpu" else otherwise
 
 
 def call(
@@ -35,22 +20,25 @@ def call(
   """Runs a kernel on operands.
 
   Args:
-    kernel: a function of references: operands, outputs, scratch.
-    operands: arrays, off chip.
+    kernel: a function of references to the operands, the outputs and the scratch.
+    operands: arrays, in HBM.
     out_type: a `jax.ShapeDtypeStruct` or several.
-    grid: the thread blocks, by name of axis, the last running fastest.
-    scratch: memory on chip and barriers of a block.
-    warpgroups: of a block; more than one call their axis "wg".
-    reduction_bytes: room for sums across warps.
-    cluster: thread blocks at each place of the grid that run together, by name of axis.
+    grid: how many thread blocks there are along each named axis; the last axis runs fastest.
+    scratch: shared memory and barriers of a thread block.
+    warpgroups: how many a thread block has; if more than one, their axis is named "wg".
+    reduction_bytes: shared memory for sums across warps.
+    cluster: how many thread blocks run together at each place of the grid, by axis.
 
   Raises:
-    ValueError: for an axis named like one of the device mesh, whose index it would be taken for.
+    ValueError: where an axis has the name of an axis of the device mesh: inside the kernel its
+      index would be taken for the device's.
   """
   names = {*grid, *(cluster or {}), "wg"}
   if taken := names.intersection(jax.sharding.get_abstract_mesh().axis_names):
     both = ", ".join(sorted(taken))
-    raise ValueError(f"axes of {name}'s grid must be named unlike the device mesh's, got {both}")
+    raise ValueError(
+      f"axes of the grid of {name} must not have names of the device mesh's axes, got {both}"
+    )
   outs = plgpu.kernel(
     kernel,
     out_type=out_type,
@@ -59,7 +47,7 @@ def call(
     grid_names=tuple(grid),
     cluster=tuple((cluster or {}).values()),
     cluster_names=tuple(cluster or {}),
-    # Layouts of registers are chosen by the kernels; jax 0.12 would infer them.
+    # The kernels choose the layouts of registers; jax 0.12 would infer them.
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=reduction_bytes
     ),

@@ -2,7 +2,7 @@
 
 A pipelined kernel copies a block when its index differs from the step before (inputs: on the
 way in, outputs: on the way out). Counting that, step by step, gives the bytes between HBM and
-the chip; a kernel's `cost_estimate` is this count and not an opinion.
+the chip; a kernel's `cost_estimate` is this count.
 """
 
 import itertools

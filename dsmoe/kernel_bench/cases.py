@@ -30,7 +30,6 @@ from dsmoe.kernel_bench.registry import (
 from pallas_kernels import grouped_matmul, mla_attention, permute, quantized_matmul, routing
 from pallas_kernels.grouped_matmul.api import MATMULS
 from pallas_kernels.grouped_matmul.tpu_tiles import tile_rows
-from pallas_kernels.permute import gpu as permute_gpu
 
 __all__ = ["IMPLEMENTATIONS", "OPERATIONS", "Case", "Shape", "case", "known_args"]
 
@@ -94,18 +93,8 @@ def _combine_args(shape: Shape):
   return normal(shape, P, D), *_order(shape)
 
 
-implementation("permute", "reference")(lambda shape: permute.permute)
-implementation("combine", "reference")(lambda shape: permute.combine)
-
-
-@implementation("permute", "mosaic_gpu")
-def _permute_gpu(shape: Shape):
-  return lambda x_MD, pair_P, row_MK: permute_gpu.permute(x_MD, row_MK, pair_P.shape[0])
-
-
-@implementation("combine", "mosaic_gpu")
-def _combine_gpu(shape: Shape):
-  return lambda y_PD, pair_P, row_MK: permute_gpu.combine(y_PD, row_MK)
+implementations("permute", permute.permute, permute.IMPLEMENTATIONS)
+implementations("combine", permute.combine, permute.IMPLEMENTATIONS)
 
 
 # Grouped matmul: rows times their expert's matrix.

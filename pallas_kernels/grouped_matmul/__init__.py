@@ -7,6 +7,7 @@ from pallas_kernels.grouped_matmul.api import (
   chosen,
   grouped_matmul,
   grouped_swiglu,
+  refusals,
   routed_swiglu,
   row_alignment,
 )
@@ -18,6 +19,7 @@ __all__ = [
   "chosen",
   "grouped_matmul",
   "grouped_swiglu",
+  "refusals",
   "routed_swiglu",
   "row_alignment",
 ]

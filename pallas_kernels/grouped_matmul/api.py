@@ -1,8 +1,8 @@
 """Validation and choice of implementation for grouped matmuls.
 
-Groups of rows lie one after the other, each from a multiple of `alignment`: 1 where rows are
-dense. `mosaic_tpu` wants groups aligned to its tiles, which `row_alignment` tells; it moves rows
-of groups that are not, at the cost of two more copies.
+Groups of rows lie one after the other, each starting at a multiple of `alignment`, which is 1 where
+rows are dense. `mosaic_tpu` needs groups aligned to its tiles (`row_alignment` says to what) and
+moves the rows of other groups, at the cost of two more copies.
 """
 
 from collections.abc import Callable
@@ -10,31 +10,37 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import platform
 from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
 from pallas_kernels.grouped_matmul.tpu_tiles import tile_rows
-from pallas_kernels.permute import combine, expert_order, group_starts, num_rows, permute
-from pallas_kernels.permute import gpu as permute_gpu
+from pallas_kernels.permute import (
+  combine,
+  expert_order,
+  group_starts,
+  in_a_group,
+  num_rows,
+  permute,
+  weights_of_rows,
+)
+from pallas_kernels.permute.alignment import AlignedRows
 from pallas_kernels.routing import Routed
 from pallas_kernels.varying import vary_alike
 
 
 def _dense_sizes(sizes_E, starts_E, P: int):
-  """Sizes with which the groups leave no gap: nobody's rows are the group's before, or the first's."""
+  """Returns sizes without gaps: rows outside all groups join the group before, or the first."""
   starts_E = starts_E.at[0].set(0)
   return jnp.diff(starts_E, append=jnp.full(1, P, starts_E.dtype)).astype(sizes_E.dtype)
 
 
 def _only_own(a, sizes_E, starts_E):
-  """Zeros the rows of no group: XLA's grouped matmul takes them for the group's before."""
-  row_P = jnp.arange(a.shape[0])
-  group_P = jnp.searchsorted(starts_E, row_P, side="right") - 1
-  own_P = (group_P >= 0) & (row_P < (starts_E + sizes_E)[group_P])
+  """Zeros the rows outside all groups, which `ragged_dot` counts to the group before them."""
+  own_P = in_a_group(a.shape[0], sizes_E, starts_E)
   return jnp.where(own_P.reshape(-1, *[1] * (a.ndim - 1)), a, 0)
 
 
 def ragged_dot(x_PK, w_EKN, sizes_E, starts_E):
-  """XLA's own grouped matmul: good on TPU; on CPU and GPU every expert sees every row."""
+  """XLA's own grouped matmul. On CPU and GPU it multiplies every row with every expert."""
   x_PK = _only_own(x_PK, sizes_E, starts_E)
   return jax.lax.ragged_dot(x_PK, w_EKN, _dense_sizes(sizes_E, starts_E, x_PK.shape[0]))
 
@@ -60,13 +66,22 @@ def _check_operands(expected: dict[str, tuple], x, group_sizes_E) -> None:
     raise ValueError(f"group_sizes_E must be integers, got {group_sizes_E.dtype}")
 
 
-def _choose(implementation: str | None, choices, on_cpu: str, refused: str | None) -> str:
-  if implementation is None:
-    on_cpu = on_cpu if jax.default_backend() == "cpu" else "ragged_dot"
-    return mosaic_gpu.default(refused, on_cpu)
-  if implementation not in choices:
-    raise ValueError(f"implementation must be one of {', '.join(choices)}, got {implementation!r}")
-  return implementation
+def refusals(dtype, D: int, F: int, rows_per_group: float = 0) -> platform.Refusals:
+  """Returns why compiled kernels do not take an expert layer; see `platform.Refusals`.
+
+  Args:
+    dtype: of rows and weights.
+    D, F: hidden and inner size.
+    rows_per_group: on average; it decides the TPU's tile.
+  """
+  return {
+    "mosaic_tpu": lambda: tpu.refused(dtype, D, F, tile_rows(rows_per_group)),
+    "mosaic_gpu": lambda: gpu.refused(dtype, D, F),
+  }
+
+
+def _without_kernels() -> str:
+  return "blocked" if jax.default_backend() == "cpu" else "ragged_dot"
 
 
 def _check_tile(implementation: str, tile: int | None) -> None:
@@ -75,55 +90,26 @@ def _check_tile(implementation: str, tile: int | None) -> None:
     raise ValueError(f"tile of {implementation} must be one of {choices}, got {tile}")
 
 
-def chosen(implementation: str | None, refused: str | None = None) -> str:
+def chosen(implementation: str | None, refused: platform.Refusals | None = None) -> str:
   """Returns the implementation of the SwiGLU that None stands for here, or the one given.
 
-  `refused` is what `gpu.refused` says of the layer.
+  `refused` is `refusals` of the layer.
   """
-  return _choose(implementation, IMPLEMENTATIONS, "blocked", refused)
+  return platform.choose(implementation, IMPLEMENTATIONS, _without_kernels(), refused)
 
 
 def row_alignment(P: int, E: int, implementation: str | None = None) -> int:
-  """Returns what E groups of P rows in all should be aligned to, for the implementation's sake."""
+  """Returns what the starts of E groups of P rows in all should be multiples of.
+
+  Rows laid out so need not be moved again for the implementation's tiles.
+  """
   if chosen(implementation) == "mosaic_tpu":
     return tile_rows(P / E)
   return 1
 
 
-class _Aligned:
-  """Rows of groups moved to where whole tiles hold them, and back."""
-
-  def __init__(self, P: int, sizes_E, starts_E, alignment: int, tile: int):
-    E = sizes_E.shape[0]
-    if alignment % tile == 0 and P % tile == 0:
-      self.moved, self.starts_E = False, starts_E
-      return
-    self.moved, self.starts_E = True, group_starts(sizes_E, tile)
-    row_P = jnp.arange(P, dtype=jnp.int32)
-    group_P = jnp.clip(jnp.searchsorted(starts_E, row_P, side="right") - 1, 0, E - 1)
-    within_P = row_P - starts_E[group_P]
-    rows = num_rows(P, E, tile)
-    own_P = (within_P >= 0) & (within_P < sizes_E[group_P])
-    place_P = jnp.where(own_P, self.starts_E[group_P] + within_P, rows)
-    self.own_P1, self.place_P1 = own_P[:, None], place_P[:, None]
-    self.source = jnp.full(rows, P, jnp.int32).at[place_P].set(row_P, mode="drop")
-
-  def rows(self, x_PN):
-    if not self.moved:
-      return x_PN
-    return permute(jnp.where(self.own_P1, x_PN, 0), self.source, self.place_P1)
-
-  def numbers(self, weight_P):
-    return weight_P.at[self.source].get(mode="fill", fill_value=0) if self.moved else weight_P
-
-  def back(self, y_PN):
-    if not self.moved:
-      return y_PN
-    return jnp.where(self.own_P1, combine(y_PN, self.source, self.place_P1), 0)
-
-
 def _tile(P: int, E: int, alignment: int, tile: int | None = None) -> int:
-  """Returns the tile asked for, or the aligned groups' own where that is one a kernel takes."""
+  """Returns the tile asked for, or the groups' alignment if the kernel has such a tile."""
   least = tile_rows(0)
   return tile or (alignment if alignment % least == 0 else tile_rows(P / E))
 
@@ -132,32 +118,29 @@ def _mosaic_matmul(x_PK, w_EKN, sizes_E, starts_E, alignment: int):
   P, E = x_PK.shape[0], sizes_E.shape[0]
   tile = _tile(P, E, alignment)
   x_PK, w_EKN = vary_alike(x_PK, w_EKN)
-  aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
+  aligned = AlignedRows(P, sizes_E, starts_E, alignment, tile)
   y_PN = tpu.grouped_matmul(aligned.rows(x_PK), w_EKN, sizes_E, aligned.starts_E, tile)
   return aligned.back(y_PN)
 
 
-def _mosaic_swiglu(x_PD, weight_P, *args, alignment: int, tile: int | None):
-  *weights, sizes_E, starts_E = args
+def _mosaic_swiglu(x_PD, weight_P, weights, sizes_E, starts_E, alignment: int, tile: int | None):
   P, E = weight_P.shape[0], sizes_E.shape[0]
   tile = _tile(P, E, alignment, tile)
   x_PD, weight_P, *weights = vary_alike(x_PD, weight_P, *weights)
-  aligned = _Aligned(P, sizes_E, starts_E, alignment, tile)
-  y_PD = tpu.grouped_swiglu(
-    *(aligned.rows(x_PD), aligned.numbers(weight_P), tuple(weights)),
-    *(sizes_E, aligned.starts_E, tile),
-  )
-  return aligned.back(y_PD)
+  aligned = AlignedRows(P, sizes_E, starts_E, alignment, tile)
+  rows_AD, weight_A = aligned.rows(x_PD), aligned.numbers(weight_P)
+  y_AD = tpu.grouped_swiglu(rows_AD, weight_A, tuple(weights), sizes_E, aligned.starts_E, tile)
+  return aligned.back(y_AD)
 
 
 IMPLEMENTATIONS: dict[str, Callable | None] = {
   "reference": reference.grouped_swiglu,
   "ragged_dot": ragged_swiglu,
-  "blocked": None,  # these two take more
+  "blocked": None,  # these two have arguments of their own
   "mosaic_tpu": None,
   "mosaic_gpu": gpu.grouped_swiglu,
 }
-# Rows that an implementation can take at once; it chooses among these itself unless told.
+# How many rows an implementation may take at once. It chooses among them unless it is told.
 TILES: dict[str, tuple[int, ...]] = {"mosaic_tpu": (128, 256, 512), "blocked": (64, 128, 256, 512)}
 MATMULS = ("reference", "ragged_dot", "mosaic_tpu", "mosaic_gpu")
 
@@ -176,13 +159,14 @@ def grouped_matmul(
     x_PK: rows in group order.
     w_EKN: a matrix a group, in x's dtype.
     group_sizes_E: int32, zeros allowed.
-    group_starts_E: int32, each group's first row, ascending; None: one after the other, each
-      from a multiple of `alignment`. A device that holds some groups of many gives theirs.
+    group_starts_E: int32, each group's first row, ascending; None: the groups lie one after the
+      other, each starting at a multiple of `alignment`. A device that holds only some of the
+      groups gives the starts of its own.
     implementation: one of `MATMULS`; None: as in `grouped_swiglu`, but `reference` on CPU.
     alignment: what divides every start.
 
   Returns:
-    [P, N] in x's dtype; rows of no group hold anything. Differentiable in x and w.
+    [P, N] in x's dtype; rows outside all groups are undefined. Differentiable in x and w.
 
   Raises:
     ValueError: for shapes or dtypes that do not fit together, or an unknown implementation.
@@ -193,20 +177,21 @@ def grouped_matmul(
     "group_sizes_E": (group_sizes_E, (E,)),
   }
   _check_operands(expected, x_PK, group_sizes_E)
-  refused = gpu.refused(x_PK.dtype, x_PK.shape[1], N)
-  implementation = _choose(implementation, MATMULS, "reference", refused)
+  refused = refusals(x_PK.dtype, x_PK.shape[1], N, x_PK.shape[0] / E)
+  otherwise = "reference" if jax.default_backend() == "cpu" else "ragged_dot"
+  implementation = platform.choose(implementation, MATMULS, otherwise, refused)
   if group_starts_E is None:
     group_starts_E = group_starts(group_sizes_E, alignment)
   operands = (x_PK, w_EKN, group_sizes_E, group_starts_E)
   x_PK, w_EKN, group_sizes_E, group_starts_E = map(jnp.asarray, operands)
   if implementation == "mosaic_tpu":
     return _mosaic_matmul(x_PK, w_EKN, group_sizes_E, group_starts_E, alignment)
-  ways: dict[str, Callable] = {
+  functions: dict[str, Callable] = {
     "reference": reference.grouped_matmul,
     "ragged_dot": ragged_dot,
     "mosaic_gpu": gpu.grouped_matmul_vjp,
   }
-  return ways[implementation](x_PK, w_EKN, group_sizes_E, group_starts_E)
+  return functions[implementation](x_PK, w_EKN, group_sizes_E, group_starts_E)
 
 
 def grouped_swiglu(
@@ -225,22 +210,25 @@ def grouped_swiglu(
   """Applies each expert's SwiGLU to its own rows, weighted: w * down(silu(gate x) * up x).
 
   Args:
-    x_PD: rows in expert order: the first group_sizes_E[0] belong to expert 0, and so on, each
-      expert's from a multiple of `alignment`; with `order`, tokens x_MD.
+    x_PD: rows in expert order: the first group_sizes_E[0] belong to expert 0, and so on, the rows
+      of each expert starting at a multiple of `alignment`; with `order`, tokens x_MD.
     weight_P: float32 factor of each row's output.
     w_gate_EDF, w_up_EDF, w_down_EFD: the experts' weights, in x's dtype.
     group_sizes_E: int32, zeros allowed.
-    implementation: a key of `IMPLEMENTATIONS`; None: `blocked` on CPU, `mosaic_tpu` on TPU,
-      `mosaic_gpu` on Hopper if it takes the sizes and dtype, else `ragged_dot`.
-    order: (pair_P, row_MK) of `permute.expert_order`, when the rows are still to be taken
-      from tokens; an implementation may do that on the way and never store them.
+    implementation: a key of `IMPLEMENTATIONS`; None: the compiled kernel on the chips listed in
+      `pallas_kernels.platform` if it takes the sizes and dtype, else `blocked` on CPU and
+      `ragged_dot` elsewhere.
+    order: (pair_P, row_MK) of `permute.expert_order`, if x has tokens whose rows are still to be
+      copied into expert order; an implementation may do so as it reads them, without storing the
+      rows.
     alignment: what divides every expert's first row.
     group_starts_E: as in `grouped_matmul`.
-    tile: rows taken at once, of the implementation's `TILES`; None: by the sizes.
+    tile: how many rows are taken at once, one of the implementation's `TILES`; None: chosen by the
+      sizes.
 
   Returns:
-    [P, D] in x's dtype; rows of no expert hold anything. Differentiable in everything but the
-    sizes.
+    [P, D] in x's dtype; rows outside all groups are undefined. Differentiable in everything but
+    the sizes.
 
   Raises:
     ValueError: for shapes or dtypes that do not fit together, or an unknown implementation.
@@ -256,9 +244,9 @@ def grouped_swiglu(
     "group_sizes_E": (group_sizes_E, (E,)),
   }
   _check_operands(expected, x_PD, group_sizes_E)
-  implementation = chosen(implementation, gpu.refused(x_PD.dtype, D, F))
+  implementation = chosen(implementation, refusals(x_PD.dtype, D, F, P / E))
   _check_tile(implementation, tile)
-  # Loops index them by traced numbers, which NumPy's own arrays refuse.
+  # The loops index these by traced numbers, which NumPy arrays do not allow.
   x_PD, order, weight_P, *weights, sizes_E = jax.tree.map(
     jnp.asarray, (x_PD, order, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, group_sizes_E)
   )
@@ -267,29 +255,29 @@ def grouped_swiglu(
   starts_E = jnp.asarray(group_starts_E)
   if implementation == "blocked":
     return cpu.grouped_swiglu(x_PD, weight_P, *weights, sizes_E, starts_E, order, tile or cpu.ROWS)
-  rows_PD = x_PD if order is None else permute(x_PD, *order)
+  rows_PD = x_PD if order is None else permute(x_PD, order[0], order[1], "reference")
   if implementation == "mosaic_tpu":
-    operands = (rows_PD, weight_P, *weights, sizes_E, starts_E)
-    return _mosaic_swiglu(*operands, alignment=alignment, tile=tile)
-  way = IMPLEMENTATIONS[implementation]
-  assert way is not None
-  return way(rows_PD, weight_P, *weights, sizes_E, starts_E)
+    return _mosaic_swiglu(rows_PD, weight_P, weights, sizes_E, starts_E, alignment, tile)
+  function = IMPLEMENTATIONS[implementation]
+  assert function is not None
+  return function(rows_PD, weight_P, *weights, sizes_E, starts_E)
 
 
 def _mosaic_gpu_routed(x_MD, routed: Routed, experts):
-  expert_MK, gate_MK, counts_E, rank_MK = routed
-  starts_E = group_starts(counts_E)
-  row_MK = starts_E[expert_MK] + rank_MK
-  weight_P = tpu.weights_of_rows(gate_MK, row_MK, row_MK.size)
-  x_PD = permute_gpu.to_rows(x_MD, row_MK, row_MK.size)
-  y_PD = gpu.grouped_swiglu(x_PD, weight_P, *experts, counts_E, starts_E)
-  return permute_gpu.from_rows(y_PD, row_MK)
+  pair_P, row_MK = expert_order(routed.expert_MK, routed.rank_MK, routed.counts_E)
+  weight_P = weights_of_rows(routed.gate_MK, row_MK, row_MK.size)
+  x_PD = permute(x_MD, pair_P, row_MK, "mosaic_gpu")
+  starts_E = group_starts(routed.counts_E)
+  y_PD = gpu.grouped_swiglu(x_PD, weight_P, *experts, routed.counts_E, starts_E)
+  return combine(y_PD, pair_P, row_MK, "mosaic_gpu")
 
 
 def routed_swiglu(
   x_MD, routed: Routed, experts, implementation: str | None = None, tile: int | None = None
 ):
-  """Sends tokens to their experts, applies each one's SwiGLU, and sums what comes back.
+  """Copies tokens to their experts' rows, applies each expert's SwiGLU, and sums each token's rows.
+
+  The fused form for one device that holds all the experts.
 
   Args:
     x_MD: tokens.
@@ -303,26 +291,31 @@ def routed_swiglu(
   expert_MK, gate_MK, counts_E, rank_MK = routed
   w_gate_EDF, w_up_EDF, w_down_EFD = experts
   P, (E, D, F) = expert_MK.size, w_gate_EDF.shape
-  implementation = chosen(implementation, gpu.refused(x_MD.dtype, D, F))
+  implementation = chosen(implementation, refusals(x_MD.dtype, D, F, P / E))
   _check_tile(implementation, tile)
   if implementation == "mosaic_tpu":
     tile = tile or tile_rows(P / E)
     starts_E = group_starts(counts_E, tile)
     x_MD, gate_MK, *weights = vary_alike(x_MD, gate_MK, *experts)
-    return tpu.routed_swiglu(
-      *(x_MD, gate_MK, tuple(weights), starts_E[expert_MK] + rank_MK),
-      *(counts_E, starts_E, num_rows(P, E, tile), tile),
-    )
+    row_MK = starts_E[expert_MK] + rank_MK
+    rows = num_rows(P, E, tile)
+    return tpu.routed_swiglu(x_MD, gate_MK, tuple(weights), row_MK, counts_E, starts_E, rows, tile)
   if implementation == "mosaic_gpu":
     return _mosaic_gpu_routed(x_MD, routed, experts)
   with jax.named_scope("dispatch"):
-    order = expert_order(expert_MK, rank_MK, counts_E)
-    weight_P = gate_MK.reshape(-1)[order[0]]
+    pair_P, row_MK = expert_order(expert_MK, rank_MK, counts_E)
+    weight_P = gate_MK.reshape(-1)[pair_P]
   with jax.named_scope("experts"):
     y_PD = grouped_swiglu(
-      *(x_MD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, counts_E),
-      *(implementation, order),
+      x_MD,
+      weight_P,
+      w_gate_EDF,
+      w_up_EDF,
+      w_down_EFD,
+      counts_E,
+      implementation=implementation,
+      order=(pair_P, row_MK),
       tile=tile,
     )
   with jax.named_scope("combine"):
-    return combine(y_PD, *order)
+    return combine(y_PD, pair_P, row_MK, "reference")

@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.permute import sum_rows
+from pallas_kernels.permute import reference as permute
 from pallas_kernels.varying import zeros_like_operands
 
 ROWS = 256  # a block's rows, unless told
@@ -160,7 +160,7 @@ def _bwd(rows, saved, dy_PD):
   )
   dx_PD, dweight_P, dw_in_EDI, dw_down_EFD = jax.lax.fori_loop(0, num_steps, body, carry)
   dw_gate, dw_up = jnp.split(dw_in_EDI.astype(dtype), 2, axis=-1)
-  dx_MD = dx_PD if order is None else sum_rows(dx_PD, order[1])
+  dx_MD = dx_PD if order is None else permute.combine(dx_PD, order[1])
   return dx_MD, dweight_P, dw_gate, dw_up, dw_down_EFD.astype(dtype), None, None, None
 
 

@@ -1,10 +1,10 @@
 """Grouped matmuls for H100 (Mosaic GPU): tiles of rows, each times its own expert's matrices.
 
-A group's tiles begin at its first row, or up to 7 before, since the copy engine puts rows into
-the tensor cores' form by eights. So no group needs padding, and half a tile a group is computed
-for nothing on average. Thread blocks past the last tile end at once: a padded tail costs
-nothing. In a block one warpgroup copies and two multiply, each 64 rows, in 16-bit floating
-point with float32 sums.
+A group's tiles begin at its first row, or up to 7 rows before it, because the copy engine brings
+rows into the layout of the tensor cores eight at a time. So no group needs padding, and on average
+half a tile a group is computed in vain. Thread blocks past the last tile end at once, so rows after
+the last group cost nothing. In a thread block one warpgroup copies and two multiply, 64 rows each,
+in 16-bit floating point with float32 sums.
 
 Shapes: P rows, D hidden, F inner, E experts, K contraction, N columns, T tiles, n columns of a
 tile.
@@ -37,12 +37,12 @@ f32 = jnp.float32
 
 
 class Tiles(NamedTuple):
-  """Which rows each tile holds, and whose they are; int32."""
+  """Which rows each tile holds, and the expert they belong to; int32."""
 
   expert_T: Any
   first_T: Any  # of ROWS rows, a multiple of EIGHT
-  begin_T: Any  # the expert's own rows among and after them
-  end_T: Any  # 0 past the last tile
+  begin_T: Any  # the expert's first row among them
+  end_T: Any  # the end of the expert's rows; 0 past the last tile
 
 
 def tiles(sizes_E, starts_E, num_rows: int) -> Tiles:
@@ -62,7 +62,7 @@ def tiles(sizes_E, starts_E, num_rows: int) -> Tiles:
 
 
 def _by_eights(a):
-  """Rows filled up to a multiple of EIGHT, a copy where they are not."""
+  """Pads the number of rows to a multiple of EIGHT with zeros; a copy where that is needed."""
   return jnp.pad(a, [(0, -a.shape[0] % EIGHT)] + [(0, 0)] * (a.ndim - 1))
 
 
@@ -103,7 +103,7 @@ def _check_dtypes(*arrays) -> None:
 
 
 def _swizzle(columns: int, dtype):
-  """The form in shared memory that tensor cores read."""
+  """The layout in shared memory that the tensor cores read."""
   swizzle = plgpu.find_swizzle(columns * dtype.itemsize * 8)
   return (
     plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
@@ -112,23 +112,23 @@ def _swizzle(columns: int, dtype):
 
 
 def _block(shape, index_map, dtype) -> plgpu.BlockSpec:
-  """A block of a pipeline's input; the step after next may overwrite it."""
+  """A block of a pipeline's input, which is kept for one more step."""
   transforms = _swizzle(shape[1], dtype)
   return plgpu.BlockSpec(shape, index_map, transforms=transforms, delay_release=1)
 
 
 def rows_to_store(dtype):
-  """Room for lines of 64 rows a warpgroup.
+  """Shared memory for lines of 64 rows a warpgroup.
 
-  A swizzle without tiles spares bank conflicts and lets copies begin at any row: it follows
-  addresses.
+  A swizzle without tiles avoids bank conflicts and lets copies begin at any row, because it depends
+  on addresses alone.
   """
   shape = (WGS, WG_ROWS, LINE // jnp.dtype(dtype).itemsize)
   return plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(LINE),))
 
 
 def store_rows(smem, hbm, first, columns, begin, count):
-  """Copies `count` rows from `begin` out: lengths of copies are static, so by powers of 2."""
+  """Copies `count` rows from `begin` on to HBM, in powers of 2, since a copy's length is static."""
   for length in (64, 32, 16, 8, 4, 2, 1):
     here = smem.at[pl.ds(begin, length)]
     there = hbm.at[pl.ds(first + begin, length), columns]
@@ -302,7 +302,7 @@ def grouped_matmul(x_PD, w_EDF, sizes_E, starts_E=None):
     starts_E: int32, each expert's first row; None: the groups lie one after the other.
 
   Returns:
-    [P, F] in x's dtype; a row of no group holds anything.
+    [P, F] in x's dtype; rows outside all groups are undefined.
   """
   return _over_rows(_as_is, [x_PD], [w_EDF], False, sizes_E, starts_E)[0]
 
@@ -329,13 +329,17 @@ def _activation(products, _, weight):
 def grouped_swiglu_hidden(
   x_PD, weight_P, w_gate_EDF, w_up_EDF, sizes_E, starts_E=None, keep: bool = False
 ):
-  """Returns weight * silu(gate) * up [P, F], gate and up never leaving the chip.
+  """Returns weight * silu(gate) * up [P, F], without storing gate and up.
 
   `weight_P` is float32; for the rest see `grouped_matmul`. With `keep` (inner, gate, up).
   """
   results = _over_rows(
     _activation,
-    *([x_PD], [w_gate_EDF, w_up_EDF], False, sizes_E, starts_E),
+    [x_PD],
+    [w_gate_EDF, w_up_EDF],
+    False,
+    sizes_E,
+    starts_E,
     weight_P=weight_P,
     outs=3 if keep else 1,
   )
@@ -355,8 +359,8 @@ def grouped_matmul_weights(x_PD, dy_PF, sizes_E, starts_E=None, dtype=f32):
   """Returns x^T dy of each group's rows, [E, D, F] in dtype; zeros for an empty group.
 
   Args:
-    x_PD, dy_PF: rows in expert order, bfloat16 or float16; D a multiple of 128, F of 64. Rows of
-      no group may hold anything, NaN too.
+    x_PD, dy_PF: rows in expert order, bfloat16 or float16; D a multiple of 128, F of 64. Rows
+      outside all groups are not read, and may be NaN.
     sizes_E, starts_E: see `grouped_matmul`.
   """
   _check_dtypes(x_PD, dy_PF)
@@ -379,7 +383,7 @@ def grouped_matmul_weights(x_PD, dy_PF, sizes_E, starts_E=None, dtype=f32):
       end = begin + size
 
       @pl.when((begin > 0) | (end < STEP))
-      def _():  # Both warpgroups write the same: zeros in place of others' rows, NaN maybe.
+      def _():  # Both warpgroups write the same zeros in place of rows outside the group.
         row = plgpu.broadcasted_iota(jnp.int32, (STEP, 64), 0, layout=plgpu.Layout.WGMMA)
         own = (row >= begin) & (row < end)
         for ref in (x_smem, dy_smem):
@@ -438,7 +442,7 @@ def grouped_matmul_weights(x_PD, dy_PF, sizes_E, starts_E=None, dtype=f32):
 
 @jax.custom_vjp
 def grouped_swiglu(x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, sizes_E, starts_E):
-  """See `api.grouped_swiglu`; rows of no group come out as anything."""
+  """See `api.grouped_swiglu`; rows outside all groups are undefined."""
   inner_PF = grouped_swiglu_hidden(x_PD, weight_P, w_gate_EDF, w_up_EDF, sizes_E, starts_E)
   return grouped_matmul(inner_PF, w_down_EFD, sizes_E, starts_E)
 
@@ -456,7 +460,10 @@ def _bwd(saved, dy_PD):
   x_PD, weight_P, w_gate_EDF, w_up_EDF, w_down_EFD, plan, gate_PF, up_PF = saved
   dgate_PF, dup_PF, inner_PF, dweight_P = _over_rows(
     _through_activation,
-    *([dy_PD], [w_down_EFD], True, *plan),
+    [dy_PD],
+    [w_down_EFD],
+    True,
+    *plan,
     weight_P=weight_P,
     extras=[gate_PF, up_PF],
     outs=3,

@@ -1,4 +1,4 @@
-"""The readable truth of grouped matmuls, no tiling: every expert sees every row, masked."""
+"""The reference for grouped matmuls, without tiling: every expert multiplies every row, masked."""
 
 import jax
 import jax.numpy as jnp

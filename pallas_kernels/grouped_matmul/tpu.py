@@ -1,7 +1,7 @@
 """What a mixture of experts computes with the TPU's grouped matmuls, with gradients.
 
-`grouped_matmul` and `grouped_swiglu` take rows in expert order; `routed_swiglu` takes tokens,
-and moves each row once on its way to its expert and once on its way back.
+`grouped_matmul` and `grouped_swiglu` take rows in expert order. `routed_swiglu` takes tokens, and
+copies each row once to its expert's rows and once back.
 
 Shapes: M tokens, K choices a token (or a contraction, beside N columns), P rows, D hidden, F
 inner, E experts, n column blocks.
@@ -12,12 +12,41 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul import tpu_groups, tpu_rows
 from pallas_kernels.grouped_matmul.tpu_groups import over_groups
 from pallas_kernels.grouped_matmul.tpu_rows import over_rows
 from pallas_kernels.grouped_matmul.tpu_tiles import row
 from pallas_kernels.permute import tpu as permute
+from pallas_kernels.permute import weights_of_rows
 
 f32 = jnp.float32
+
+
+def refused(dtype, D: int, F: int, tile: int) -> str | None:
+  """Returns the rule that an expert layer breaks, gradients and permutation included, or None.
+
+  Args:
+    dtype: of rows and weights.
+    D, F: hidden and inner size.
+    tile: rows of a tile.
+  """
+  if rule := permute.refused(dtype, D):
+    return rule
+  dtype = jnp.dtype(dtype)
+  words = permute.row_words(dtype, D)
+  struct = jax.ShapeDtypeStruct
+  x, inner = struct((tile, *words.shape), words.dtype), struct((tile, F), dtype)
+  w_in, w_down = struct((1, D, F), dtype), struct((1, F, D), dtype)
+  try:
+    tpu_rows.fit(tile, [x], [w_in, w_in], [], [dtype] * 3)
+    tpu_rows.fit(tile, [inner], [w_down], [], [words.dtype])
+    tpu_rows.fit(tile, [x], [w_down], [inner, inner], [dtype] * 3, transposed=True)
+    tpu_rows.fit(tile, [inner, inner], [w_in, w_in], [], [words.dtype], transposed=True)
+    tpu_groups.fit(x, [inner, inner], tile, dtype)
+    tpu_groups.fit(inner, [x], tile, dtype)
+  except ValueError as error:
+    return str(error)
+  return None
 
 
 # The three products of a grouped matmul.
@@ -50,7 +79,7 @@ def _matmul_bwd(tile, saved, dy_PN):
 grouped_matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
-# The fused SwiGLU, on rows as they are or as they travelled.
+# The fused SwiGLU, on plain rows or on rows packed into words.
 
 
 def _swiglu(x, weight_P, weights, plan, tile, out_dtype, keep: bool):
@@ -61,12 +90,8 @@ def _swiglu(x, weight_P, weights, plan, tile, out_dtype, keep: bool):
   def body(gate, up, weight_m1):
     return [jax.nn.silu(gate) * up * weight_m1, gate, up]
 
-  inner_PF, *kept = over_rows(
-    body,
-    *(plan, tile, [x], [w_gate_EDF, w_up_EDF]),
-    weight=weight_P,
-    outs=[dtype] * (3 if keep else 1),
-  )
+  matrices, outs = [w_gate_EDF, w_up_EDF], [dtype] * (3 if keep else 1)
+  inner_PF, *kept = over_rows(body, plan, tile, [x], matrices, weight=weight_P, outs=outs)
   return rows_times_matrices(inner_PF, w_down_EFD, plan, tile, out_dtype), kept
 
 
@@ -86,7 +111,11 @@ def _swiglu_gradients(x, dy, weight_P, weights, kept, plan, tile, out_dtype):
 
   dgate_PF, dup_PF, inner_PF, dweight_n1P = over_rows(
     through_activation,
-    *(plan, tile, [dy], [w_down_EFD], kept),
+    plan,
+    tile,
+    [dy],
+    [w_down_EFD],
+    kept,
     weight=weight_P,
     outs=[dtype] * 3,
     transposed=True,
@@ -122,12 +151,6 @@ def _grouped_bwd(tile, saved, dy_PD):
 
 
 grouped_swiglu.defvjp(_grouped_fwd, _grouped_bwd)
-
-
-def weights_of_rows(gate_MK, row_MK, P: int):
-  """Returns each row's gate, float32 [P], 0 where no choice lies."""
-  weight_P = jnp.zeros(P, f32)
-  return weight_P.at[row_MK.reshape(-1)].set(gate_MK.reshape(-1), unique_indices=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))

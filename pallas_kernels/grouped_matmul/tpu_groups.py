@@ -1,4 +1,4 @@
-"""The grouped matmul of gradients of weights for TPU (Mosaic): each group's rows, summed over.
+"""The grouped matmul that gives weights' gradients, for TPU (Mosaic): it sums over a group's rows.
 
 A grid step adds a tile's product to its expert's block of the gradient, which stays in VMEM.
 
@@ -23,17 +23,24 @@ UNROLL = 8  # products of one tile's rows alone are short: their ends overlap
 f32 = jnp.float32
 
 
-def over_groups(lhs, rhs, plan, tile: int, dtype):
-  """Returns lhs^T rhs of each group's rows, [E, K, N] in `dtype` for each of rhs [P, N]."""
-  P, K, N = lhs.shape[0], tiles.width(lhs), tiles.width(rhs[0])
-  E = plan[0].shape[0]
+def fit(lhs, rhs, tile: int, dtype) -> tuple[int, int]:
+  """Returns the sides of the block of the gradient that a grid step of `over_groups` adds to.
+
+  Of arrays only shapes and dtypes count.
+
+  Raises:
+    ValueError: where no block fits VMEM.
+  """
+  K, N = tiles.width(lhs), tiles.width(rhs[0])
   size = np.dtype(dtype).itemsize
-  travels = [x.dtype != dtype for x in (lhs, *rhs)]
-  # bytes of a row and column: what comes in, twice, and its plain form
-  column = lambda x: 2 * x.shape[1] * x.dtype.itemsize // tiles.width(x) + size * (x.dtype != dtype)  # noqa: E731
-  of_rhs = tile * sum(column(x) for x in rhs)
-  multiple = tiles.BLOCK_COLUMNS if any(travels) else LANES
-  of_sum, of_lhs = len(rhs) * (4 + 2 * size), tile * (column(lhs) + size)
+
+  def column_bytes(x):
+    """VMEM of a column of one row: two buffers of what is copied in, and its plain form."""
+    return 2 * x.shape[1] * x.dtype.itemsize // tiles.width(x) + size * (x.dtype != dtype)
+
+  of_rhs = tile * sum(map(column_bytes, rhs))
+  of_sum, of_lhs = len(rhs) * (4 + 2 * size), tile * (column_bytes(lhs) + size)
+  multiple = tiles.BLOCK_COLUMNS if any(x.dtype != dtype for x in (lhs, *rhs)) else LANES
   chip = tiles.chip_product()
   least_k = min(K, tiles.BLOCK_COLUMNS)
   n = tiles.step_columns(N, 0, least_k * of_sum + of_rhs, multiple, chip.columns)
@@ -43,6 +50,16 @@ def over_groups(lhs, rhs, plan, tile: int, dtype):
       f"{tile} rows and a block of a [{K}, {N}] gradient, whose sides divide it and are multiples "
       f"of {multiple} or the whole, must fit VMEM ({tiles.VMEM_BYTES} bytes)"
     )
+  return k, n
+
+
+def over_groups(lhs, rhs, plan, tile: int, dtype):
+  """Returns lhs^T rhs of each group's rows, [E, K, N] in `dtype` for each of rhs [P, N]."""
+  P, K, N = lhs.shape[0], tiles.width(lhs), tiles.width(rhs[0])
+  E = plan[0].shape[0]
+  travels = [x.dtype != dtype for x in (lhs, *rhs)]
+  chip = tiles.chip_product()
+  k, n = fit(lhs, rhs, tile, dtype)
   grid_k, grid_n = K // k, N // n
 
   in_specs = [
@@ -74,7 +91,7 @@ def over_groups(lhs, rhs, plan, tile: int, dtype):
         in_refs[i] = next(plain)
         tiles.unpack_into(in_refs[i], ref)
     lhs_ref, *rhs_refs = in_refs
-    # Rows behind the group's may hold anything, NaN too.
+    # Rows after the group's last one are undefined, and may be NaN.
     left = end_T[t] - tile_T[t] * tile
 
     def own(block):

@@ -26,10 +26,10 @@ f32, u32 = jnp.float32, jnp.uint32
 
 
 def _fit_rows(N: int, tile: int, row_bytes: int, column_bytes: int, block_bytes: int, **columns):
-  """Returns (m, n): a tile's rows, or half of them where that makes steps fewer, and columns.
+  """Returns (m, n): the rows, a tile's or half of it where that needs fewer steps, and columns.
 
   Args:
-    row_bytes, column_bytes, block_bytes: of a row, of a column, and of both at once.
+    row_bytes, column_bytes, block_bytes: VMEM that a row, a column, and an element take.
     columns: `multiple` and `product`.
   """
   heights = [m for m in (tile, tile // 2) if m == tile or m % tiles.chip_product().rows == 0]
@@ -46,8 +46,33 @@ def _fit_rows(N: int, tile: int, row_bytes: int, column_bytes: int, block_bytes:
   return min(fitting, key=lambda fit: N // fit[1])
 
 
+def fit(tile: int, rows, matrices, extras, outs, transposed: bool = False) -> tuple[int, int]:
+  """Returns the rows and columns of a grid step of `over_rows`, whose arguments these are.
+
+  Of arrays only shapes and dtypes count.
+
+  Raises:
+    ValueError: where no step fits VMEM.
+  """
+  dtype, (_, K, N) = matrices[0].dtype, matrices[0].shape
+  if transposed:
+    K, N = N, K
+  size, packed = dtype.itemsize, u32 in outs
+  travelled = sum(x.dtype != dtype for x in rows)
+  out_bytes = sum(np.dtype(d).itemsize for d in outs)
+  return _fit_rows(
+    N,
+    tile,
+    row_bytes=sum(2 * x.shape[1] * x.dtype.itemsize for x in rows) + travelled * K * size,
+    column_bytes=(len(matrices) + 1) * K * size,
+    block_bytes=2 * (len(extras) * size + out_bytes) + 4 * (len(matrices) - 1 + packed),
+    multiple=tiles.BLOCK_COLUMNS if packed else LANES,
+    product=tiles.chip_product().columns,
+  )
+
+
 class _Runs:
-  """The columns of the matrices of each run, fetched while the run before is computed."""
+  """The columns of the matrices of each run, fetched while the run before it is computed."""
 
   def __init__(self, schedule_refs, matrix_refs, slots_ref, arrived, n: int, transposed: bool):
     self.expert_T, _, self.run_T, self.next_T = schedule_refs
@@ -59,7 +84,7 @@ class _Runs:
     self.last = (self.t == last) | (self.run_T[jnp.minimum(self.t + 1, last)] != self.run)
 
   def slot(self, i: int, run):
-    """Returns where matrix i of a run lies: where the one that came that many before it lay."""
+    """Returns the slot that holds matrix i of a run; slots are reused in turn."""
     return jax.lax.rem(run * len(self.matrix_refs) + i, len(self.matrix_refs) + 1)
 
   def _copy(self, i: int, run, expert):
@@ -85,7 +110,7 @@ class _Runs:
     self._fetch_next(0, self.first)
 
   def matrix(self, i: int):
-    """Returns the columns of matrix i, having waited for them."""
+    """Waits for the columns of matrix i and returns them."""
 
     @pl.when(self.first)
     def _():
@@ -94,7 +119,7 @@ class _Runs:
     return self.slots_ref.at[self.slot(i, self.run)]
 
   def done(self, i: int):
-    """Gives the memory of matrix i away: the run needs it no more after its last tile."""
+    """Frees the memory of matrix i, which the run does not need after its last tile."""
     if i + 1 < len(self.matrix_refs):
       self._fetch_next(i + 1, self.last)
 
@@ -130,18 +155,9 @@ def over_rows(
     K, N = N, K
   out_shape = [jax.ShapeDtypeStruct((P, N // 2 if d == u32 else N), d) for d in outs]
   packed = u32 in outs
-  size = dtype.itemsize
   travelled = sum(x.dtype != dtype for x in rows)
   chip = tiles.chip_product()
-  tile, n = _fit_rows(
-    *(N, tile),
-    row_bytes=sum(2 * x.shape[1] * x.dtype.itemsize for x in rows) + travelled * K * size,
-    column_bytes=(len(matrices) + 1) * K * size,
-    block_bytes=2 * (len(extras) * size + sum(np.dtype(d).itemsize for d in outs))
-    + 4 * (len(matrices) - 1 + packed),
-    multiple=tiles.BLOCK_COLUMNS if packed else LANES,
-    product=chip.columns,
-  )
+  tile, n = fit(tile, rows, matrices, extras, outs, transposed)
 
   by_row = lambda j, t, e, r, *_: (r[t], 0)  # noqa: E731
   by_both = lambda j, t, e, r, *_: (r[t], j)  # noqa: E731

@@ -1,7 +1,7 @@
-"""What the TPU's grouped matmuls share: which tiles are visited, and how a step is cut up.
+"""What the TPU's grouped matmuls share: which tiles are visited, and how a grid step is divided.
 
-Groups start at multiples of a tile's rows, so that a tile belongs to one expert and none is
-visited twice; rows between a group's end and the next tile are computed and never looked at.
+Groups start at multiples of a tile's rows, so that a tile belongs to one expert and no tile is
+visited twice. Rows between a group's end and the next tile are computed and not used.
 
 Shapes: P rows, E experts, K contraction, N columns, T tiles, m rows of a tile, n columns of a step.
 """
@@ -28,10 +28,10 @@ f32, u32 = jnp.float32, jnp.uint32
 def tile_rows(rows_per_group: float) -> int:
   """Returns a tile's rows; half a tile a group is lost on average.
 
-  At least 128, since the rows' weights lie along lanes. Taller ones lose less at the ends of
-  products: with 768 rows a group (DeepSeek-V2-Lite) tokens' way to the experts and back takes
-  10.2 million cycles in tiles of 128 and 9.7 in tiles of 256, its gradient 28.5 and 26.5, compiled
-  for v5p; with 2,048 (V3 on 8 devices) the gradients of weights 16.2 in 256 and 15.6 in 512.
+  At least 128, since the rows' weights lie along lanes. Taller tiles lose less at the ends of
+  products. Compiled for v5p with 768 rows a group (DeepSeek-V2-Lite), `routed_swiglu` takes 10.2
+  million cycles in tiles of 128 and 9.7 in tiles of 256, and its gradient 28.5 and 26.5. With 2,048
+  rows a group (V3 on 8 devices) the gradients of weights take 16.2 in tiles of 256 and 15.6 in 512.
   """
   return 512 if rows_per_group >= 2048 else 256 if rows_per_group >= 768 else LANES
 
@@ -74,7 +74,7 @@ def schedule(sizes_E, starts_E, num_rows: int, tile: int, every_group: bool = Fa
 
 
 def full_schedule(E: int, num_rows: int, tile: int, every_group: bool) -> Schedule:
-  """The one that costs are counted for: every tile full, experts equally loaded."""
+  """Returns the schedule that costs are counted for: every tile full, experts equally loaded."""
   T = num_rows // tile
   tiles_E = T // E + (np.arange(E) < T % E)
   starts_E = (np.cumsum(tiles_E) - tiles_E) * tile
@@ -84,7 +84,7 @@ def full_schedule(E: int, num_rows: int, tile: int, every_group: bool) -> Schedu
 def step_columns(
   N: int, fixed_bytes: int, bytes_per_column: int, multiple: int = LANES, product: int = LANES
 ) -> int | None:
-  """Returns n, which divides N: of those that fit VMEM one of the fewest products, then steps."""
+  """Returns the divisor of N that fits VMEM with the fewest products, then steps; or None."""
   most = (VMEM_BYTES - fixed_bytes) // bytes_per_column
   fitting = [n for n in {*range(multiple, N, multiple), N} if n <= most and N % n == 0]
   return min(fitting, key=lambda n: (N // n * pl.cdiv(n, product), -n), default=None)
@@ -98,7 +98,7 @@ class Product(NamedTuple):
 
 
 def chip_product() -> Product:
-  """Returns the chip's, by what the compiler spills; v5p's for a chip unknown."""
+  """Returns the largest product that the chip's compiler does not spill; v5p's without a chip."""
   try:
     chip = pltpu.get_tpu_info()
   except ValueError:
@@ -145,7 +145,7 @@ def share(n: int, rows) -> int:
 
 
 def unpack_into(scratch_ref, ref) -> None:
-  """Rows as they travelled to rows in the dtype of the matrices."""
+  """Writes rows, packed into words or not, in the dtype of the matrices."""
   if ref.dtype != u32:
     scratch_ref[...] = ref[...].astype(scratch_ref.dtype)
     return

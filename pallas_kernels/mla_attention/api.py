@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu, varying
+from pallas_kernels import platform, varying
 from pallas_kernels.mla_attention import cpu, gpu, gpu_decode, reference, tpu, tpu_decode
 
 CAUSAL_IMPLEMENTATIONS: dict[str, Callable] = {
@@ -35,12 +35,16 @@ DECODE_IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
-def _choose(implementation: str | None, known, refused: str | None) -> str:
-  if implementation is None:
-    return mosaic_gpu.default(refused, "xla")
-  if implementation not in known:
-    raise ValueError(f"implementation must be one of {', '.join(known)}, got {implementation!r}")
-  return implementation
+def chosen(implementation: str | None, q_BSHA, v_BSHU) -> str:
+  """Returns the implementation of causal attention that None stands for here, or the one given.
+
+  Of the arrays only shapes and dtypes count.
+  """
+  refusals = {
+    "mosaic_tpu": lambda: tpu.refused(q_BSHA, v_BSHU),
+    "mosaic_gpu": lambda: gpu.refused(q_BSHA, v_BSHU),
+  }
+  return platform.choose(implementation, CAUSAL_IMPLEMENTATIONS, "xla", refusals)
 
 
 def _check(arrays: dict) -> None:
@@ -73,8 +77,7 @@ def _checked(q_BSHA, k_BSHA, v_BSHU, segments_BS, implementation, chunk_tokens: 
   _check(arrays)
   if chunk_tokens < 1:
     raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-  refused = gpu.refused(q_BSHA, v_BSHU)
-  implementation = _choose(implementation, CAUSAL_IMPLEMENTATIONS, refused)
+  implementation = chosen(implementation, q_BSHA, v_BSHU)
   # Rows are taken by traced numbers, which NumPy's own arrays refuse.
   operands = varying.vary_alike(*map(jnp.asarray, (q_BSHA, k_BSHA, v_BSHU)))
   return implementation, (*operands, None if segments_BS is None else jnp.asarray(segments_BS))
@@ -98,8 +101,8 @@ def causal_attention(
     v_BSHU: values, in q's dtype.
     segments_BS: int32 document number of each token, or None for one document a row.
     scale: factor on the logits.
-    implementation: a key of `CAUSAL_IMPLEMENTATIONS`; None: `mosaic_tpu` on TPU, `mosaic_gpu`
-      on Hopper if it takes the operands, else `xla`.
+    implementation: a key of `CAUSAL_IMPLEMENTATIONS`; None: the compiled kernel on the
+      chips listed in `pallas_kernels.platform` if it takes the operands, else `xla`.
     chunk_tokens: queries `xla` handles at once.
 
   Returns:
@@ -173,7 +176,7 @@ def prefill_attention(
 
 def decode_width(W: int, implementation: str | None = None) -> int:
   """Returns how many numbers a token should take in the cache: TPUs copy whole 128s."""
-  padded = _choose(implementation, DECODE_IMPLEMENTATIONS, None) == "mosaic_tpu"
+  padded = platform.choose(implementation, DECODE_IMPLEMENTATIONS, "xla") == "mosaic_tpu"
   return -(-W // 128) * 128 if padded else W
 
 
@@ -225,8 +228,11 @@ def decode_attention(
   )
   if not 1 <= value_width <= W:
     raise ValueError(f"value_width must be from 1 to W ({W}), got {value_width}")
-  refused = gpu_decode.refused(q_BSHW, pages_NTW, value_width)
-  implementation = _choose(implementation, DECODE_IMPLEMENTATIONS, refused)
+  refusals = {
+    "mosaic_tpu": lambda: tpu_decode.refused(pages_NTW, table_BP),
+    "mosaic_gpu": lambda: gpu_decode.refused(q_BSHW, pages_NTW, value_width),
+  }
+  implementation = platform.choose(implementation, DECODE_IMPLEMENTATIONS, "xla", refusals)
   q_BSHW, pages_NTW, table_BP, end_BS = map(jnp.asarray, (q_BSHW, pages_NTW, table_BP, end_BS))
   end_BS = jnp.clip(end_BS, 0, table_BP.shape[1] * pages_NTW.shape[1])
   fn = DECODE_IMPLEMENTATIONS[implementation]

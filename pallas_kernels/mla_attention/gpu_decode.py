@@ -150,7 +150,7 @@ def decode_attention(
       return jnp.where(token + begin < end, logits, -jnp.inf)
 
     def clear(slot, begin):
-      """Zeros the values behind the row's end: they may be anything, and 0 x NaN is NaN."""
+      """Zeroes the values past the row's end: they are undefined, and 0 x NaN is NaN."""
       own = _token((BLOCK, 64), 0) + begin < length
       for c in range(0, C, 64):
         values = latents_smem.at[slot, :, c : c + 64]

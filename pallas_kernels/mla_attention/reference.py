@@ -1,4 +1,4 @@
-"""The readable truth: all logits at once, masked, one softmax.
+"""The reference for attention: all logits at once, masked, one softmax.
 
 Shapes: see `api`.
 """

@@ -41,6 +41,7 @@ from pallas_kernels.varying import varying_like
 
 BLOCK_TOKENS = 1024  # queries and keys of a grid step of the gradient, half of the forward's
 CHUNK_TOKENS = 256  # queries at a time within it
+MOST_DIM = 256  # of a head: the gradients of a span of queries fit VMEM
 SPAN_TOKENS = 16384  # queries whose gradient VMEM holds
 VMEM_BYTES = 56 * 2**20  # of the 64 MiB of a tpu7x device, the smallest of the chips supported
 LANES = 128
@@ -373,6 +374,14 @@ def _attention_bwd(scale, n, saved, dout_BHSU):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+def refused(q_BSHA, v_BSHU) -> str | None:
+  """Returns the rule that the operands break, or None."""
+  for name, size in (("A", q_BSHA.shape[3]), ("U", v_BSHU.shape[3])):
+    if size > MOST_DIM:
+      return f"{name} must be at most {MOST_DIM}, got {size}"
+  return None
 
 
 def _block(S: int, most: int) -> int:

@@ -83,7 +83,7 @@ def _kernel(
       jax.lax.fori_loop(0, count, one, None)
 
   def clear_behind_the_end(g, j):
-    """Zeros what is not the row's own: it may be anything, and 0 x NaN is NaN."""
+    """Zeroes what lies past the row's end: it is undefined, and 0 x NaN is NaN."""
     count, slot = pages_of_ref[g], jax.lax.rem(g, BUFFERS)
     last = pl.ds((count - 1) * R, R)
     shape = (R, TILE, W)
@@ -211,6 +211,20 @@ def _blocks(length_B, parts: int, num_pages: int, page_tokens: int, block_pages:
   return first_g, pages_g, start_B
 
 
+def refused(pages_NTW, table_BP) -> str | None:
+  """Returns the rule that the operands break, or None."""
+  T = pages_NTW.shape[1]
+  if T % TILE:
+    return f"mosaic_tpu takes pages of a multiple of {TILE} tokens, got {T}"
+  if table_BP.size * 4 > SCALAR_BYTES:
+    B, P = table_BP.shape
+    return (
+      f"mosaic_tpu takes page tables of at most {SCALAR_BYTES // 4} entries, got {B} x {P}; "
+      "implementation 'xla' takes any"
+    )
+  return None
+
+
 def decode_attention(
   q_BSHW,
   pages_NTW,
@@ -224,13 +238,8 @@ def decode_attention(
   B, S, H, W = q_BSHW.shape
   T, P = pages_NTW.shape[1], table_BP.shape[1]
   X, C = S * H, value_width
-  if T % TILE:
-    raise ValueError(f"mosaic_tpu takes pages of a multiple of {TILE} tokens, got {T}")
-  if table_BP.size * 4 > SCALAR_BYTES:
-    raise ValueError(
-      f"mosaic_tpu takes page tables of at most {SCALAR_BYTES // 4} entries, got {B} x {P}; "
-      "implementation 'xla' takes any"
-    )
+  if rule := refused(pages_NTW, table_BP):
+    raise ValueError(rule)
   block_pages = max(1, min(block_tokens // T, P))
   K = block_pages * T
   parts = 2 if B % 2 == 0 else 1

@@ -1,8 +1,9 @@
-"""Rows into expert order and back for H100 (Mosaic GPU): each row read once, written once.
+"""Permute and combine for H100 (Mosaic GPU): each row is read once and written once.
 
-`permute` brings a token's row on chip and stores it K times, one thread block a token;
-`combine` brings the token's K rows on chip and stores their sum, one block a token and part of
-D. Blocks are small, so that many share a multiprocessor: one waits for memory, others work.
+`permute` copies a token's row on chip and stores it K times, with one thread block a token.
+`combine` copies a token's K rows on chip and stores their sum, with one thread block a token and
+part of D. Thread blocks are small, so that many share a multiprocessor and some work while others
+wait for memory.
 
 Shapes: M tokens, D hidden, K experts a token, P rows; a row is [c, 128] to the copy engine,
 which moves at most 256 numbers a dimension.
@@ -24,10 +25,19 @@ BLOCK_BYTES = 36 * 1024  # of a block of `combine`: six share a multiprocessor
 f32 = jnp.float32
 
 
-def num_chunks(D: int) -> int:
-  """Returns how many times 128 numbers a row has, as copies take it."""
+def refused(dtype, D: int) -> str | None:
+  """Returns the rule that rows of a dtype and width break, or None."""
   if D % LANES or not 0 < D <= MOST_WIDTH:
-    raise ValueError(f"D must be a multiple of {LANES}, at most {MOST_WIDTH}, got {D}")
+    return f"D must be a multiple of {LANES}, at most {MOST_WIDTH}, got {D}"
+  if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    return f"rows must be bfloat16, float16 or float32, got {jnp.dtype(dtype)}"
+  return None
+
+
+def num_chunks(D: int) -> int:
+  """Returns how many chunks of 128 numbers a row has."""
+  if rule := refused(jnp.float32, D):
+    raise ValueError(rule)
   return D // LANES
 
 
@@ -40,7 +50,7 @@ def permute(x_MD, row_MK, num_rows: int):
     num_rows: P.
 
   Returns:
-    [P, D] in x's dtype; a row nobody was sent to holds anything.
+    [P, D] in x's dtype; rows to which no token was copied are undefined.
   """
   M, D = x_MD.shape
   K = row_MK.shape[1]
@@ -110,28 +120,3 @@ def combine(y_PD, row_MK, weight_MK=None):
     [plgpu.SMEM((K, part, LANES), y_PD.dtype), plgpu.Barrier(num_arrivals=K)],
   )
   return y.reshape(M, D)
-
-
-# Both with their gradients, for rows that each belong to one choice: each other's transpose.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def to_rows(x_MD, row_MK, num_rows: int):
-  """`permute`, differentiable in x."""
-  return permute(x_MD, row_MK, num_rows)
-
-
-@jax.custom_vjp
-def from_rows(y_PD, row_MK):
-  """`combine` without weights, differentiable in y."""
-  return combine(y_PD, row_MK)
-
-
-to_rows.defvjp(
-  lambda x_MD, row_MK, num_rows: (permute(x_MD, row_MK, num_rows), row_MK),
-  lambda num_rows, row_MK, dx_PD: (combine(dx_PD, row_MK), None),
-)
-from_rows.defvjp(
-  lambda y_PD, row_MK: (combine(y_PD, row_MK), (row_MK, y_PD.shape[0])),
-  lambda saved, dy_MD: (permute(dy_MD, *saved), None),
-)

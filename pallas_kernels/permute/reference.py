@@ -1,11 +1,10 @@
-"""Tokens into expert order and back, in plain JAX: gather and sum.
+"""The order of rows by expert, and moving tokens' rows into it and out of it, in plain JAX.
 
 Shapes: M tokens, D hidden, E experts, K experts a token, P rows: M K of them, or more where
 groups are aligned. An order is the pair (pair_P, row_MK): which token and choice lies at each
-row, and where each choice lies.
+row, and at which row each choice lies.
 """
 
-import jax
 import jax.numpy as jnp
 
 
@@ -16,7 +15,7 @@ def group_starts(sizes_E, alignment: int = 1):
 
 
 def num_rows(num_pairs: int, num_experts: int, alignment: int = 1) -> int:
-  """Returns P, the rows that suffice for any load when groups are aligned."""
+  """Returns P, the number of rows that suffices for any load when groups are aligned."""
   most = num_pairs + min(num_experts, num_pairs) * (alignment - 1)
   return most // alignment * alignment
 
@@ -25,12 +24,13 @@ def expert_order(expert_MK, rank_MK, sizes_E, alignment: int = 1):
   """Lays (token, choice) pairs out by expert, tokens in order within one; no sort.
 
   Args:
-    expert_MK, rank_MK: int32, each choice's expert and its place among that expert's.
+    expert_MK, rank_MK: int32, each choice's expert, and its rank among that expert's choices.
     sizes_E: int32, each expert's number of choices.
     alignment: groups start at multiples of this.
 
   Returns:
-    pair_P, the pair m * K + k at each row, M * K where none lies; row_MK, each pair's row.
+    pair_P, the pair m * K + k that lies at each row, or M * K where none does; row_MK, the row of
+    each pair.
   """
   M, K = expert_MK.shape
   row_MK = group_starts(sizes_E, alignment)[expert_MK] + rank_MK
@@ -40,30 +40,25 @@ def expert_order(expert_MK, rank_MK, sizes_E, alignment: int = 1):
   return pair_P, row_MK
 
 
-@jax.custom_vjp
 def permute(x_MD, pair_P, row_MK):
-  """Copies each token's row to its K places: x_PD[p] = x_MD[pair_P[p] // K]."""
+  """See `api.permute`; a gather."""
   return x_MD[pair_P // row_MK.shape[1]]
 
 
-@jax.custom_vjp
-def combine(y_PD, pair_P, row_MK):
-  """Sums each token's K rows: y_MD[m] = sum over k of y_PD[row_MK[m, k]]."""
-  return sum_rows(y_PD, row_MK)
-
-
-def sum_rows(y_PD, row_MK):
-  """`combine` without its gradient, in float32, in y's dtype at the end."""
+def combine(y_PD, row_MK):
+  """See `api.combine`; K gathers and their sum in float32."""
   rows = [y_PD[row_MK[:, k]].astype(jnp.float32) for k in range(row_MK.shape[1])]
   return sum(rows[1:], rows[0]).astype(y_PD.dtype)
 
 
-# Each is the other's transpose; written out, since autodiff would scatter where a gather does.
-permute.defvjp(
-  lambda x_MD, pair_P, row_MK: (permute(x_MD, pair_P, row_MK), (pair_P, row_MK)),
-  lambda saved, dx_PD: (sum_rows(dx_PD, saved[1]), None, None),
-)
-combine.defvjp(
-  lambda y_PD, pair_P, row_MK: (combine(y_PD, pair_P, row_MK), (pair_P, row_MK)),
-  lambda saved, dy_MD: (dy_MD[saved[0] // saved[1].shape[1]], None, None),
-)
+def in_a_group(num_rows: int, sizes_E, starts_E):
+  """Returns whether each row lies in a group, bool [P]; starts ascend."""
+  row_P = jnp.arange(num_rows)
+  group_P = jnp.searchsorted(starts_E, row_P, side="right") - 1
+  return (group_P >= 0) & (row_P < (starts_E + sizes_E)[group_P])
+
+
+def weights_of_rows(gate_MK, row_MK, num_rows: int):
+  """Returns each row's gate, float32 [P], 0 at rows where no choice lies."""
+  weight_P = jnp.zeros(num_rows, jnp.float32)
+  return weight_P.at[row_MK.reshape(-1)].set(gate_MK.reshape(-1), unique_indices=True)

@@ -1,9 +1,10 @@
-"""Tokens into expert order and back for TPU (Mosaic): each row read once and written once.
+"""Permute and combine for TPU (Mosaic): each row is read once and written once.
 
-A row travels by a copy of its own, to or from a place that only the data knows. Copies address
-32-bit rows, so 16-bit rows are `packed` two columns to a word on the way out; `unpack` undoes it
-where they are read next, inside a kernel. Copies of one block are under way while the next is
-packed.
+Each row is moved by an asynchronous copy of its own, to or from a place that is known only at run
+time. Copies address rows of 32-bit words, so bfloat16 rows are packed, two columns to a word
+(`scatter`, `gather_sum`). The kernels that multiply the rows unpack them on chip. `permute` and
+`combine` unpack and pack in XLA, for callers that need plain rows. Copies of one block of tokens
+are under way while the next block is packed.
 
 Shapes: M tokens, m tokens of a block, K choices a token, P rows, D hidden, W words of a row.
 """
@@ -21,8 +22,18 @@ from pallas_kernels.varying import varying_like
 
 LANES = 128
 VMEM_BYTES = 2**24  # of the row buffers
+MOST_WIDTH = 2**14  # of a row: the copies of 16 tokens fit the buffers
 
 f32, u32 = jnp.float32, jnp.uint32
+
+
+def refused(dtype, D: int) -> str | None:
+  """Returns the rule that rows of a dtype and width break, or None."""
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    return f"rows must be bfloat16 or float32, got {jnp.dtype(dtype)}"
+  if D > MOST_WIDTH:
+    return f"D must be at most {MOST_WIDTH}, got {D}"
+  return None
 
 
 def packs(dtype, D: int) -> bool:
@@ -52,10 +63,34 @@ def unpack_halves(words):
 
 
 def unpack(words_PW, dtype):
-  """Returns rows [P, D] of words in plain JAX: columns 256 i + c and 256 i + 128 + c are a word's."""
+  """Returns rows [P, D] of words in plain JAX; a word has columns 256 i + c and 256 i + 128 + c."""
   P, W = words_PW.shape
   low, high = unpack_halves(words_PW.reshape(P, W // LANES, LANES))
   return jnp.stack([low, high], axis=2).reshape(P, 2 * W).astype(dtype)
+
+
+def pack(y_PD):
+  """Returns the words [P, W] of rows in plain JAX: the inverse of `unpack`."""
+  P, D = y_PD.shape
+  if not packs(y_PD.dtype, D):
+    return y_PD.astype(f32)
+  halves = y_PD.reshape(P, D // (2 * LANES), 2, LANES)
+  return pack_halves(halves[:, :, 0], halves[:, :, 1]).reshape(P, D // 2)
+
+
+def permute(x_MD, row_MK, num_rows: int):
+  """See `api.permute`: `scatter`, and a pass that unpacks."""
+  if rule := refused(x_MD.dtype, x_MD.shape[1]):
+    raise ValueError(rule)
+  words_PW = scatter(x_MD, row_MK, num_rows)
+  return unpack(words_PW, x_MD.dtype) if words_PW.dtype == u32 else words_PW.astype(x_MD.dtype)
+
+
+def combine(y_PD, row_MK):
+  """See `api.combine`: a pass that packs, and `gather_sum`."""
+  if rule := refused(y_PD.dtype, y_PD.shape[1]):
+    raise ValueError(rule)
+  return gather_sum(pack(y_PD), row_MK, y_PD.dtype)
 
 
 def _block_tokens(M: int, K: int, rows_a_token: int, W: int) -> int:
@@ -129,7 +164,7 @@ def _pack_row(x_ref, words_ref):
 
 
 def scatter(x_MD, row_MK, num_rows: int):
-  """Copies each token's row to its K places: words [P, W]; rows no token has hold anything."""
+  """Copies each token's row to its K places: words [P, W]; other rows are undefined."""
   return scatter_as(row_words(x_MD.dtype, x_MD.shape[1]), _pack_row, x_MD, row_MK, num_rows)
 
 

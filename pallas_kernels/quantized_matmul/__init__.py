@@ -3,6 +3,7 @@
 from pallas_kernels.quantized_matmul.api import (
   GROUPED_IMPLEMENTATIONS,
   IMPLEMENTATIONS,
+  chosen,
   quantize_blocks,
   quantize_columns,
   quantize_rows,
@@ -10,16 +11,23 @@ from pallas_kernels.quantized_matmul.api import (
   quantized_matmul,
 )
 from pallas_kernels.quantized_matmul.e4m3 import Quantized
-from pallas_kernels.quantized_matmul.routed import quantized_routed_swiglu
+from pallas_kernels.quantized_matmul.experts import (
+  quantized_grouped_swiglu,
+  quantized_routed_swiglu,
+  row_alignment,
+)
 
 __all__ = [
   "GROUPED_IMPLEMENTATIONS",
   "IMPLEMENTATIONS",
   "Quantized",
+  "chosen",
   "quantize_blocks",
   "quantize_columns",
   "quantize_rows",
   "quantized_grouped_matmul",
+  "quantized_grouped_swiglu",
   "quantized_matmul",
   "quantized_routed_swiglu",
+  "row_alignment",
 ]

@@ -10,7 +10,8 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import platform
+from pallas_kernels.permute import group_starts
 from pallas_kernels.quantized_matmul import gpu, reference, tpu, tpu_grouped, xla
 from pallas_kernels.quantized_matmul.e4m3 import Quantized, columns_of
 
@@ -30,13 +31,16 @@ GROUPED_IMPLEMENTATIONS: dict[str, ModuleType] = {
 }
 
 
-def module_of(table: dict[str, ModuleType], implementation: str | None) -> ModuleType:
-  """Returns the implementation named, or the platform's own."""
-  if implementation is None:
-    implementation = mosaic_gpu.default(None, "xla")
-  if implementation not in table:
-    raise ValueError(f"implementation must be one of {', '.join(table)}, got {implementation!r}")
-  return table[implementation]
+def chosen(implementation: str | None, refused: platform.Refusals | None = None) -> str:
+  """Returns the implementation that None stands for here, or the one given."""
+  return platform.choose(implementation, IMPLEMENTATIONS, "xla", refused)
+
+
+def module_of(
+  table: dict[str, ModuleType], implementation: str | None, refused: platform.Refusals | None = None
+) -> ModuleType:
+  """Returns the module of the implementation named, or of the platform's own."""
+  return table[chosen(implementation, refused)]
 
 
 def check_operand(name: str, array, rank: int) -> None:
@@ -162,20 +166,23 @@ def quantized_grouped_matmul(
   group_sizes_E,
   implementation: str | None = None,
   power_of_two_scales: bool = False,
+  group_starts_E=None,
 ):
   """Multiplies each row by its expert's matrix in FP8: `quantized_matmul` of every group.
 
   For the weights' gradient, tiles of 128 rows start at each group's first row.
 
   Args:
-    x_PD: any floating point; the first group_sizes_E[0] rows belong to expert 0, and so on.
+    x_PD: rows in expert order, any floating point.
     w_EDF: any floating point; quantised by blocks of 128 x 128 of each expert.
     group_sizes_E: integers, zeros allowed, summing to at most P.
     implementation: a key of `GROUPED_IMPLEMENTATIONS`; None picks by platform.
     power_of_two_scales: round scales up to powers of two (UE8M0).
+    group_starts_E: int32, each group's first row, ascending; None: the groups lie one after the
+      other. A device that holds only some of the groups gives the starts of its own.
 
   Returns:
-    [P, F] in x's dtype, zeros behind the last group. Differentiable in x and w.
+    [P, F] in x's dtype, zeros in rows outside all groups. Differentiable in x and w.
 
   Raises:
     ValueError: for shapes or dtypes that do not fit, or an unknown implementation.
@@ -194,26 +201,27 @@ def quantized_grouped_matmul(
       f"{group_sizes_E.shape}"
     )
   module = module_of(GROUPED_IMPLEMENTATIONS, implementation)
-  operands = map(jnp.asarray, (x_PD, w_EDF, group_sizes_E))
-  return _grouped_matmul(module, power_of_two_scales, *operands)
+  x_PD, w_EDF, sizes_E = map(jnp.asarray, (x_PD, w_EDF, group_sizes_E))
+  starts_E = group_starts(sizes_E) if group_starts_E is None else jnp.asarray(group_starts_E)
+  return _grouped_matmul(module, power_of_two_scales, x_PD, w_EDF, sizes_E, starts_E)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped_matmul(module, power_of_two, x_PD, w_EDF, group_sizes_E):
-  return module.grouped_rows(x_PD, w_EDF, group_sizes_E, power_of_two, x_PD.dtype)
+def _grouped_matmul(module, power_of_two, x_PD, w_EDF, sizes_E, starts_E):
+  return module.grouped_rows(x_PD, w_EDF, sizes_E, starts_E, power_of_two, x_PD.dtype)
 
 
-def grouped_gradients(module, power_of_two, x_PD, w_EDF, sizes_E, dy_PF):
-  """Returns the gradients of `quantized_grouped_matmul` to x and w."""
+def grouped_gradients(module, power_of_two, x_PD, w_EDF, plan, dy_PF):
+  """Returns the gradients of `quantized_grouped_matmul` to x and w; plan: sizes and starts."""
   w_EFD = w_EDF.swapaxes(1, 2)  # its blocks are w's, transposed
-  dx_PD = module.grouped_rows(dy_PF, w_EFD, sizes_E, power_of_two, x_PD.dtype)
-  dw_EDF = module.grouped_weights(x_PD, dy_PF, sizes_E, power_of_two, w_EDF.dtype)
+  dx_PD = module.grouped_rows(dy_PF, w_EFD, *plan, power_of_two, x_PD.dtype)
+  dw_EDF = module.grouped_weights(x_PD, dy_PF, *plan, power_of_two, w_EDF.dtype)
   return dx_PD, dw_EDF
 
 
 def _grouped_matmul_bwd(module, power_of_two, saved, dy_PF):
-  x_PD, w_EDF, sizes_E = saved
-  return *grouped_gradients(module, power_of_two, x_PD, w_EDF, sizes_E, dy_PF), None
+  x_PD, w_EDF, *plan = saved
+  return *grouped_gradients(module, power_of_two, x_PD, w_EDF, plan, dy_PF), None, None
 
 
 _grouped_matmul.defvjp(lambda *args: (_grouped_matmul(*args), args[2:]), _grouped_matmul_bwd)

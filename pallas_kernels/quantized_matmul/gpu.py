@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.gpu import EIGHT, LINE, STRIP, rows_to_store, store_rows, tiles
 from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.permute import in_a_group
 from pallas_kernels.quantized_matmul import xla
 from pallas_kernels.quantized_matmul.e4m3 import TILE, Quantized, columns_of
 
@@ -109,7 +110,7 @@ def _run(kernel, name: str, operands, out_type, grid):
 
 
 def _rows_times(x: Quantized, codes_ENK, scale_ETN, sizes_E, starts_E, dtype):
-  """Returns [P, N], each row times its expert's matrix; rows of no expert hold anything."""
+  """Returns [P, N], each row times its expert's matrix; rows outside all groups are undefined."""
   num_rows, N = x.codes.shape[0], codes_ENK.shape[1]
   codes_PK = whole(x.codes, axis0=EIGHT, axis1=TILE)
   scale_TP = whole(x.scale, axis1=EIGHT)
@@ -162,28 +163,26 @@ def product(lhs: Quantized, rhs: Quantized, dtype, power_of_two_scales: bool = F
   return _rows_times(lhs, rhs.codes.T[None], rhs.scale[None], rows, jnp.zeros(1, i32), dtype)
 
 
-def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
+def grouped_rows(x_PK, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
   """See `reference.grouped_rows`."""
   x = quantize_rows(x_PK, power_of_two_scales)
-  return grouped_codes(x, w_EKN, group_sizes_E, power_of_two_scales, dtype)
+  return grouped_codes(x, w_EKN, sizes_E, starts_E, power_of_two_scales, dtype)
 
 
-def grouped_codes(x: Quantized, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
-  """`grouped_rows` of rows quantised already; their scales may have more tiles than they."""
+def grouped_codes(x: Quantized, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
+  """`grouped_rows` of quantised rows, which may have more tiles of scales than of codes."""
   w = jax.vmap(lambda w_KN: columns_of(quantize_blocks(w_KN, power_of_two_scales)))(w_EKN)
-  ends_E = jnp.cumsum(group_sizes_E)
-  starts_E = ends_E - group_sizes_E
-  y_PN = _rows_times(x, w.codes.swapaxes(1, 2), w.scale, group_sizes_E, starts_E, dtype)
-  own_P = jnp.arange(x.codes.shape[0]) < ends_E[-1]
+  y_PN = _rows_times(x, w.codes.swapaxes(1, 2), w.scale, sizes_E, starts_E, dtype)
+  own_P = in_a_group(x.codes.shape[0], sizes_E, starts_E)
   return jnp.where(own_P[:, None], y_PN, 0)
 
 
-def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype):
+def grouped_weights(x_PD, dy_PF, sizes_E, starts_E, power_of_two_scales: bool, dtype):
   """See `reference.grouped_weights`."""
-  (P, D), F, E = x_PD.shape, dy_PF.shape[1], group_sizes_E.shape[0]
-  *plan, _ = xla.row_tiles(group_sizes_E, P)
+  (P, D), F, E = x_PD.shape, dy_PF.shape[1], sizes_E.shape[0]
+  *plan, _ = xla.row_tiles(sizes_E, starts_E, P)
   row_R = plan[1].reshape(-1)
-  tiles_E = (group_sizes_E + TILE - 1) // TILE
+  tiles_E = (sizes_E + TILE - 1) // TILE
   first_E = jnp.cumsum(tiles_E) - tiles_E
 
   def columns(a, size):  # each group's rows from the beginning of a tile

@@ -1,8 +1,8 @@
-"""Tokens to experts in FP8 and back for H100 (Mosaic GPU): quantised once, on the way.
+"""Permute, FP8 experts, combine for H100 (Mosaic GPU): tokens are quantised while permuted.
 
 `permute_quantized` brings a token's row on chip, makes its codes and scales there, once for all
 its rows and for gate and up both, and stores them at its K places. It is `permute.gpu.permute`
-with a step between; a row's chunks of 128 are the tiles.
+with the quantisation added; a row's chunks of 128 are the tiles.
 
 Shapes: M tokens, K choices a token, P rows, D hidden, F inner, E experts, T tiles of a row.
 """
@@ -15,10 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.gpu import EIGHT
-from pallas_kernels.grouped_matmul.tpu import weights_of_rows
 from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.permute import combine, expert_order, group_starts, weights_of_rows
 from pallas_kernels.permute import gpu as permute
-from pallas_kernels.permute import group_starts
 from pallas_kernels.quantized_matmul import gpu
 from pallas_kernels.quantized_matmul.api import grouped_gradients, quantized_grouped_matmul
 from pallas_kernels.quantized_matmul.e4m3 import (
@@ -65,7 +64,7 @@ def permute_quantized(x_MD, row_MK, num_rows: int, power_of_two_scales: bool = F
 
   Returns:
     codes [P, D] and scale [T, P], those of `quantize_rows`, T filled up to a multiple of 64. Rows
-    nobody was sent to and tiles past D hold anything.
+    to which no token was copied, and tiles past D, are undefined.
   """
   M, D = x_MD.shape
   K = row_MK.shape[1]
@@ -118,18 +117,21 @@ def permute_quantized(x_MD, row_MK, num_rows: int, power_of_two_scales: bool = F
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gate_and_up(power_of_two, x_MD, w_gate_EDF, w_up_EDF, row_MK, counts_E):
-  """Returns each row's two products, [A, F]: rows as they are, filled up to a multiple of 8."""
+  """Returns each row's two products, [A, F]; A is the number of rows rounded up to eights."""
   A = pl.cdiv(row_MK.size, EIGHT) * EIGHT
   x = permute_quantized(x_MD, row_MK, A, power_of_two)
-  multiply = functools.partial(gpu.grouped_codes, x)
-  return tuple(multiply(w, counts_E, power_of_two, x_MD.dtype) for w in (w_gate_EDF, w_up_EDF))
+  plan = counts_E, group_starts(counts_E)
+  return tuple(
+    gpu.grouped_codes(x, w, *plan, power_of_two, x_MD.dtype) for w in (w_gate_EDF, w_up_EDF)
+  )
 
 
 def _gate_and_up_bwd(power_of_two, saved, dgate_dup):
   x_MD, *weights, row_MK, counts_E = saved
   x_AD = permute.permute(x_MD, row_MK, dgate_dup[0].shape[0])
+  plan = counts_E, group_starts(counts_E)
   (dx_gate, dw_gate), (dx_up, dw_up) = (
-    grouped_gradients(gpu, power_of_two, x_AD, w, counts_E, d) for w, d in zip(weights, dgate_dup)
+    grouped_gradients(gpu, power_of_two, x_AD, w, plan, d) for w, d in zip(weights, dgate_dup)
   )
   return permute.combine(dx_gate + dx_up, row_MK), dw_gate, dw_up, None, None
 
@@ -138,10 +140,10 @@ _gate_and_up.defvjp(lambda *args: (_gate_and_up(*args), args[1:]), _gate_and_up_
 
 
 def routed_swiglu(power_of_two: bool, x_MD, routed, experts):
-  """See `routed.quantized_routed_swiglu`."""
+  """See `experts.quantized_routed_swiglu`."""
   expert_MK, gate_MK, counts_E, rank_MK = routed
   dtype, D = x_MD.dtype, x_MD.shape[1]
-  row_MK = group_starts(counts_E)[expert_MK] + rank_MK
+  pair_P, row_MK = expert_order(expert_MK, rank_MK, counts_E)
   x_MD, w_gate, w_up, w_down = vary_alike(x_MD, *experts)
   x_MD, w_down = gpu.whole(x_MD, axis1=TILE), gpu.whole(w_down, axis2=TILE)
   w_gate, w_up = (gpu.whole(w, axis1=TILE) for w in (w_gate, w_up))
@@ -151,4 +153,5 @@ def routed_swiglu(power_of_two: bool, x_MD, routed, experts):
   y_AD = quantized_grouped_matmul(
     inner_AF.astype(dtype), w_down, counts_E, "mosaic_gpu", power_of_two
   )
-  return permute.from_rows(y_AD, row_MK)[:, :D]
+  y_PD = y_AD[: pair_P.size]
+  return combine(y_PD, pair_P, row_MK, "mosaic_gpu")[:, :D]

@@ -1,4 +1,4 @@
-"""The readable truth of the FP8 matmuls: a loop over tiles, a loop over experts.
+"""The reference for the FP8 matmuls: a loop over tiles, a loop over experts.
 
 Shapes: M rows, K contraction, N columns, T = ceil(K / 128) tiles; D hidden, F inner, E experts,
 P rows in expert order.
@@ -56,8 +56,8 @@ def product(lhs: Quantized, rhs: Quantized, dtype, power_of_two_scales: bool = F
     lhs: codes [M, K], scales [T, M].
     rhs: codes [K, N], scales [T, N].
     dtype: of the result.
-    power_of_two_scales: that all scales are; a promise with which others scale operands before
-      they multiply, since that is then exact.
+    power_of_two_scales: whether all scales are powers of two. Other implementations then scale the
+      operands before they multiply, which is exact.
 
   Returns:
     [M, N]: sum over tiles t of (lhs_t @ rhs_t) * scales.
@@ -71,19 +71,13 @@ def product(lhs: Quantized, rhs: Quantized, dtype, power_of_two_scales: bool = F
   return y_MN.astype(dtype)
 
 
-def _groups(group_sizes_E):
-  """Yields each expert's number, first row and size."""
-  starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-  yield from zip(range(len(group_sizes_E)), starts_E, group_sizes_E)
-
-
-def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
-  """Multiplies each row by its expert's matrix in FP8; rows of no expert become zeros.
+def grouped_rows(x_PK, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
+  """Multiplies each row by its expert's matrix in FP8; rows outside all groups become zeros.
 
   Args:
     x_PK: rows in expert order.
     w_EKN: the experts' matrices, quantised by blocks.
-    group_sizes_E: int32, summing to at most P.
+    sizes_E, starts_E: int32, each expert's rows and its first row.
     power_of_two_scales: whether scales are powers of two.
     dtype: of the result.
 
@@ -92,14 +86,14 @@ def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
   """
   x, row_P = quantize_rows(x_PK, power_of_two_scales), jnp.arange(x_PK.shape[0])
   y_PN = jnp.zeros((x_PK.shape[0], w_EKN.shape[2]), dtype)
-  for e, start, size in _groups(group_sizes_E):
+  for e, (start, size) in enumerate(zip(starts_E, sizes_E)):
     mine_P = (row_P >= start) & (row_P < start + size)
     w = columns_of(quantize_blocks(w_EKN[e], power_of_two_scales))
     y_PN = jnp.where(mine_P[:, None], product(x, w, dtype), y_PN)
   return y_PN
 
 
-def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype):
+def grouped_weights(x_PD, dy_PF, sizes_E, starts_E, power_of_two_scales: bool, dtype):
   """Multiplies x^T by dy in FP8 within each group, whose tiles start at the group's first row.
 
   Returns:
@@ -107,7 +101,7 @@ def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype
   """
   row_P = jnp.arange(x_PD.shape[0])
   result = []
-  for _, start, size in _groups(group_sizes_E):
+  for start, size in zip(starts_E, sizes_E):
     own = lambda a: jnp.where((row_P < size)[:, None], jnp.roll(a, -start, axis=0), 0)  # noqa: B023, E731
     x = quantize_columns(own(x_PD), power_of_two_scales, transposed=True)
     dy = quantize_columns(own(dy_PF), power_of_two_scales)

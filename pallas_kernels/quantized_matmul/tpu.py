@@ -98,7 +98,7 @@ def _upto(size: int, most: int) -> int:
 
 
 def inside(x, axis: int, first, size: int):
-  """Zeroes what lies behind an array's end, where a block holds anything."""
+  """Zeroes what lies past an array's end, where a block is undefined."""
   index = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, axis)
   return jnp.where(index < size, x, 0)
 
@@ -153,8 +153,9 @@ def quantize_down(
 ) -> Quantized:
   """Quantises tiles of 128 x 1, or blocks of 128 x 128, each block's scale standing 128 times.
 
-  Of each matrix [K, N]: codes as it lies or transposed, scales [E, T, N]. With `rows_T`, int32, tiles of 128 rows have so many; others count as zeros, whatever they hold.
-  Words of two bfloat16 (`permute.tpu`) are taken apart.
+  Returns codes of each matrix [K, N], transposed if told, and scales [E, T, N]. With `rows_T`,
+  int32, each tile of 128 rows has so many; the others are undefined and count as zeros.
+  Words of two bfloat16 (`permute.tpu`) are unpacked first.
   """
   words = x_EKN.dtype == jnp.uint32
   E, K, N = x_EKN.shape

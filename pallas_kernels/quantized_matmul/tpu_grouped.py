@@ -40,14 +40,14 @@ def lay_out(x_PK, row_A):
   return x_PK.at[row_A].get(mode="fill", fill_value=0)
 
 
-def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
+def grouped_rows(x_PK, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
   """See `reference.grouped_rows`."""
   (P, K), (E, _, N) = x_PK.shape, w_EKN.shape
   T, m = pl.cdiv(K, TILE), step_rows(P, E)
   # Two cores of a chip share the columns.
   _, n, tiles = tpu.step_of(P, pl.cdiv(N, 2), T, jnp.dtype(dtype).itemsize, rows=m)
   k = tiles * TILE
-  expert_S, row_Sm, steps = row_tiles(group_sizes_E, P, m)
+  expert_S, row_Sm, steps = row_tiles(sizes_E, starts_E, P, m)
   row_A = row_Sm.reshape(-1)
   A = row_A.shape[0]
 
@@ -90,15 +90,15 @@ def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
   return lay_out(y_AN, place_P)
 
 
-def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype):
+def grouped_weights(x_PD, dy_PF, sizes_E, starts_E, power_of_two_scales: bool, dtype):
   """See `reference.grouped_weights`."""
-  P, E = x_PD.shape[0], group_sizes_E.shape[0]
+  P, E = x_PD.shape[0], sizes_E.shape[0]
   rows = step_rows(P, E)
-  row_A = row_tiles(group_sizes_E, P, rows)[1].reshape(-1)
+  row_A = row_tiles(sizes_E, starts_E, P, rows)[1].reshape(-1)
   x = tpu.quantize_columns(lay_out(x_PD, row_A), power_of_two_scales, transposed=True)
   dy = tpu.quantize_columns(lay_out(dy_PF, row_A), power_of_two_scales)
-  starts_E = group_starts(group_sizes_E, rows)
-  return weights_of_steps(x, dy, group_sizes_E, starts_E, rows, P, power_of_two_scales, dtype)
+  laid_out_E = group_starts(sizes_E, rows)
+  return weights_of_steps(x, dy, sizes_E, laid_out_E, rows, P, power_of_two_scales, dtype)
 
 
 def weights_of_steps(

@@ -1,8 +1,9 @@
-"""Tokens to experts in FP8 and back for TPU (Mosaic): rows lie in whole steps from the first on.
+"""FP8 experts for TPU (Mosaic): of rows (`grouped_swiglu`), or of tokens (`routed_swiglu`).
 
-Tokens are quantised once and travel as words of four codes; what follows takes them apart on chip.
-A grid step holds whole contractions of m rows of one expert and n of its columns; what a product
-is made into (an activation, codes for the next product) is made there too.
+Each group of rows starts at a multiple of a grid step's rows. A step holds whole contractions of m
+rows of one expert and n of its columns. The activation, and the codes for the next product, are
+computed in the same step. From tokens to tokens, each token is quantised once and copied to its
+rows as words of four codes, which the next kernel unpacks on chip.
 
 Shapes: M tokens, K choices a token (or a contraction, beside N columns), A rows of whole steps,
 D hidden, F inner, E experts, S steps of m rows, T = K / 128 tiles.
@@ -20,33 +21,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul import tpu_tiles as tiles
-from pallas_kernels.grouped_matmul.tpu import weights_of_rows
-from pallas_kernels.permute import num_rows
 from pallas_kernels.permute import tpu as permute
+from pallas_kernels.permute import weights_of_rows
 from pallas_kernels.quantized_matmul import tpu, tpu_grouped, tpu_words
 from pallas_kernels.quantized_matmul.e4m3 import CODE, TILE, Quantized, encode, f32
 
 u32 = jnp.uint32
+MOST_WIDTH = 2**14  # of F: whole contractions of a step fit VMEM
 FINISH = tiles.Product(128, 2 * TILE)  # rows and columns that are finished at once
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["sizes_E", "starts_E"],
-  meta_fields=["m", "P"],
+  meta_fields=["m", "P", "A"],
 )
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Where groups of rows lie: one after the other, each from a multiple of m."""
+  """Where groups of rows lie: in order, each starting at a multiple of m."""
 
   sizes_E: Any  # int32
   starts_E: Any  # int32
   m: int
-  P: int  # rows in all
-
-  @property
-  def A(self) -> int:
-    return num_rows(self.P, self.sizes_E.shape[0], self.m)
+  P: int  # rows of all groups, for the costs
+  A: int  # rows of the layout, a multiple of m
 
   def steps(self):
     """Returns the expert of each step, how many of its rows are the expert's, and their number."""
@@ -54,8 +52,17 @@ class Plan:
     return steps.expert_T, steps.end_T - steps.tile_T * self.m, steps.num_steps
 
 
+def refused(dtype, D: int, F: int) -> str | None:
+  """Returns the rule that an expert layer breaks, gradients and permutation included, or None."""
+  if rule := permute.refused(dtype, D):
+    return rule
+  if F > MOST_WIDTH:
+    return f"F must be at most {MOST_WIDTH}, got {F}"
+  return None
+
+
 def _fit(N: int, m: int, column_bytes: int, block_bytes: int, fixed: int, multiple: int):
-  """Returns (n, columns multiplied at once): least padding, then fewest steps, of what fits."""
+  """Returns (n, columns multiplied at once) with the least padding, then the fewest steps."""
   half = pl.cdiv(N, 2)  # two cores of a chip share the columns
 
   def at_once(n):
@@ -131,10 +138,10 @@ def over_rows(
   Args:
     body: (each product, extras, weight_m1) -> the outputs' values, float32, and with `sums` a
       number a row and column to be summed over columns.
-    rows: words uint32 [A, W] or codes [A, K] with scales [T, A], one for each matrix or one for all.
+    rows: words uint32 [A, W], or codes [A, K] with scales [T, A]; one for each matrix, or one.
     matrices: codes [E, K, N], scales [E, T, N].
     outs: the dtype of each output [A, N]; uint32 stands for words of two bfloat16, E4M3 for codes
-      with scales [N / 128, A]. Rows of no expert hold anything.
+      with scales [N / 128, A]. Rows outside all groups are undefined.
     extras: arrays [A, N].
     weight_A: float32 or None.
     sums: whether an output [N / n, 1, A] float32 follows.
@@ -146,7 +153,8 @@ def over_rows(
   out_bytes = sum(np.dtype(d).itemsize // (2 if d == u32 else 1) for d in outs)
   row_bytes = sum(2 * 4 * x.shape[1] + K if w else 2 * K for x, w in zip(rows, in_words))
   n, at_once = _fit(
-    *(N, m),
+    N,
+    m,
     column_bytes=2 * len(matrices) * (K + 4 * T),
     block_bytes=4 * num_sums + 2 * (out_bytes + sum(a.dtype.itemsize for a in extras)),
     fixed=m * (row_bytes + 2 * 4 * T * len(rows)),
@@ -257,13 +265,13 @@ def over_rows(
 def _matrices(w_EKN, power_of_two: bool, turned: bool = False) -> Quantized:
   """Quantises experts' weights: codes [E, K, N], each column's scales [E, T, N]; or [E, N, K]."""
   codes, scale = tpu.quantize_down(w_EKN, power_of_two, blocks=True, transposed=turned)
-  if turned:  # a block's scale stands once a column
+  if turned:  # repeat a block's scale for each of its columns
     scale = jnp.repeat(scale[:, :, ::TILE].swapaxes(1, 2), TILE, axis=2)
   return Quantized(codes, scale)
 
 
 def _whole(experts):
-  """Pads experts' weights: D to a multiple of what travels, F to one of a tile."""
+  """Pads experts' weights with zeros: D to a multiple of 512, F to one of 128."""
   pad_D, pad_F = (0, -experts[0].shape[1] % tpu_words.COLUMNS), (0, -experts[0].shape[2] % TILE)
   sides = [(pad_D, pad_F), (pad_D, pad_F), (pad_F, pad_D)]
   return [jnp.pad(w, ((0, 0), *side)) for w, side in zip(experts, sides)]
@@ -273,74 +281,94 @@ def _wide(x_MD):
   return jnp.pad(x_MD, ((0, 0), (0, -x_MD.shape[1] % tpu_words.COLUMNS)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def routed_swiglu(power_of_two, x_MD, gate_MK, experts, row_MK, plan):
-  """See `routed.quantized_routed_swiglu`."""
-  return _forward(power_of_two, x_MD, gate_MK, experts, row_MK, plan, keep=False)[0]
+def _activation(dtype):
+  """Returns the body of the first product, which rounds as other implementations do."""
+
+  def body(gate, up, weight_m1):
+    gate, up = _rounded(gate, dtype), _rounded(up, dtype)
+    return [_rounded(jax.nn.silu(gate) * up * weight_m1, dtype), gate, up]
+
+  return body
 
 
-def _forward(power_of_two, x_MD, gate_MK, experts, row_MK, plan, keep: bool):
-  """Returns the output, and with `keep` gate and up [A, F]."""
-  dtype, x_MD, D = x_MD.dtype, _wide(x_MD), x_MD.shape[1]
-  A = plan.A
-  rounded = lambda a: a.astype(dtype).astype(f32)  # noqa: E731
+def _rounded(a, dtype):
+  return a.astype(dtype).astype(f32)
 
-  def activation(gate, up, weight_m1):
-    gate, up = rounded(gate), rounded(up)
-    return [rounded(jax.nn.silu(gate) * up * weight_m1), gate, up]
 
+def _swiglu(power_of_two, x, weight_A, experts, plan, dtype, out, keep: bool):
+  """Multiplies quantised rows with their experts' three matrices.
+
+  Args:
+    x: the rows, as `over_rows` takes them.
+    weight_A: float32 factor of each row.
+    experts: the weights, as they are.
+    plan: where the groups lie.
+    dtype: that intermediate values are rounded to.
+    out: the dtype of the result; uint32 stands for words.
+    keep: whether gate and up [A, F] are returned too.
+
+  Returns:
+    The rows' outputs and a list of what is kept.
+  """
   w_gate, w_up, w_down = (_matrices(w, power_of_two) for w in _whole(experts))
-  x = tpu_words.scatter(x_MD, row_MK, A, power_of_two)
+  outs = [CODE, *[dtype] * 2 * keep]
   inner, *kept = over_rows(
     "quantized_swiglu_in",
-    *(activation, plan, [x], [w_gate, w_up], [CODE, *[dtype] * 2 * keep], power_of_two),
-    weight_A=weights_of_rows(gate_MK, row_MK, A),
+    _activation(dtype),
+    plan,
+    [x],
+    [w_gate, w_up],
+    outs,
+    power_of_two,
+    weight_A=weight_A,
   )
-  words = permute.row_words(dtype, x_MD.shape[1]).dtype
-  (y,) = over_rows(
-    "quantized_swiglu_out",
-    *(lambda y: [rounded(y)], plan, [inner], [w_down], [words], power_of_two),
-  )
-  return permute.gather_sum(y, row_MK, dtype)[:, :D], kept
+  body = lambda y: [_rounded(y, dtype)]  # noqa: E731
+  (y,) = over_rows("quantized_swiglu_out", body, plan, [inner], [w_down], [out], power_of_two)
+  return y, kept
 
 
-def _fwd(power_of_two, x_MD, gate_MK, experts, row_MK, plan):
-  saved = (x_MD, gate_MK, experts, row_MK, plan)
-  y_MD, kept = _forward(power_of_two, *saved, keep=True)
-  return y_MD, (*saved, kept)
+def _swiglu_gradients(power_of_two, plain, dy, weight_A, experts, plan, kept, dtype, out):
+  """Returns the gradients of rows (in `out`), of weight_A, and of the three matrices.
 
-
-def _bwd(power_of_two, saved, dy_MD):
-  x_MD, gate_MK, experts, row_MK, plan, (gate_AF, up_AF) = saved
-  dtype, D = x_MD.dtype, x_MD.shape[1]
-  rounded = lambda a: a.astype(dtype).astype(f32)  # noqa: E731
-  x_MD, dy_MD = _wide(x_MD), _wide(dy_MD)
+  Args:
+    plain: the rows and their outputs' gradient, as `tpu.quantize_down` takes them.
+    dy: that gradient quantised, as `over_rows` takes it.
+    kept: gate and up of `_swiglu`.
+    The rest is as in `_swiglu`.
+  """
+  gate_AF, up_AF = kept
 
   def through_activation(dinner, gate, up, weight_m1):
-    dinner, gate, up = rounded(dinner), gate.astype(f32), up.astype(f32)
+    dinner, gate, up = _rounded(dinner, dtype), gate.astype(f32), up.astype(f32)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     dact = dinner * weight_m1
-    dgate = rounded(dact * up * (sigmoid + silu * (1 - sigmoid)))
-    dup = rounded(dact * silu)
+    dgate = _rounded(dact * up * (sigmoid + silu * (1 - sigmoid)), dtype)
+    dup = _rounded(dact * silu, dtype)
     return [dgate, dup, dgate, dup, silu * up * weight_m1, dinner * silu * up]
 
   w_gate, w_up, w_down = (_matrices(w, power_of_two, turned=True) for w in _whole(experts))
-  dy = tpu_words.scatter(dy_MD, row_MK, plan.A, power_of_two)
   dgate, dup, *columns, dweight_n1A = over_rows(
     "quantized_swiglu_out_gradient",
-    *(through_activation, plan, [dy], [w_down], [CODE, CODE, *[dtype] * 3], power_of_two),
+    through_activation,
+    plan,
+    [dy],
+    [w_down],
+    [CODE, CODE, *[dtype] * 3],
+    power_of_two,
     extras=[gate_AF, up_AF],
-    weight_A=weights_of_rows(gate_MK, row_MK, plan.A),
+    weight_A=weight_A,
     sums=True,
   )
-  words = permute.row_words(dtype, x_MD.shape[1]).dtype
   (dx,) = over_rows(
     "quantized_swiglu_in_gradient",
-    *(lambda a, b: [rounded(rounded(a) + rounded(b))], plan, [dgate, dup], [w_gate, w_up]),
-    *([words], power_of_two),
+    lambda a, b: [_rounded(_rounded(a, dtype) + _rounded(b, dtype), dtype)],
+    plan,
+    [dgate, dup],
+    [w_gate, w_up],
+    [out],
+    power_of_two,
   )
-  dx_MD = permute.gather_sum(dx, row_MK, dtype)[:, :D]
   dgate_AF, dup_AF, inner_AF = columns
   first_T = jnp.arange(0, plan.A, TILE, dtype=jnp.int32)
   rows_T = plan.steps()[1][first_T // plan.m] - first_T % plan.m
@@ -351,16 +379,89 @@ def _bwd(power_of_two, saved, dy_MD):
 
   def product(x, dy, w):
     dw = tpu_grouped.weights_of_steps(
-      *(x, dy, plan.sizes_E, plan.starts_E, plan.m, plan.P, power_of_two, w.dtype)
+      x, dy, plan.sizes_E, plan.starts_E, plan.m, plan.P, power_of_two, w.dtype
     )
     return dw[:, : w.shape[1], : w.shape[2]]
 
-  x, dy = (permute.scatter(a, row_MK, plan.A) for a in (x_MD, dy_MD))
-  x, dy = down(x, transposed=True), down(dy)
+  x, dy = down(plain[0], transposed=True), down(plain[1])
   dw_gate, dw_up = (product(x, down(a), w) for a, w in zip((dgate_AF, dup_AF), experts))
   dw_down = product(down(inner_AF, transposed=True), dy, experts[2])
-  dweight_A = jnp.sum(dweight_n1A[:, 0], axis=0)
-  return dx_MD, dweight_A[row_MK], (dw_gate, dw_up, dw_down), None, None
+  return dx, jnp.sum(dweight_n1A[:, 0], axis=0), (dw_gate, dw_up, dw_down)
 
 
-routed_swiglu.defvjp(_fwd, _bwd)
+# Experts as a function of rows that lie in whole steps.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def grouped_swiglu(power_of_two, x_AD, weight_A, experts, plan):
+  """See `experts.quantized_grouped_swiglu`; groups start at multiples of the plan's m."""
+  return _grouped(power_of_two, x_AD, weight_A, experts, plan, keep=False)[0]
+
+
+def _grouped(power_of_two, x_AD, weight_A, experts, plan, keep: bool):
+  dtype, D = x_AD.dtype, x_AD.shape[1]
+  x = tpu.quantize_rows(_wide(x_AD), power_of_two)
+  y, kept = _swiglu(power_of_two, x, weight_A, experts, plan, dtype, dtype, keep)
+  return y[:, :D], kept
+
+
+def _grouped_fwd(power_of_two, x_AD, weight_A, experts, plan):
+  y_AD, kept = _grouped(power_of_two, x_AD, weight_A, experts, plan, keep=True)
+  return y_AD, (x_AD, weight_A, experts, plan, kept)
+
+
+def _grouped_bwd(power_of_two, saved, dy_AD):
+  x_AD, weight_A, experts, plan, kept = saved
+  dtype, D = x_AD.dtype, x_AD.shape[1]
+  plain = _wide(x_AD), _wide(dy_AD)
+  dy = tpu.quantize_rows(plain[1], power_of_two)
+  dx, dweight_A, dexperts = _swiglu_gradients(
+    power_of_two, plain, dy, weight_A, experts, plan, kept, dtype, dtype
+  )
+  return dx[:, :D], dweight_A, dexperts, None
+
+
+grouped_swiglu.defvjp(_grouped_fwd, _grouped_bwd)
+
+
+# From tokens to tokens: permute, the experts, combine.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def routed_swiglu(power_of_two, x_MD, gate_MK, experts, row_MK, plan):
+  """See `experts.quantized_routed_swiglu`."""
+  return _routed(power_of_two, x_MD, gate_MK, experts, row_MK, plan, keep=False)[0]
+
+
+def _routed(power_of_two, x_MD, gate_MK, experts, row_MK, plan, keep: bool):
+  """Returns the output, and with `keep` gate and up [A, F]."""
+  dtype, x_MD, D = x_MD.dtype, _wide(x_MD), x_MD.shape[1]
+  x = tpu_words.scatter(x_MD, row_MK, plan.A, power_of_two)
+  weight_A = weights_of_rows(gate_MK, row_MK, plan.A)
+  words = permute.row_words(dtype, x_MD.shape[1]).dtype
+  y, kept = _swiglu(power_of_two, x, weight_A, experts, plan, dtype, words, keep)
+  return permute.gather_sum(y, row_MK, dtype)[:, :D], kept
+
+
+def _routed_fwd(power_of_two, x_MD, gate_MK, experts, row_MK, plan):
+  saved = (x_MD, gate_MK, experts, row_MK, plan)
+  y_MD, kept = _routed(power_of_two, *saved, keep=True)
+  return y_MD, (*saved, kept)
+
+
+def _routed_bwd(power_of_two, saved, dy_MD):
+  x_MD, gate_MK, experts, row_MK, plan, kept = saved
+  dtype, D = x_MD.dtype, x_MD.shape[1]
+  x_MD, dy_MD = _wide(x_MD), _wide(dy_MD)
+  plain = [permute.scatter(a, row_MK, plan.A) for a in (x_MD, dy_MD)]
+  dy = tpu_words.scatter(dy_MD, row_MK, plan.A, power_of_two)
+  weight_A = weights_of_rows(gate_MK, row_MK, plan.A)
+  words = permute.row_words(dtype, x_MD.shape[1]).dtype
+  dx, dweight_A, dexperts = _swiglu_gradients(
+    power_of_two, plain, dy, weight_A, experts, plan, kept, dtype, words
+  )
+  dx_MD = permute.gather_sum(dx, row_MK, dtype)[:, :D]
+  return dx_MD, dweight_A[row_MK], dexperts, None, None
+
+
+routed_swiglu.defvjp(_routed_fwd, _routed_bwd)

@@ -1,4 +1,4 @@
-"""Rows of E4M3 codes on their way to the experts, for TPU (Mosaic).
+"""Permute for FP8 experts on TPU (Mosaic): rows are copied as E4M3 codes.
 
 Copies address 32-bit rows, so a token's row travels as words: four codes each, the byte b of word
 128 i + c that of column 512 i + 128 b + c, and behind them its tiles' scales. Tokens are quantised

@@ -73,37 +73,37 @@ def product(lhs: Quantized, rhs: Quantized, dtype, power_of_two_scales: bool = F
     y_MN = lhs_Mk.astype(f32) @ rhs_kN.astype(f32)
     return y_MN * lhs_scale_M[:, None] * rhs_scale_N[None, :]
 
-  # The first tile's product is where the sum starts: it varies over the mesh axes it should.
+  # The sum starts with the first tile's product, which varies over the right mesh axes.
   first, rest = jax.tree.map(lambda a: a[0], tiles), jax.tree.map(lambda a: a[1:], tiles)
   add = lambda y_MN, tile: (y_MN + partial(tile), None)  # noqa: E731
   return jax.lax.scan(add, partial(first), rest)[0].astype(dtype)
 
 
-def row_tiles(group_sizes_E, num_rows: int, size: int = TILE):
+def row_tiles(sizes_E, starts_E, num_rows: int, size: int = TILE):
   """Cuts the groups into tiles of up to `size` rows.
 
   Returns:
     expert_R and row_Rr, int32: each tile's expert and rows, P where there is none; and how many
     tiles have rows.
   """
-  E, R = group_sizes_E.shape[0], -(-num_rows // size) + group_sizes_E.shape[0]
-  tiles_E = (group_sizes_E + size - 1) // size
-  last_E, end_E = jnp.cumsum(tiles_E), jnp.cumsum(group_sizes_E)
+  E, R = sizes_E.shape[0], -(-num_rows // size) + sizes_E.shape[0]
+  tiles_E = (sizes_E + size - 1) // size
+  last_E, end_E = jnp.cumsum(tiles_E), starts_E + sizes_E
   number_R = jnp.arange(R)
   expert_R = jnp.minimum(jnp.searchsorted(last_E, number_R, side="right"), E - 1)
   within_R = number_R - (last_E - tiles_E)[expert_R]
-  first_R = (end_E - group_sizes_E)[expert_R] + within_R * size
+  first_R = starts_E[expert_R] + within_R * size
   row_Rr = first_R[:, None] + jnp.arange(size)[None, :]
   row_Rr = jnp.where(row_Rr < end_E[expert_R][:, None], row_Rr, num_rows)
   return expert_R.astype(jnp.int32), row_Rr.astype(jnp.int32), last_E[-1]
 
 
-def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
+def grouped_rows(x_PK, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
   """See `reference.grouped_rows`."""
   P, N = x_PK.shape[0], w_EKN.shape[2]
   x = quantize_rows(x_PK, power_of_two_scales)
   w = jax.vmap(lambda w_KN: columns_of(quantize_blocks(w_KN, power_of_two_scales)))(w_EKN)
-  *tiles, _ = row_tiles(group_sizes_E, P)
+  *tiles, _ = row_tiles(sizes_E, starts_E, P)
 
   def one_tile(tile):
     expert, row_r = tile
@@ -116,10 +116,10 @@ def grouped_rows(x_PK, w_EKN, group_sizes_E, power_of_two_scales: bool, dtype):
   return y_PN.at[tiles[1].reshape(-1)].set(y_RrN.reshape(-1, N), mode="drop")
 
 
-def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype):
+def grouped_weights(x_PD, dy_PF, sizes_E, starts_E, power_of_two_scales: bool, dtype):
   """See `reference.grouped_weights`."""
-  shape = (group_sizes_E.shape[0], x_PD.shape[1], dy_PF.shape[1])
-  *tiles, _ = row_tiles(group_sizes_E, x_PD.shape[0])
+  shape = (sizes_E.shape[0], x_PD.shape[1], dy_PF.shape[1])
+  *tiles, _ = row_tiles(sizes_E, starts_E, x_PD.shape[0])
 
   def add(dw_EDF, tile):
     expert, row_r = tile
@@ -128,5 +128,5 @@ def grouped_weights(x_PD, dy_PF, group_sizes_E, power_of_two_scales: bool, dtype
     dy = quantize_columns(dy_rF, power_of_two_scales)
     return dw_EDF.at[expert].add(product(x, dy, f32, power_of_two_scales)), None
 
-  zeros_EDF = zeros_like_operands(shape, f32, x_PD, dy_PF, group_sizes_E)
+  zeros_EDF = zeros_like_operands(shape, f32, x_PD, dy_PF, sizes_E, starts_E)
   return jax.lax.scan(add, zeros_EDF, tiles)[0].astype(dtype)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_gpu
+from pallas_kernels import platform
 from pallas_kernels.routing import gpu, reference, tpu
 from pallas_kernels.routing.reference import Routed, Rule
 
@@ -36,15 +36,21 @@ def _check(E: int, rule: Rule) -> None:
     raise ValueError(f"group_score 'top2' needs groups of at least 2 experts, got {E // G}")
 
 
+def chosen(implementation: str | None, E: int, rule: Rule) -> str:
+  """Returns the implementation that None stands for here, or the one given, for E experts."""
+  refusals = {"mosaic_tpu": lambda: tpu.refused(E), "mosaic_gpu": lambda: gpu.refused(rule)}
+  return platform.choose(implementation, IMPLEMENTATIONS, "reference", refusals)
+
+
 def route(logits_ME, bias_E, rule: Rule, implementation: str | None = None) -> Routed:
   """Chooses each token's experts and their gates, counts the loads, and ranks the tokens.
 
   Args:
     logits_ME: float32.
     bias_E: float32, added to the scores for selection only; no gradient; None for none.
-    rule: how.
-    implementation: a key of `IMPLEMENTATIONS`; None: `mosaic_tpu` on TPU, `mosaic_gpu` on Hopper
-      if it takes the rule, else `reference`.
+    rule: how tokens choose.
+    implementation: a key of `IMPLEMENTATIONS`; None: the compiled kernel on the chips listed in
+      `pallas_kernels.platform` if it takes the rule, else `reference`.
 
   Returns:
     A `Routed`; only its gates have a gradient, to the logits.
@@ -60,10 +66,4 @@ def route(logits_ME, bias_E, rule: Rule, implementation: str | None = None) -> R
   _check(E, rule)
   if bias_E is not None and (bias_E.shape, bias_E.dtype) != ((E,), jnp.float32):
     raise ValueError(f"bias_E must be float32 [{E}], got {bias_E.dtype} {list(bias_E.shape)}")
-  if implementation is None:
-    implementation = mosaic_gpu.default(gpu.refused(rule), "reference")
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
-    )
-  return IMPLEMENTATIONS[implementation](logits_ME, bias_E, rule)
+  return IMPLEMENTATIONS[chosen(implementation, E, rule)](logits_ME, bias_E, rule)

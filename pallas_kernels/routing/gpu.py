@@ -258,14 +258,14 @@ def _plan(M: int, E: int):
 
 
 def _steps_of(a, R: int, width: int):
-  """[M, n] to [M / R, R, width], filled up with -inf: experts nobody chooses."""
+  """[M, n] to [M / R, R, width], padded with -inf: experts that no token chooses."""
   value = -jnp.inf if a.dtype == f32 else 0
   a = jnp.pad(a, [(0, -a.shape[0] % R), (0, width - a.shape[1])], constant_values=value)
   return a.reshape(-1, R, width)
 
 
 def refused(rule: Rule) -> str | None:
-  """Returns what the kernel does not take of a rule, or None."""
+  """Returns why the kernel does not take a rule, or None."""
   if rule.topk_group < rule.n_group and rule.n_group > MOST_GROUPS:
     return f"n_group ({rule.n_group}) must be at most {MOST_GROUPS} where groups are limited"
   return None

@@ -20,6 +20,7 @@ from pallas_kernels.routing.reference import Routed, Rule, scores
 from pallas_kernels.varying import varying_like
 
 BLOCK_TOKENS = 256
+MOST_EXPERTS = 1024  # with whose scores a block of tokens fits VMEM
 
 f32, i32 = jnp.float32, jnp.int32
 
@@ -147,17 +148,28 @@ _TOKENS_FIRST = lambda E: pl.BlockSpec((BLOCK_TOKENS, E), lambda i: (i, 0))  # n
 _TOKENS_LAST = lambda K: pl.BlockSpec((K, BLOCK_TOKENS), lambda i: (0, i))  # noqa: E731
 
 
+def refused(E: int) -> str | None:
+  """Returns why the kernel does not take so many experts, or None."""
+  if E > MOST_EXPERTS:
+    return f"mosaic_tpu takes at most {MOST_EXPERTS} experts, got {E}"
+  return None
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def route(logits_ME, bias_E, rule: Rule) -> Routed:
   """See `api.route`."""
   M, E = logits_ME.shape
+  if broken := refused(E):
+    raise ValueError(broken)
   K = rule.num_experts_per_tok
   bias_E1 = jnp.zeros((E, 1), f32) if bias_E is None else bias_E[:, None]
   column = pl.BlockSpec((E, 1), lambda i: (0, 0))
   struct = lambda dtype: jax.ShapeDtypeStruct((K, M), dtype)  # noqa: E731
   expert_KM, gate_KM, rank_KM, counts_E1 = _call(
     functools.partial(_forward, rule, M),
-    *("routing", M, 2 * E * BLOCK_TOKENS**2 * pl.cdiv(M, BLOCK_TOKENS)),
+    "routing",
+    M,
+    2 * E * BLOCK_TOKENS**2 * pl.cdiv(M, BLOCK_TOKENS),
     (logits_ME, bias_E1),
     [_TOKENS_FIRST(E), column],
     (struct(i32), struct(f32), struct(i32), jax.ShapeDtypeStruct((E, 1), i32)),
@@ -178,7 +190,9 @@ def _route_bwd(rule, saved, dout: Routed):
   K = rule.num_experts_per_tok
   dlogits_ME = _call(
     functools.partial(_backward, rule),
-    *("routing_gradient", M, 0),
+    "routing_gradient",
+    M,
+    0,
     (logits_ME, expert_MK.T, dout.gate_MK.T),
     [_TOKENS_FIRST(E), _TOKENS_LAST(K), _TOKENS_LAST(K)],
     jax.ShapeDtypeStruct((M, E), f32),

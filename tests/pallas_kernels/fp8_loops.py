@@ -1,9 +1,11 @@
-"""E4M3 and its scales by NumPy loops over blocks; nothing here is shared with the code under test."""
+"""E4M3, its scales and an FP8 expert by NumPy loops; nothing is shared with the tested code."""
 
 import math
 
 import ml_dtypes
 import numpy as np
+
+from tests import oracles
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -50,3 +52,33 @@ def values(x, height, width, power_of_two):
     for c in range(x.shape[1]):
       result[r, c] *= scales[r // height, c // width]
   return result
+
+
+def expert(x, weight, weights, dy, dtype, power_of_two):
+  """One expert's SwiGLU on its own rows, float64 but for codes and for rounding to dtype.
+
+  Returns:
+    The outputs, the gradients of x, of the rows' weights, and of the three matrices.
+  """
+
+  def number(a, height, width):
+    return values(a, height, width, power_of_two)
+
+  def rounded(a):
+    return np.asarray(np.asarray(a, np.dtype(dtype)), np.float64)
+
+  w_gate, w_up, w_down = (number(w, 128, 128) for w in weights)
+  scale = weight[:, None]
+  gate, up = (rounded(number(x, 1, 128) @ w) for w in (w_gate, w_up))
+  sigmoid = oracles.sigmoid(gate)
+  act = gate * sigmoid * up
+  inner = rounded(act * scale)
+  y = rounded(number(inner, 1, 128) @ w_down)
+  dinner = rounded(number(dy, 1, 128) @ w_down.T)
+  dgate = rounded(dinner * scale * up * sigmoid * (1 + gate * (1 - sigmoid)))
+  dup = rounded(dinner * scale * gate * sigmoid)
+  dx = sum(rounded(number(d, 1, 128) @ w.T) for d, w in ((dgate, w_gate), (dup, w_up)))
+  columns = lambda a: number(a, 128, 1)  # noqa: E731
+  pairs = [(x, dgate), (x, dup), (inner, dy)]
+  dweights = [columns(left).T @ columns(right) for left, right in pairs]
+  return y, dx, (dinner * act).sum(axis=1), dweights

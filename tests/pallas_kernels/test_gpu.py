@@ -78,7 +78,7 @@ def test_rows_must_be_whole_lanes():
     permute.permute(np.zeros((4, 200), np.float32), np.zeros((4, 2), np.int32), 8)
 
 
-# grouped matmuls: groups of more than a tile, empty, short; a tail that is nobody's.
+# grouped matmuls: groups of more than a tile, empty, short; rows after the last group.
 
 SIZES = (130, 0, 7)
 GAP = 5  # rows before the last group that belong to none
@@ -93,10 +93,10 @@ def _grouped_inputs(D, F, seed=0):
   starts = np.cumsum([0, *SIZES[:-1]]).astype(np.int32)
   starts[-1] += GAP
   own = [slice(start, start + size) for start, size in zip(starts, SIZES)]
-  nobody = np.ones(P, bool)
+  outside = np.ones(P, bool)
   for rows in own:
-    nobody[rows] = False
-  x[nobody], dy[nobody] = np.nan, np.nan
+    outside[rows] = False
+  x[outside], dy[outside] = np.nan, np.nan
   return x, dy, draw(E, D, F), draw(E, D, F), np.asarray(SIZES, np.int32), starts, own
 
 
@@ -193,12 +193,12 @@ def test_grouped_swiglu_and_its_gradients():
   D, F = 256, 128
   x, _, _, _, sizes, starts, own = _grouped_inputs(D, F)
   rng = np.random.default_rng(3)
-  nobody = np.isnan(x[:, 0].astype(np.float32))
+  outside = np.isnan(x[:, 0].astype(np.float32))
   P, E = len(x), len(SIZES)
   x = rng.standard_normal((P, D)).astype(b16)
   dy = rng.standard_normal((P, D)).astype(b16)
   weight = rng.standard_normal(P).astype(np.float32)
-  x[nobody], dy[nobody], weight[nobody] = np.nan, np.nan, np.nan
+  x[outside], dy[outside], weight[outside] = np.nan, np.nan, np.nan
   w_gate, w_up = (rng.standard_normal((2, E, D, F)) / D**0.5).astype(b16)
   w_down = (rng.standard_normal((E, F, D)) / F**0.5).astype(b16)
 
@@ -413,40 +413,15 @@ def test_quantized_product():
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("name", ["grouped_rows", "grouped_weights"])
 def test_quantized_groups(name, power_of_two):
-  """Two tiles of rows, none, a few; a tail of nobody's."""
-  D, F, sizes = 200, 72, np.array([130, 0, 5], np.int32)
+  """Two tiles of rows, none, a few; a gap before the last group and rows after it."""
+  D, F, sizes, starts = 200, 72, np.array([130, 0, 5], np.int32), np.array([0, 130, 137], np.int32)
   rng = np.random.default_rng(6)
   x, dy = (rng.standard_normal((150, n)).astype(np.float32) for n in (D, F))
   other = dy if name == "grouped_weights" else rng.standard_normal((3, D, F)).astype(np.float32)
   run = lambda module: getattr(module, name)  # noqa: E731
-  args = (x, other, sizes)
+  args = (x, other, sizes, starts)
   actual = _run(lambda *a: run(quantized)(*a, power_of_two, jnp.float32), *args)
   assert_close(actual, run(quantized_reference)(*args, power_of_two, jnp.float32), _fp8_kind())
-
-
-@pytest.mark.parametrize("name", ["to_rows", "from_rows"])
-def test_rows_to_experts_and_back_are_transposes(name):
-  M, K, D = 5, 3, 128
-  rng = np.random.default_rng(8)
-  row = rng.permutation(M * K).reshape(M, K).astype(np.int32)
-  tokens, rows = (rng.standard_normal((n, D)).astype(np.float32) for n in (M, M * K))
-  copied, summed = np.zeros(rows.shape), np.zeros(tokens.shape)
-  for m, k in np.ndindex(M, K):
-    copied[row[m, k]] = tokens[m]
-    summed[m] += rows[row[m, k]]
-  forward = name == "to_rows"
-  fn = (
-    (lambda x: permute.to_rows(x, row, M * K)) if forward else lambda y: permute.from_rows(y, row)
-  )
-
-  def both(x, dy):
-    y, vjp = jax.vjp(fn, x)
-    return y, vjp(dy)[0]
-
-  operands, expected = (tokens, rows), (copied, summed)
-  if not forward:
-    operands, expected = operands[::-1], expected[::-1]
-  assert_close(_run(both, *operands), expected)
 
 
 # What the H100's compiler makes of them.
@@ -603,6 +578,6 @@ def test_quantized_product_compiles(M, K, N):
 @pytest.mark.parametrize("size", GROUPED)
 def test_quantized_groups_compile(size):
   P, D, F, E = GROUPED[size]
-  x, dy, w, sizes = _struct(P, D), _struct(P, F), _struct(E, D, F), _struct(E, dtype=np.int32)
-  _compiles(lambda *a: quantized.grouped_rows(*a, False, b16), x, w, sizes)
-  _compiles(lambda *a: quantized.grouped_weights(*a, False, np.float32), x, dy, sizes)
+  x, dy, w, groups = _struct(P, D), _struct(P, F), _struct(E, D, F), _struct(E, dtype=np.int32)
+  _compiles(lambda *a: quantized.grouped_rows(*a, False, b16), x, w, groups, groups)
+  _compiles(lambda *a: quantized.grouped_weights(*a, False, np.float32), x, dy, groups, groups)

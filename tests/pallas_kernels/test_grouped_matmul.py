@@ -297,7 +297,7 @@ def test_columns_in_steps(monkeypatch, vmem_mib, D):
   rng = np.random.default_rng(3)
   draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
   inputs = draw(P, D), draw(P), draw(E, D, F) / 8, draw(E, D, F) / 8, draw(E, F, D) / 8, draw(P, D)
-  inputs[0][2036:] = np.nan  # nobody's
+  inputs[0][2036:] = np.nan  # outside all groups
   inputs[5][2036:] = 0
 
   @jax.jit
@@ -313,7 +313,7 @@ def test_columns_in_steps(monkeypatch, vmem_mib, D):
 
 @pytest.mark.parametrize("implementation", sorted({*MATMULS} - {"mosaic_gpu"}))
 def test_a_device_multiplies_the_rows_of_its_own_groups(implementation):
-  """Groups 2..4 of 5, then a tail of nobody's rows: their sizes and starts, and no others."""
+  """Groups 2..4 of 5, then rows outside all groups: their sizes and starts, and no others."""
   sizes = np.array([7, 0, 21, 0, 40], np.int32)
   starts, P, N = np.cumsum(sizes) - sizes, 90, 11
   x, dy = (a[:P] for a in (_inputs(2700)[0], np.random.default_rng(1).standard_normal((P, N))))
