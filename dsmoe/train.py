@@ -26,7 +26,7 @@ from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
 from dsmoe.reporting import metrics, plots, progress
-from dsmoe.training import train_step
+from dsmoe.training import kernel_check, train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; resumed if it exists.")
@@ -90,11 +90,14 @@ def train(
   Raises:
     ValueError: for a config that breaks a rule or differs from the saved one.
     NonFiniteError: when a loss or gradient is not finite.
+    WrongKernelError: when a compiled kernel's results differ from its reference's on this device.
   """
   workdir = epath.Path(workdir)
   mesh = mesh_lib.make_mesh(config.mesh)
   train_step.check_batch(config, mesh)
   records.find_sources(config.data)  # a wrong glob is refused before anything is written
+  if checked := kernel_check.check(config):
+    print(checked)
   abstract = train_step.abstract_state(config, mesh)
   stop = []
   previous_handler = signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
