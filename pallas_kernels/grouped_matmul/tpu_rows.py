@@ -238,9 +238,8 @@ def over_rows(
       halves = [pl.ds(pl.multiple_of(first + h * LANES, LANES), LANES) for h in range(2)]
       for half in halves:
         found_refs[-1][own_rows, half] = results(own_rows, half)[0]
-      out_refs[0][own_rows, word] = permute.pack_halves(
-        *(found_refs[-1][own_rows, half] for half in halves)
-      )
+      low, high = (found_refs[-1][own_rows, half] for half in halves)
+      out_refs[0][own_rows, word] = permute.pack_halves(low, high)
 
     if sums:
       out_refs[-1][...] = jnp.zeros_like(out_refs[-1])

@@ -207,7 +207,9 @@ def _forward(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
       plgpu.Barrier(num_arrivals=1 + has, num_barriers=WGS),
       *[plgpu.SMEM((WGS, WG_ROWS), i32)] * has,
     ],
-    *(tiles, B, H),
+    tiles,
+    B,
+    H,
   )
   return out, sums.reshape(B, H, S)
 
@@ -275,12 +277,15 @@ def _gradient_to_queries(
     [
       _smem(WG_ROWS, A, dtype),
       _smem(WG_ROWS, U, dtype),
-      *(numbers, numbers),
+      numbers,
+      numbers,
       *[plgpu.SMEM((WGS, WG_ROWS), i32)] * has,
       _smem(WG_ROWS, 64, dtype),
       plgpu.Barrier(num_arrivals=4 + has, num_barriers=WGS),
     ],
-    *(tiles, B, H),
+    tiles,
+    B,
+    H,
   )[0]
 
 
@@ -358,7 +363,9 @@ def _gradient_to_keys(
       _smem(WG_ROWS, 64, dtype),
       plgpu.Barrier(num_arrivals=len(stay) + has, num_barriers=WGS),
     ],
-    *(tiles, B, H),
+    tiles,
+    B,
+    H,
   )[0]
 
 

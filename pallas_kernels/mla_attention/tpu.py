@@ -330,8 +330,12 @@ def _backward(q_BHSA, k_BHSA, v_BHSU, dout_BHSU, log_z_BH1S, shared_BH1S, segmen
       ),
       steps,
       [
-        *((q_BHSA, by_query(A)), (k_BHSA, by_key(A)), (v_BHSU, by_key(U))),
-        *((dout_BHSU, by_query(U)), (log_z_BH1S, flat), (shared_BH1S, flat)),
+        (q_BHSA, by_query(A)),
+        (k_BHSA, by_key(A)),
+        (v_BHSU, by_key(U)),
+        (dout_BHSU, by_query(U)),
+        (log_z_BH1S, flat),
+        (shared_BH1S, flat),
         *segments,
       ],
       [

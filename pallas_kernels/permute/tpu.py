@@ -263,7 +263,9 @@ def gather_sum(words_PW, row_MK, dtype, gate_MK=None):
     kernel,
     grid=grid,
     in_specs=[
-      *(row_spec, next_spec, *[gate_spec] * len(gates)),
+      row_spec,
+      next_spec,
+      *[gate_spec] * len(gates),
       pl.BlockSpec(memory_space=pl.ANY),
     ],
     out_specs=out_spec,
