@@ -1,9 +1,9 @@
-"""Reading the VLIW code that the TPU compiler dumps of a kernel.
+"""Reads the VLIW code of a kernel that the TPU compiler dumps.
 
-`final_bundles.txt` holds a bundle an address, its instructions apart by `;;`; the table beside it
-(`final_hlo-static-per-bundle-utilization.txt`) has the slots each bundle fills. Both are static:
-a loop's body stands there once. A backward branch makes a loop; it runs as often as the constant
-that its exit predicate compares the counter with, where that is one.
+`final_bundles.txt` holds one bundle for each address, its instructions separated by `;;`; the table
+beside it (`final_hlo-static-per-bundle-utilization.txt`) holds the slots that each bundle fills.
+Both are static: a loop's body appears once. A backward branch makes a loop, whose number of trips
+is the constant that its exit predicate compares the counter with, if there is one.
 """
 
 import re
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-GRANULE_BYTES = 32  # the unit in which a DMA's size is given, on v5p, v6e and tpu7x
-DELAY_SLOTS = 4  # bundles behind a branch that run before it takes effect
+GRANULE_BYTES = 32  # unit of a DMA's size on v5p, v6e and tpu7x
+DELAY_SLOTS = 4  # bundles after a branch that run before it takes effect
 
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|\d+)\s*(?:[A-Z]{2}\s*)*:[\s>]*\{", re.MULTILINE)
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
@@ -23,7 +23,7 @@ _MATMUL = re.compile(r"\bvmatmul\.(?:[a-z]+\.)?(bf16|f32|f8\w*|[su][48])")
 
 
 class Loop(NamedTuple):
-  """Bundles first to last, both included, run `trips` times; None if no constant says."""
+  """Bundles `first` to `last`, both included; `trips` is None if it is not a constant."""
 
   first: int
   last: int
@@ -38,7 +38,7 @@ def read_bundles(text: str) -> list[str]:
 
 
 def loops(bundles: Sequence[str]) -> list[Loop]:
-  """Finds the loops, outer ones before those inside."""
+  """Finds the loops; outer loops come before inner ones."""
   start: dict[int, int] = {}
   for i, bundle in enumerate(bundles):
     for region in re.findall(r"Start(?:/End empty)? region (\d+)", bundle):
@@ -61,7 +61,7 @@ def _trips(body: Sequence[str], predicate: str) -> int | None:
 
 
 def runs(bundles: Sequence[str], found: Sequence[Loop]) -> np.ndarray:
-  """Returns how often each bundle runs at most, [n] int64: every branch inside a loop taken.
+  """Returns how often each bundle runs at most, [n] int64, with every branch in a loop taken.
 
   A loop without a constant counts once.
   """
@@ -87,7 +87,7 @@ def dma_bytes(bundles: Sequence[str], times_N: np.ndarray) -> dict[str, int]:
 
 
 def transfers(bundle: str) -> list[tuple[str, int | None]]:
-  """Returns (direction, granules) of the DMAs a bundle starts; None if a register says."""
+  """Returns (direction, granules) of the DMAs that a bundle starts; None if not constant."""
   code = re.sub(r"/\*(?!size_in_granules).*?\*/", "", bundle, flags=re.DOTALL)
   return [(m[1], int(m[2]) if m[2] else None) for m in _DMA.finditer(code)]
 
@@ -107,7 +107,7 @@ def matmul_macs(bundles: Sequence[str], times_N: np.ndarray, mxu_size: int) -> i
 
 
 class Utilization(NamedTuple):
-  """Slots filled."""
+  """The slots that bundles fill, by kind of slot."""
 
   names: list[str]
   capacity: np.ndarray  # [slots]
@@ -136,9 +136,9 @@ def read_utilization(text: str) -> Utilization:
 def steady_state(
   bundles: Sequence[str], found: Sequence[Loop], use: Utilization
 ) -> tuple[Loop, float] | None:
-  """Returns the loop that does most of the MXU's work and its occupancy, without loops inside it.
+  """Returns the loop that does most of the MXU's work and its occupancy, inner loops excluded.
 
-  None if no loop uses the MXU.
+  Returns None if no loop uses the MXU.
   """
   busy_N = use.used_NS[:, use.names.index("MXU")]
   times_N = runs(bundles, found)

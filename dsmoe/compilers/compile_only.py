@@ -1,4 +1,4 @@
-"""Compiling for accelerators that are not there, and reading what their compilers say."""
+"""Compiles for accelerators that are not attached, and reads their compilers' output."""
 
 import contextlib
 import glob
@@ -24,7 +24,7 @@ from dsmoe.planning.chips import Chip
 
 # The chips whose compilers run without a device.
 COMPILED = ("v5p", "v6e", "tpu7x", "h100")
-# GpuTargetConfigProto of an H100 SXM: what the compiler asks a device about.
+# GpuTargetConfigProto of an H100 SXM, which the compiler reads instead of asking a device.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -56,7 +56,7 @@ def chip_of(topology: str) -> Chip:
 
 
 def missing_compiler(topology: str) -> str | None:
-  """Returns what a topology's compiler comes with and is not installed; None if it is there."""
+  """Returns a message if a topology's compiler is not installed, else None."""
   gpu = chip_of(topology).name == "h100"
   module, extra = ("jax_cuda13_plugin", "cuda13") if gpu else ("libtpu", "tpu")
   if importlib.util.find_spec(module):
@@ -68,9 +68,9 @@ def tpu_devices(topology: str) -> list[jax.Device]:
   """Returns the compile-only devices of a TPU topology, "v5p:2x2x1" say; needs libtpu.
 
   Raises:
-    RuntimeError: without libtpu, or for a topology it does not know.
+    RuntimeError: if libtpu is missing or does not know the topology.
   """
-  # Read when libtpu is loaded: no metadata server, and other processes may hold it too.
+  # Read when libtpu is loaded: do not ask a metadata server, and allow several processes.
   os.environ["TPU_SKIP_MDS_QUERY"] = "1"
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
   return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
@@ -91,7 +91,7 @@ def compile_for(device: jax.Device, fn: Callable, *args) -> Any:
   Args:
     device: of `tpu_devices` or `h100_devices`.
     fn: a function of arrays.
-    *args: trees of `jax.ShapeDtypeStruct`, one an argument.
+    *args: trees of `jax.ShapeDtypeStruct`, one for each argument.
 
   Returns:
     A `jax.stages.Compiled`.
@@ -104,9 +104,9 @@ def compile_for(device: jax.Device, fn: Callable, *args) -> Any:
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """Compiles what was lowered for compile-only devices, past the persistent cache.
+  """Compiles a program lowered for compile-only devices, without the persistent cache.
 
-  The cache can write such executables but not read them back.
+  The cache can write such executables but cannot read them back.
   """
   cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
   jax.config.update("jax_enable_compilation_cache", False)
@@ -117,16 +117,16 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def in_fresh_process(fn: Callable, *args, limit_secs: int = 0) -> Any:
-  """Returns fn(*args) of a process of its own, as compilers read some flags only at their start.
+  """Returns fn(*args), computed in a new process, as compilers read some flags only at start.
 
   Args:
-    fn: a function of a module, as the process imports it.
+    fn: a function of a module, which the process imports.
     *args: its arguments.
-    limit_secs: how long it may take; 0: as long as it likes.
+    limit_secs: time limit; 0: none.
 
   Raises:
-    TimeoutError: where it takes longer.
-    RuntimeError: where the process dies, with the last lines it printed.
+    TimeoutError: if it takes longer.
+    RuntimeError: if the process dies, with the last lines it printed.
     Exception: whatever fn raises.
   """
   with tempfile.NamedTemporaryFile(mode="r", errors="replace") as log:
@@ -143,16 +143,16 @@ def in_fresh_process(fn: Callable, *args, limit_secs: int = 0) -> Any:
 
 
 def _begin(path: str, limit_secs: int) -> None:
-  """Prints into a file, and has the system end the process at the limit.
+  """Redirects output to a file, and has the system end the process at the time limit.
 
-  A handler would not do: Python does not run while a compiler does.
+  A signal handler in Python would not run while a compiler runs.
   """
   signal.alarm(limit_secs)
   _print_into(path)
 
 
 def _print_into(path: str) -> None:
-  """Sends what this process and its libraries print into a file."""
+  """Redirects the output of this process and its libraries to a file."""
   file = os.open(path, os.O_WRONLY | os.O_APPEND)
   os.dup2(file, 1)
   os.dup2(file, 2)
@@ -160,12 +160,13 @@ def _print_into(path: str) -> None:
 
 @contextlib.contextmanager
 def dumped(topology: str, fn: Callable, *args):
-  """Compiles a function for a TPU; yields (its HLO, the folder its kernels' code lies in).
+  """Compiles a function for a TPU; yields (its HLO, the folder of its kernels' code).
 
-  Enter it once, first in a process (`in_fresh_process`): libtpu takes its flags when it is loaded.
+  Use it once in a process, before anything loads libtpu (`in_fresh_process`): libtpu reads its
+  flags when it is loaded.
   """
   with tempfile.TemporaryDirectory() as folder:
-    # Of some 80 passes over each kernel only the last is written: 50 times less.
+    # Only the last of about 80 passes over each kernel is dumped, a fiftieth of the text.
     flags = {
       "xla_jf_dump_to": folder,
       "xla_jf_dump_llo_text": "true",
@@ -179,7 +180,7 @@ def tpu_figures(topology: str, fn: Callable, *args) -> dict[str, Any]:
   """Compiles a function for a TPU, as `dumped` does, and returns its `read_figures`.
 
   Args:
-    args: trees of `jax.ShapeDtypeStruct`, or of arrays where what kernels do depends on them.
+    args: trees of `jax.ShapeDtypeStruct`, or of arrays that decide what kernels do.
   """
   scalars = scalar_operands.of_kernels(fn, *args)
   with dumped(topology, fn, *args) as (text, folder):
@@ -187,14 +188,14 @@ def tpu_figures(topology: str, fn: Callable, *args) -> dict[str, Any]:
 
 
 def h100_figures(fn: Callable, *args) -> dict[str, Any]:
-  """Compiles a function for an H100 and returns what the compiler's program costs.
+  """Compiles a function for an H100 and returns the costs of the compiled program.
 
-  Call it first in a process (`in_fresh_process`): it reads what the compiler prints.
+  Call it in a new process (`in_fresh_process`): it reads what the compiler prints.
 
   Returns:
-    `bytes`: to and from HBM, each operand and result of a kernel once; and of its Mosaic GPU
-    kernels, the worst of each, None without any: `registers` a thread, `spill_bytes` a thread,
-    `shared_bytes` a block, `blocks_per_sm`.
+    `bytes`: to and from HBM, each operand and result of a kernel once. The worst value of its
+    Mosaic GPU kernels, None if it has none: `registers` and `spill_bytes` per thread,
+    `shared_bytes` per block, `blocks_per_sm`.
   """
   os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
   with tempfile.NamedTemporaryFile(mode="r", errors="replace") as printed:
@@ -218,21 +219,22 @@ def h100_figures(fn: Callable, *args) -> dict[str, Any]:
 
 
 class Kernel(NamedTuple):
-  """A kernel's or fusion's code."""
+  """The code of a kernel or fusion."""
 
   code: list[str]  # bundles
   loops: list[bundles.Loop]
   use: bundles.Utilization
 
   def cycles(self) -> int:
-    """Returns its bundles times the trips of their loops, every branch taken."""
+    """Returns its bundles times the trips of their loops, with every branch taken."""
     return int(bundles.runs(self.code, self.loops).sum())
 
   def run(self, operands: dict, mxu_size: int) -> dict[str, int] | None:
-    """Returns what its code does, given its scalar operands; None where more than those decide.
+    """Runs its code with the given scalar operands.
 
     Returns:
-      cycles: the bundles a core issues; dma_bytes: to and from HBM; mxu_flops.
+      cycles: the bundles that a core issues; dma_bytes: to and from HBM; mxu_flops. None if the
+      code depends on more than the scalar operands, or is not understood by `bundle_run`.
     """
     cores = 2 if any("BarrierMegacore" in bundle for bundle in self.code) else 1
     try:
@@ -269,27 +271,27 @@ def read_kernels(folder: pathlib.Path) -> dict[str, Kernel]:
 def read_figures(
   text: str, folder: pathlib.Path, chip: Chip, scalars: dict[str, list[dict]] | None = None
 ) -> dict[str, Any]:
-  """Counts a compiled program from its HLO and the dump of its kernels.
+  """Computes the costs of a compiled program from its HLO and the dump of its kernels.
 
   Args:
     text: the HLO.
-    folder: of the dump.
-    chip: it was compiled for.
-    scalars: of `scalar_operands.of_kernels`.
+    folder: folder of the dump.
+    chip: the chip it was compiled for.
+    scalars: as `scalar_operands.of_kernels` returns them.
 
   Returns:
-    bytes: to and from HBM; of a Pallas kernel, what its DMAs move, or its cost_estimate where that
+    bytes: to and from HBM. For a Pallas kernel, what its DMAs move, or its cost_estimate if that
       depends on more than the scalars.
-    declared_bytes, declared_flops: the cost_estimates of the Pallas kernels, summed.
-    dma_bytes, mxu_flops: what their code does; None where it depends on more than the scalars.
-    vmem_bytes: the most a kernel takes.
-    estimated_cycles: XLA's own figure, summed; sorts and Pallas kernels lack one.
-    schedule_cycles: summed over kernels, the larger of the bundles a core issues and of the time
-      its bytes take at full bandwidth. Of XLA's kernels, with every branch taken; where loops
-      depend on more than the scalars, one pass of them.
-    bundles, mxu_occupancy (the share of MXU slots filled), steady_mxu_occupancy (that of the loop
-      that does most of the work), spill_share and fill_share (slots that spill and refill
-      registers, a bundle): of the Pallas kernels; of all kernels where there is none.
+    declared_bytes, declared_flops: sums of the cost_estimates of the Pallas kernels.
+    dma_bytes, mxu_flops: what their code does; None if it depends on more than the scalars.
+    vmem_bytes: the largest use of a kernel.
+    estimated_cycles: sum of XLA's own estimates; sorts and Pallas kernels have none.
+    schedule_cycles: summed over kernels, the larger of the bundles that a core issues and of the
+      time that its bytes take at full bandwidth. XLA's kernels count with every branch taken, and
+      loops that depend on more than the scalars count once.
+    bundles, mxu_occupancy (share of the MXU slots that are filled), steady_mxu_occupancy (the same
+      in the loop that does most of the work), spill_share and fill_share (slots per bundle that
+      spill and refill registers): of the Pallas kernels, or of all kernels if there are none.
   """
   bandwidth, clock_hz, mxu_size = chip.hbm_bytes_per_sec, chip.clock_hz, chip.mxu_size
   assert bandwidth and clock_hz and mxu_size, f"the table must have all figures of {chip.name}"
@@ -345,7 +347,7 @@ def read_figures(
 
 
 def _cost_estimate(attributes: str) -> tuple[int | None, int | None]:
-  """Returns the FLOPs and bytes that a Pallas kernel declares, None where it does not."""
+  """Returns the FLOPs and bytes that a Pallas kernel declares, None if it does not."""
   estimate = re.search(r'"cost_estimate":\{([^}]*)\}', attributes)
   figures = dict(re.findall(r'"(\w+)":"(\d+)"', estimate[1])) if estimate else {}
   flops, moved = figures.get("flops"), figures.get("bytes_accessed")

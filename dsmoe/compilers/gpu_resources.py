@@ -1,6 +1,6 @@
-"""What the H100 compiler says of a kernel: registers, spills, shared memory, blocks at once.
+"""Reads the resources of H100 kernels that the compiler prints: registers, spills, shared memory.
 
-It speaks when Mosaic GPU kernels compile under MOSAIC_GPU_DUMP_PTXAS=1 (registers, spills) and
+Mosaic GPU prints them when it compiles with MOSAIC_GPU_DUMP_PTXAS=1 (registers, spills) and
 MOSAIC_GPU_DUMP_HOST_LLVM=1 (the launch: its blocks, threads and dynamic shared memory).
 """
 
@@ -11,7 +11,7 @@ SM_REGISTERS = 65536
 SM_SHARED_BYTES = 233472
 SM_THREADS = 2048
 SM_BLOCKS = 32
-RESERVED_SHARED_BYTES = 1024  # of each block, by CUDA
+RESERVED_SHARED_BYTES = 1024  # reserved by CUDA in each block
 
 _PTXAS = re.compile(
   r"Compiling entry function '(?P<kernel>\w+?)(?:_mosaic_gpu_kernel)?' for '(?P<arch>\w+)'.*?"
@@ -27,13 +27,13 @@ def h100_resources(text: str) -> dict[str, dict[str, int]]:
   """Reads the two dumps.
 
   Args:
-    text: what the compiler printed, other lines among it.
+    text: the compiler's output, which may hold other lines.
 
   Returns:
-    For each kernel, by name, "NAME 2" where a second has it too: registers a thread; stack_bytes, spill_store_bytes and
-    spill_load_bytes a thread; serialized_wgmma, 1 where ptxas could not let matrix products
-    overlap; and if the launch was printed, blocks, threads and shared_bytes of a block, and
-    blocks_per_sm, how many run on a multiprocessor at once.
+    For each kernel by name ("NAME 2" for the second of that name): registers, stack_bytes,
+    spill_store_bytes and spill_load_bytes per thread; serialized_wgmma, 1 if ptxas could not
+    overlap matrix products; and if the launch was printed, blocks, threads and shared_bytes of a
+    block, and blocks_per_sm, how many blocks run on a multiprocessor at the same time.
   """
   launches: dict[str, list] = {}
   for define in _DEFINE.finditer(text):
@@ -69,7 +69,7 @@ def h100_resources(text: str) -> dict[str, dict[str, int]]:
 
 
 def _blocks_per_sm(registers: int, threads: int, shared: int) -> int:
-  a_warp = -(-registers * 32 // 256) * 256  # given out in 256s
+  a_warp = -(-registers * 32 // 256) * 256  # registers are allocated in units of 256
   return min(
     SM_BLOCKS,
     SM_THREADS // threads,

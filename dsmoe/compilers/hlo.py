@@ -1,8 +1,8 @@
-"""Counting in scheduled HLO: which instructions run how often, and their bytes to and from HBM.
+"""Counts in scheduled HLO how often each instruction runs and the bytes it moves to and from HBM.
 
-XLA's own `cost_analysis` counts a loop's body once, arrays that live on the chip like those in
-HBM, and no padding; here a loop's body counts as often as its condition says, arrays with a
-memory space (`S(1)`: VMEM) cost nothing, and a layout's tiles are filled up.
+XLA's own `cost_analysis` counts a loop's body once, counts arrays on the chip like those in HBM, and
+ignores padding. Here a loop's body counts as often as its condition says, arrays with a memory
+space (`S(1)`: VMEM) cost nothing, and a layout's tiles are padded.
 """
 
 import math
@@ -11,10 +11,20 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
-# Instructions that move nothing: names, shapes and bookkeeping.
+# Instructions that move no data.
 _FREE = {
-  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-  *("after-all", "partition-id", "replica-id", "opt-barrier", "optimization-barrier"),
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "while",
+  "conditional",
+  "after-all",
+  "partition-id",
+  "replica-id",
+  "opt-barrier",
+  "optimization-barrier",
 }
 _FREE_CALLS = ("AllocateBuffer", "PrepareAsyncCall", "AssumeGatherIndices")
 
@@ -25,8 +35,8 @@ class Instruction(NamedTuple):
   name: str
   opcode: str
   shape: str
-  arguments: str  # what stands in its brackets
-  attributes: str  # what follows them
+  arguments: str  # the text inside its brackets
+  attributes: str  # the text behind them
   root: bool
 
   @property
@@ -35,7 +45,7 @@ class Instruction(NamedTuple):
 
 
 def _closing(text: str, start: int) -> int:
-  """Returns the place behind the bracket that closes the one at `start`."""
+  """Returns the index after the bracket that closes the one at `start`."""
   depth = 0
   for i in range(start, len(text)):
     depth += {"(": 1, ")": -1}.get(text[i], 0)
@@ -78,7 +88,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 def executed(
   computations: dict[str, list[Instruction]], name: str, times: int = 1
 ) -> Iterator[tuple[Instruction, str, int]]:
-  """Yields (instruction, its computation, how often it runs), through loops and branches.
+  """Yields (instruction, its computation, how often it runs), following loops and branches.
 
   Every branch of a conditional counts; a loop without a constant bound counts once.
   """
@@ -98,7 +108,7 @@ def executed(
 
 
 def _trips(computations: dict[str, list[Instruction]], condition: str) -> int:
-  """Returns the constant a loop's condition compares its counter with; 1 if there is not one."""
+  """Returns the only constant that a loop's condition compares with; 1 if there is no such one."""
   instructions = list(computations[condition])
   for instruction in computations[condition]:
     if called := re.search(r"calls=%([\w.\-]+)", instruction.attributes):
@@ -112,7 +122,7 @@ def _trips(computations: dict[str, list[Instruction]], condition: str) -> int:
 
 
 def array_bytes(shape: str) -> int:
-  """Returns the bytes a shape, tuples included, takes in HBM, its tiles filled up."""
+  """Returns the bytes that a shape or tuple of shapes occupies in HBM, with padded tiles."""
   return sum(_bytes(*match.groups()) for match in _ARRAY.finditer(shape))
 
 
@@ -133,10 +143,10 @@ def _bytes(dtype: str, dims: str, layout: str | None) -> int:
 
 
 def hbm_bytes(instruction: Instruction, computation: str, computations) -> int:
-  """Returns what one run of an instruction reads from and writes to HBM.
+  """Returns the bytes that an instruction, run once, reads from and writes to HBM.
 
-  One that only slices or gathers from an operand reads what it takes of it; one that updates a
-  slice in place writes the slice.
+  An instruction that only slices or gathers from an operand reads just those elements; one that
+  updates a slice in place writes just the slice.
   """
   opcode, attributes = instruction.opcode, instruction.attributes
   if opcode in _FREE or (opcode == "call" and "to_apply" in attributes):
@@ -144,7 +154,7 @@ def hbm_bytes(instruction: Instruction, computation: str, computations) -> int:
   if opcode == "custom-call" and any(name in attributes for name in _FREE_CALLS):
     return 0
   if opcode.endswith("-done"):
-    return array_bytes(instruction.shape)  # what it read was counted at its start
+    return array_bytes(instruction.shape)  # its reads were counted at its start
   outer = {i.name: i for i in computations[computation]}
   inner, names, root = [instruction], instruction.operands, instruction
   if opcode == "fusion":
@@ -168,7 +178,7 @@ def hbm_bytes(instruction: Instruction, computation: str, computations) -> int:
 
 
 def _taken(name: str, whole: int, instructions: list[Instruction]) -> int:
-  """Returns the bytes that instructions take of an operand."""
+  """Returns the bytes of an operand that instructions read."""
   total = 0
   for user in instructions:
     if name not in user.operands:
@@ -183,7 +193,7 @@ def _taken(name: str, whole: int, instructions: list[Instruction]) -> int:
 
 
 def _put(part: Instruction, whole: int, known: dict[str, Instruction]) -> int:
-  """Returns the bytes a result's instruction writes."""
+  """Returns the bytes that a result's instruction writes."""
   if part.opcode == "bitcast" and part.operands[0] in known:
     return _put(known[part.operands[0]], whole, known)
   if part.opcode == "dynamic-update-slice":

@@ -1,6 +1,6 @@
-"""What a program's Pallas kernels get as scalars: grid sizes that are data, prefetched indices.
+"""Finds the scalar operands of a program's Pallas kernels: dynamic grid sizes, prefetched indices.
 
-Found by carrying out of a traced program what follows from the arguments that are known.
+The part of a traced program that depends on known arguments only is evaluated.
 """
 
 from collections.abc import Callable
@@ -10,15 +10,15 @@ import jax
 import numpy as np
 
 _MOST = 2**22
-_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # where equations keep the program they call
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters of equations that hold a called program
 
 
 def of_kernels(fn: Callable, *args) -> dict[str, list[dict[int, np.ndarray]]]:
-  """Returns the known integer operands, by index, of each call of each kernel, by its name.
+  """Returns for each kernel's name, for each of its calls, the known integer operands by index.
 
   Args:
     fn: a function of arrays.
-    *args: an array where it is known, else a `jax.ShapeDtypeStruct`.
+    *args: known arguments as arrays, unknown ones as `jax.ShapeDtypeStruct`.
   """
   leaves, tree = jax.tree.flatten(args)
   closed = jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)))(*leaves)
@@ -29,7 +29,7 @@ def of_kernels(fn: Callable, *args) -> dict[str, list[dict[int, np.ndarray]]]:
 
 
 def _follow(jaxpr: Any, consts: Any, known: list, found: dict) -> list:
-  """Evaluates the equations whose operands are all known; returns the results, None if not."""
+  """Evaluates the equations whose operands are known; returns the results, None if unknown."""
   values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *known]))
 
   def value(atom):
@@ -58,7 +58,7 @@ def _follow(jaxpr: Any, consts: Any, known: list, found: dict) -> list:
 
 
 def _may_count(variable: Any) -> bool:
-  """Returns whether an array may be a kernel's scalars or lead to them: it is not large."""
+  """Returns whether an array is small enough to be a kernel's scalars or to determine them."""
   return getattr(variable.aval, "size", 0) <= _MOST
 
 

@@ -1,9 +1,9 @@
 """Batches of tokens for training and validation, computed from an index.
 
-`prepare` (dsmoe/data/records.py) has written every document's tokens, ended by the end-of-document id,
-and its length. From lengths and a seed follows, for any row, which tokens of which documents it
-holds. So the whole position of the input is one number, the global batches consumed, and it means
-the same for any number of processes.
+`prepare` (dsmoe/data/records.py) stores every document's tokens, ended by the end-of-document id,
+and its length. Lengths and a seed determine which tokens of which documents any row holds. The
+position of the input is therefore one number, the global batches consumed, whatever the number of
+processes.
 
 Rows. A source is an endless stream of tokens: epoch after epoch, each with every document once in
 a new order. Row r has the S tokens from r * S on as `tokens` and those from r * S + 1 on as
@@ -44,7 +44,7 @@ def train_iterator(
   process_count: int = 1,
   start_batch: int = 0,
 ) -> Iterator[Batch]:
-  """Reads training batches for ever, from any one on.
+  """Reads an endless stream of training batches, from any batch on.
 
   Global batch n is the same whatever the number of processes; process p has its rows
   p * B .. (p + 1) * B - 1, so that the processes' rows joined in order are the global batch.
@@ -56,13 +56,13 @@ def train_iterator(
     batch_size: rows of a global batch.
     process_index: this process, in [0, process_count).
     process_count: divides `batch_size`; B = batch_size / process_count.
-    start_batch: the first global batch to give; costs nothing to reach.
+    start_batch: the first global batch to return; earlier ones are not computed.
 
   Returns:
     An iterator over batches [B, S]; see the module's docstring.
 
   Raises:
-    ValueError: if the numbers do not fit, or the tokenizer lacks fill-in-the-middle marks needed.
+    ValueError: if the numbers do not fit, or the tokenizer lacks the fill-in-the-middle marks.
   """
   local_size = _local_size(batch_size, process_index, process_count)
   if start_batch < 0:

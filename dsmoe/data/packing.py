@@ -1,6 +1,6 @@
-"""Rows of tokens by index: which tokens of which documents a row holds, and their masks.
+"""Computes rows of tokens from their index: the tokens, targets, positions and masks.
 
-What the arrays of a row mean: dsmoe/data/batches.py. S is the number of tokens of a row.
+dsmoe/data/batches.py describes the arrays of a row. S is the number of tokens of a row.
 """
 
 import functools
@@ -27,13 +27,13 @@ def pack(
   cross_document_attention: bool,
   first_token_weight: float = 0.0,
 ) -> PackedRow:
-  """Makes a row of consecutive pieces of documents.
+  """Builds a row from consecutive pieces of documents.
 
   Args:
     pieces: integer arrays, each of one document, S + 1 tokens together; fewer are padded.
     sequence_length: S.
     cross_document_attention: see dsmoe/data/batches.py.
-    first_token_weight: of a target that belongs to the next document; 1 with
+    first_token_weight: weight of a target that belongs to the next document, which is 1 with
       `cross_document_attention`.
 
   Returns:
@@ -83,9 +83,9 @@ def fill_in_the_middle(
 
 
 class TrainRows:
-  """The endless rows of one source, by index; reads are cached, the rest is arithmetic.
+  """The endless rows of one source, by index; documents that were read are cached.
 
-  An epoch's order costs about 40 bytes a document; at most four epochs are in memory.
+  An epoch's order takes about 40 bytes per document; at most four epochs are in memory.
   """
 
   def __init__(
@@ -158,13 +158,13 @@ class ValidationRows:
 
 
 class SyntheticRows:
-  """Rows of uniform random tokens for benchmarks, each one document; a row follows from its index.
+  """Rows of uniform random tokens for benchmarks, each one document, computed from their index.
 
   Args:
     vocab_size: ids are below it.
     sequence_length: S.
     entropy: non-negative numbers that decide the tokens.
-    num_rows: how many; endless if not given.
+    num_rows: number of rows; endless by default.
   """
 
   def __init__(
@@ -186,7 +186,7 @@ class SyntheticRows:
 
 
 def _random(entropy: Sequence[int], n: int) -> np.ndarray:
-  """Returns uint64 [n]; of NumPy's streams this one is promised never to change."""
+  """Returns uint64 [n] of the raw stream, which NumPy promises not to change."""
   return np.random.Philox(np.random.SeedSequence(tuple(entropy))).random_raw(n)
 
 
@@ -199,7 +199,7 @@ def _open(paths: Sequence[epath.Path]) -> tuple[Sequence[bytes], np.ndarray]:
 def _cut(
   document: Callable[[int], np.ndarray], ends: np.ndarray, position: int, count: int
 ) -> list[np.ndarray]:
-  """Takes up to `count` tokens from `position` of joined documents, a piece a document."""
+  """Returns up to `count` tokens from `position` of joined documents, one piece a document."""
   rank = int(np.searchsorted(ends, position, side="right"))
   pieces = []
   while count and rank < len(ends):

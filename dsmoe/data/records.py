@@ -1,9 +1,9 @@
-"""Text to tokens on disk, once: ArrayRecord files, the tokenizer and a manifest.
+"""Tokenises text once and stores it: ArrayRecord files, the tokenizer and a manifest.
 
 One record is one document: little-endian uint32 ids, ended by the end-of-document id. Beside each
-`x.arrayrecord` lies `x.lengths.npy`, its documents' lengths in tokens (int32). Other files:
-`inputs.json` (what the data is made from, written first), `tokenizer.json`, `manifest.json` (all
-of it with hashes, written last) and `hashes.json` (spares unchanged files a second hashing).
+`x.arrayrecord` is `x.lengths.npy`, its documents' lengths in tokens (int32). Other files:
+`inputs.json` (sources and settings, written first), `tokenizer.json`, `manifest.json` (all files
+with hashes, written last) and `hashes.json` (hashes of source files that need not be read again).
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from dsmoe.data import tokenizer as tokenizer_lib
 
 SYNTHETIC_VALIDATION_ROWS = 64
 
-_SHARD_BYTES = 64 << 20  # text in one ArrayRecord file: the work an interruption can cost
+_SHARD_BYTES = 64 << 20  # text in one ArrayRecord file; an interruption loses at most one file
 _ENCODE_BYTES = 1 << 20  # text encoded at once
 _SAMPLE_BYTES = 50 << 20  # text a tokenizer is trained on
 _MAX_DIFFERENCES = 8  # lines in an error message
@@ -64,18 +64,17 @@ class PreparedData:
 def prepare(config: DataConfig, vocab_size: int, directory: epath.PathLike) -> PreparedData:
   """Tokenises the corpus into `directory`, or checks that what is there was made from it.
 
-  May be killed at any time and run again: whole files are kept, the others made as if nothing had
-  happened. A file gets its name when it is whole, so several processes may do this at once.
-  Nothing is ever overwritten.
+  After an interruption, complete files are kept and the others are written. A file gets its name
+  when it is complete, so several processes may do this at the same time. Nothing is overwritten.
 
   Args:
     config: the globs, text field and tokenizer, and for synthetic validation the sequence length.
     vocab_size: the model's; a tokenizer is trained to this size if none is given.
-    directory: local, for ArrayRecord reads no other; made if need be.
+    directory: a local directory, because ArrayRecord reads no others; created if it is absent.
 
   Raises:
-    ValueError: if a glob matches nothing, a file is not what its name says, the tokenizer does not
-      fit, or `directory` holds data made from other sources or settings (naming them).
+    ValueError: if a glob matches nothing, a file does not have its suffix's format, the tokenizer
+      does not fit, or `directory` holds data made from other sources or settings (naming them).
   """
   directory = epath.Path(directory)
   if "://" in directory.as_posix():
@@ -136,7 +135,7 @@ def find_sources(config: DataConfig) -> dict[str, sources.Source]:
 def _inputs(
   config: DataConfig, vocab_size: int, by_name: Mapping[str, sources.Source], directory: epath.Path
 ) -> dict[str, Any]:
-  """Describes all that the data is made from."""
+  """Returns a description of the sources and settings that the data depends on."""
   cache = directory / "hashes.json"
   old = json.loads(cache.read_text()) if cache.exists() else {}
   known = dict(old)

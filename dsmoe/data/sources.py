@@ -1,7 +1,8 @@
-"""Where text comes from: files, rows of files, or the Python standard library.
+"""Reads text from files or from the Python standard library.
 
-A source is what one entry of `data.train_globs` or `data.validation_globs` names. Text files hold
-one document each, .jsonl files one a line, .parquet files one a row. Everything is streamed.
+A source is the set of files that one entry of `data.train_globs` or `data.validation_globs` names.
+A text file is one document; in .jsonl files each line is one, in .parquet files each row. Everything
+is streamed.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ from dsmoe.config import DataConfig
 STDLIB = "stdlib"
 SYNTHETIC = "synthetic"
 
-# Not programs one would read, or not the same on every machine.
+# Left out: not written by people, or different from machine to machine.
 _STDLIB_EXCLUDED = frozenset(
   ("test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo")
   + ("site-packages", "dist-packages", "__pycache__")
 )
-# Any salt would do; this one puts 6 to 7% of the bytes of Python 3.11 and 3.12 in validation,
+# This salt, chosen among others, puts 6 to 7% of the bytes of Python 3.11 and 3.12 in validation,
 # spread over 16 modules.
 _STDLIB_SPLIT = "37"
 _STDLIB_VALIDATION_PERCENT = 7
@@ -38,7 +39,7 @@ _WILDCARDS = frozenset("*?[")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """The files one entry of the config names.
+  """The files that one entry of the config names.
 
   `name` is the entry itself; `files` pairs each file's name, relative to the folder before
   the glob's first wildcard, with its path, in order of name. "synthetic" has no files.
@@ -53,7 +54,8 @@ def find_source(name: str, is_train: bool) -> Source:
 
   Args:
     name: a glob, local or gs:// (`**` descends, on disk only), or "stdlib", or "synthetic".
-    is_train: which part of "stdlib"; nothing else is split.
+    is_train: whether to find the training or the validation part of "stdlib", the only source
+      that is split.
 
   Raises:
     ValueError: if no file matches.
@@ -78,7 +80,7 @@ def find_source(name: str, is_train: bool) -> Source:
 
 
 def stdlib_is_train(file: str) -> bool:
-  """Says on which side of the split a standard-library file lies, by its top-level module."""
+  """Returns whether a standard-library file is for training, decided by its top-level module."""
   module = file.split("/")[0].removesuffix(".py")
   digest = hashlib.sha256(f"{_STDLIB_SPLIT}:{module}".encode()).hexdigest()
   return int(digest, 16) % 100 >= _STDLIB_VALIDATION_PERCENT
@@ -164,12 +166,12 @@ def _checked(text: object, where: str, text_field: str) -> str:
 
 
 def sha256s(source: Source, known: dict[str, list]) -> dict[str, str]:
-  """Hashes a source's files, trusting what is known of a file that has not been touched since.
+  """Hashes a source's files, except those that have not changed since they were hashed.
 
   Args:
     source: the files.
-    known: path -> [length in bytes, modification time, time of hashing, SHA-256]; what is hashed
-      anew is written into it.
+    known: path -> [length in bytes, modification time, time of hashing, SHA-256]; new hashes are
+      added to it.
 
   Returns:
     File name -> SHA-256, hexadecimal.

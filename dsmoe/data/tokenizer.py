@@ -1,4 +1,4 @@
-"""Text to token ids and back: byte-level BPE, trained here or loaded from a tokenizer.json.
+"""Trains, loads and applies tokenizers: byte-level BPE, or any tokenizer.json.
 
 Token ids of a tokenizer trained here: 0 is <|endoftext|>, 1 to 4 the other `SPECIAL_TOKENS`,
 then the 256 bytes, then merges. Loaded tokenizers keep their own ids; their special tokens are
@@ -20,7 +20,7 @@ SPECIAL_TOKENS = (
 )
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 
-# Names that end a document, the first present wins; the last is DeepSeek's.
+# Names of the end-of-document token, in order of preference; the last is DeepSeek's.
 _END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<｜end▁of▁sentence｜>")
 # Prefix, suffix and middle marks; the second row is DeepSeek's.
 _FILL_IN_THE_MIDDLE = (
@@ -126,7 +126,7 @@ def fim_ids(tokenizer: Tokenizer) -> tuple[int, int, int]:
 
 
 def text_only(tokenizer: Tokenizer) -> Tokenizer:
-  """Returns a copy that reads the names of special tokens inside text as plain text.
+  """Returns a copy that encodes the names of special tokens as plain text.
 
   Documents are encoded with it, so that a document that mentions <|endoftext|> does not end there.
   """
@@ -143,8 +143,8 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndar
     texts: the documents, valid Unicode.
 
   Returns:
-    For each document a uint32 array of its ids and `eos_id`, without the tokens a tokenizer's
-    template would add in front.
+    For each document a uint32 array of its ids and `eos_id`, without the tokens that a tokenizer's
+    template adds at the beginning.
   """
   end = eos_id(tokenizer)
   encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -1,10 +1,10 @@
-"""What a model costs: parameters, FLOPs a token by declared convention, cache bytes, peaks.
+"""Computes what a model costs: parameters, FLOPs per token by convention, cache bytes.
 
 Parameters are counted from the shapes of the real model, never from a second formula.
 FLOPs count multiplications and additions of forward and backward (3 x forward), without
-recomputation: 6 for each weight a token meets, plus attention. Three conventions differ by
-what they count of attention and of multi-token prediction; published figures use all
-three, so name the one you quote.
+recomputation: 6 for each weight that a token is multiplied with, plus attention. Three conventions
+differ in how they count attention and multi-token prediction; published figures use all three, so
+name the one you quote.
 """
 
 import math
@@ -22,7 +22,7 @@ def _size(tree: Any) -> int:
 
 
 def _block_parts(block: dict, bias: dict) -> dict[str, int]:
-  """Splits a stack of blocks into its parts; `experts` are the routed ones."""
+  """Counts the parameters of a stack of blocks by part."""
   mlp = block["mlp"]
   parts = {"attention": _size(block["attention"])}
   parts["norms"] = _size(block["attention_norm"]) + _size(block["mlp_norm"])
@@ -37,12 +37,13 @@ def _block_parts(block: dict, bias: dict) -> dict[str, int]:
 
 
 def parameters(config: ModelConfig) -> dict[str, Any]:
-  """Counts parameters of the main model, router bias included, and of MTP apart.
+  """Counts parameters of the main model, router bias included, and separately those of MTP.
 
   Returns:
-    `total`: all of the main model; `active`: elements of the matrices one token is multiplied
-    with, so the head but neither embedding, norms nor biases; `parts`: of the main model, by
-    kind; `mtp_total`, `mtp_active`: of the MTP modules without the shared embedding and head.
+    `total`: all of the main model; `active`: elements of the matrices that one token is multiplied
+    with, which include the head but not embedding, norms and biases; `parts`: those of the main
+    model by part; `mtp_total`, `mtp_active`: the same for the MTP modules without the shared
+    embedding and head.
   """
   _, params, bias = model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
   parts: dict[str, int] = {"embedding": _size(params["embed"])}
@@ -64,7 +65,7 @@ def parameters(config: ModelConfig) -> dict[str, Any]:
 
 
 def _met(config: ModelConfig, tree: dict) -> float:
-  """Counts the matrix elements one token is multiplied with, of an even share of the experts."""
+  """Counts the matrix elements that one token is multiplied with, under even load."""
   size = 0.0
   for path, leaf in jax.tree.leaves_with_path(tree):
     names = [key.key for key in path]
@@ -75,7 +76,7 @@ def _met(config: ModelConfig, tree: dict) -> float:
 
 
 def _met_by_main(config: ModelConfig, params: dict) -> float:
-  """Counts those of the main model; a tied embedding counts as the head it is."""
+  """Counts those of the main model; a tied embedding counts as its head."""
   body = {name: part for name, part in params.items() if name not in ("mtp", "head")}
   return _met(config, body) + config.vocab_size * config.hidden_size
 
@@ -96,7 +97,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
   head = config.vocab_size * config.hidden_size
   main = _met_by_main(config, params)
   heads_dim = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-  attention = 6.0 * heads_dim * sequence_length  # a layer, every token seeing every other
+  attention = 6.0 * heads_dim * sequence_length  # of a layer, without a causal mask
   layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
   mtp = 6 * (_met(config, params.get("mtp", {})) + depth * head) + depth * attention / 2
   causal = 6 * main + layers * attention / 2
@@ -108,12 +109,12 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
 
 
 def kv_cache_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
-  """Returns the latent cache's size: kv_lora_rank + qk_rope_head_dim numbers a token and layer."""
+  """Returns the latent cache's bytes: kv_lora_rank + qk_rope_head_dim numbers in each layer."""
   numbers = config.kv_lora_rank + config.qk_rope_head_dim
   return config.num_hidden_layers * numbers * bytes_per_number
 
 
 def peak_flops(device: Any) -> float | None:
-  """Returns a device's dense bfloat16 peak in FLOP/s, or None where it is not known."""
+  """Returns a device's dense bfloat16 peak in FLOP/s, or None if it is not in `chips`."""
   chip = chips.of_device(device)
   return chip.peak_flops if chip else None

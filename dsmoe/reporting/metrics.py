@@ -1,7 +1,7 @@
-"""What a run measures: expert-load statistics, metrics.jsonl and TensorBoard beside it.
+"""Computes expert-load statistics, and writes metrics.jsonl and TensorBoard events.
 
-L counts MoE layers, from the first of them. Everything here is NumPy on the host; in a run of
-several processes only one of them writes and prints.
+L is the number of MoE layers. Everything here is NumPy on the host; in a run of several processes
+only one of them writes.
 """
 
 import collections
@@ -77,7 +77,7 @@ class RunningLoad:
 
   @classmethod
   def from_rows(cls, rows: Iterable[Mapping[str, Any]], window: int | None = None) -> "RunningLoad":
-    """Rebuilds the sum from metrics lines, so that a resumed run goes on from the same one."""
+    """Rebuilds the sum from metrics lines, so that a resumed run continues it."""
     running = cls(window)
     for row in rows:
       if row.get("expert_counts"):
@@ -111,16 +111,16 @@ class MetricsWriter:
   """Appends to <workdir>/metrics.jsonl, and to <workdir>/tensorboard when asked to."""
 
   def __init__(self, workdir: epath.PathLike, tensorboard: bool, start_step: int = 0):
-    """Opens the files, whose lines up to `start_step` stay.
+    """Opens the files and keeps their lines up to `start_step`.
 
-    If there are later lines, or half a line of a killed run, the file as it was is kept beside
-    as metrics.jsonl.before_step_<start_step>, numbered when there is one already.
+    If there are later lines, or half a line of a killed run, the old file is kept as
+    metrics.jsonl.before_step_<start_step>, with a number if that exists already.
 
     Args:
       workdir: on disk or gs://; created if absent. An object store cannot append, so there
         the file is sent whole by `flush`, `close` and once a minute.
       tensorboard: whether to write TensorBoard events too.
-      start_step: the step of the checkpoint the run goes on from; 0 for a new run.
+      start_step: the step of the checkpoint that the run resumes from; 0 for a new run.
 
     Raises:
       ValueError: for a metrics.jsonl with a broken line; see `read_metrics`.
@@ -171,7 +171,7 @@ class MetricsWriter:
       self.flush()
 
   def flush(self) -> None:
-    """Makes what was written safe; call it before saving a checkpoint."""
+    """Makes the lines written so far durable; call it before saving a checkpoint."""
     if self._board is not None:
       self._board.flush()
     if self._staging is not None:
@@ -252,7 +252,7 @@ def _lines(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _cut(path: epath.Path, start_step: int) -> None:
-  """Leaves only whole lines up to start_step; the file as it was stays beside if that is less."""
+  """Keeps only whole lines up to start_step, and a copy of the old file if lines are removed."""
   if not path.exists():
     return
   temporary = path.with_name(f"{path.name}.tmp")

@@ -1,7 +1,7 @@
-"""Pictures of a run, drawn from its metrics.jsonl alone.
+"""Draws the plots of a run from its metrics.jsonl alone, and rooflines of kernels.
 
-L counts MoE layers, T logged steps; series longer than 256 points are averaged in the pictures
-of single experts, so that a long run is drawn in bounded memory.
+L is the number of MoE layers, T the number of logged steps. In plots of single experts, series
+longer than 256 points are averaged, so that a long run is drawn in bounded memory.
 """
 
 import io
@@ -19,8 +19,8 @@ from dsmoe.reporting import metrics
 
 _DOTS_PER_INCH = 110
 _MAX_POINTS = 256  # even
-_SMOOTHED_POINTS = 40  # from so many on, a loss is drawn with its running mean
-_WIDE = ("expert_counts", "router_bias")  # [L, E] a line: thinned while they are read
+_SMOOTHED_POINTS = 40  # a loss of at least so many points is drawn with its running mean
+_WIDE = ("expert_counts", "router_bias")  # [L, E] in each line: averaged while they are read
 
 
 def draw(workdir: epath.PathLike) -> list[epath.Path]:
@@ -30,8 +30,8 @@ def draw(workdir: epath.PathLike) -> list[epath.Path]:
     workdir: of a run; holds metrics.jsonl.
 
   Returns:
-    The PNG files drawn, of losses, learning_rate, throughput, expert_load, router_bias and
-    balance; one without data is left out.
+    The PNG files: losses, learning_rate, throughput, expert_load, router_bias and balance, except
+    those without data.
 
   Raises:
     FileNotFoundError, ValueError: see `metrics.read_metrics`.
@@ -237,7 +237,7 @@ def _draw_router_bias(run: _Run) -> figure.Figure | None:
   step_T, bias_TLE = run.wide["router_bias"].means()
   _, L, E = bias_TLE.shape
   edge_T = _edges(step_T)
-  if len(step_T) == 1:  # a point is no line
+  if len(step_T) == 1:  # a line needs two points
     step_T, bias_TLE = edge_T, np.repeat(bias_TLE, 2, axis=0)
   picture, panels = _grid(L, "Router bias of each expert", "bias (score units)")
   low, high = np.nanmin(bias_TLE), np.nanmax(bias_TLE)
@@ -307,20 +307,20 @@ def _integers(most: int) -> ticker.MaxNLocator:
 
 
 def _style(step_T: np.ndarray) -> str:
-  return ".-" if len(step_T) < 40 else "-"  # a line alone hides that points are few
+  return ".-" if len(step_T) < 40 else "-"  # show the points if they are few
 
 
 def draw_roofline(
   rows: Sequence[Mapping[str, Any]], peak_flops: float, bandwidth: float, path: epath.PathLike
 ) -> None:
-  """Draws kernels under a chip's roof: FLOPs a byte moved against FLOP/s.
+  """Draws a roofline: each kernel's FLOP/s over its FLOPs per byte, below the chip's limits.
 
   Args:
-    rows: each with kernel, implementation, shape, chip, flops, bytes and secs, the time the
-      kernel takes; rows where one is None or 0 are left out.
-    peak_flops: the chip's, FLOP/s.
-    bandwidth: the chip's, bytes a second.
-    path: of the PNG to write.
+    rows: each with kernel, implementation, shape, chip, flops, bytes and secs, the time that the
+      kernel takes; rows where one of these is None or 0 are left out.
+    peak_flops: the chip's peak, FLOP/s.
+    bandwidth: the chip's HBM bandwidth, bytes per second.
+    path: the PNG file to write.
   """
   rows = [row for row in rows if all(row.get(name) for name in ("flops", "bytes", "secs"))]
   intensity = [row["flops"] / row["bytes"] for row in rows]
@@ -330,7 +330,7 @@ def draw_roofline(
   picture = figure.Figure(figsize=(11, 6), layout="constrained")
   ax = picture.subplots()
   ax.plot([low, ridge, high], [low * bandwidth, peak_flops, peak_flops], color="black")
-  # A color an implementation, a marker a kernel, hollow its gradient, a size a shape.
+  # Colors are implementations, markers kernels (hollow: their gradients), sizes shapes.
   columns = ("implementation", "kernel", "shape")
   names, kernels, shapes = (
     list(dict.fromkeys(str(row[c]).removesuffix("_gradient") for row in rows)) for c in columns

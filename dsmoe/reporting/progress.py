@@ -1,6 +1,6 @@
-"""What a run shows in the terminal: a progress line, and a table at the end.
+"""Shows a run's progress in the terminal, and a table at its end.
 
-Off a terminal (a log file, a batch job) both are plain text.
+Without a terminal (in a log file or a batch job) both are plain text.
 """
 
 import collections
@@ -18,7 +18,7 @@ import rich.text
 
 
 class Progress:
-  """A live line with bar on a terminal; elsewhere a plain line an update. A context manager."""
+  """A live line with a bar on a terminal; elsewhere a plain line for each update."""
 
   def __init__(
     self,
@@ -57,8 +57,8 @@ class Progress:
 
     Args:
       step: optimizer steps made so far.
-      metrics: any of loss, validation_loss, validation_bits_per_byte, tokens_per_sec, mfu (a fraction of 1, or None),
-        gflops_per_sec and step_secs, from which the time left is reckoned.
+      metrics: any of loss, validation_loss, validation_bits_per_byte, tokens_per_sec, mfu (a
+        fraction of 1, or None), gflops_per_sec and step_secs, which gives the time left.
     """
     steps_left = self._total_steps - step
     parts = _parts(metrics, steps_left)
@@ -70,11 +70,11 @@ class Progress:
       self._bar.update(self._task, completed=step, text=text)
 
   def print(self, *objects: Any) -> None:
-    """Prints text (its control characters made visible) or rich's own objects above the bar."""
+    """Prints text (with visible control characters) or rich's own objects above the bar."""
     for item in objects:
       text = isinstance(item, str)  # a table must keep its own wrapping
       self._console.print(
-        *([_printable(item)] if text else [item]),
+        _printable(item) if text else item,
         markup=False,
         highlight=False,
         emoji=False,
