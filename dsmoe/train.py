@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: data, mesh, state, restore, step, log, evaluate, save.
+"""The training loop, top to bottom: mesh, data, state, restore, step, log, evaluate, save.
 
 python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
 """
@@ -22,6 +22,7 @@ from dsmoe.data import records, sources
 from dsmoe.evaluation import perplexity
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference.sampling import Sampling
+from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
@@ -29,12 +30,14 @@ from dsmoe.reporting import metrics, plots, progress
 from dsmoe.training import kernel_check, train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; resumed if it exists.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Where the run's files go; a run that is there is resumed."
+)
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Resume although the config differs from the saved one."
 )
 _INIT_FROM = flags.DEFINE_string(
-  "init_from", "", "A workdir whose newest weights a new run starts with; imported ones too."
+  "init_from", "", "A workdir, of a run or imported, whose newest weights a new run starts with."
 )
 
 
@@ -62,11 +65,34 @@ def step_line(step: int, host_metrics: dict, router_bias, tokens_per_step: int) 
     line |= metrics.load_statistics(load.counts_LE)
     line["groups_per_token"] = load.groups_per_token_L
     line["expert_counts"] = load.counts_LE
-  bias = [np.asarray(leaf) for leaf in jax.tree.leaves(router_bias)]
+  bias = [np.asarray(leaf) for _, leaf in parameters.by_stack(router_bias)]
   if bias:
     line["router_bias"] = np.concatenate(bias)
     line["bias_range"] = metrics.bias_range(line["router_bias"])
   return line
+
+
+def throughput(config: Config, mesh: jax.sharding.Mesh, step_secs: float) -> dict:
+  """Returns the speed of a step as a line of metrics.jsonl has it."""
+  tokens = config.batch_size * config.data.sequence_length
+  flops = accounting.flops_per_token(config.model, config.data.sequence_length)["causal_mtp"]
+  peak = accounting.peak_flops(jax.devices()[0])
+  return {
+    "step_secs": step_secs,
+    "tokens_per_sec": tokens / step_secs,
+    "gflops_per_sec": flops * tokens / step_secs / 1e9,
+    "mfu": peak and flops * tokens / step_secs / (peak * mesh.size),
+  }
+
+
+def validation_line(nats: float, tokens: float, prepared: records.PreparedData) -> dict:
+  """Turns the validation set's loss into a line of metrics.jsonl."""
+  loss = nats / tokens
+  tokens_per_byte = prepared.validation_tokens / prepared.validation_bytes
+  return {
+    "validation_loss": loss,
+    "validation_bits_per_byte": loss / math.log(2) * tokens_per_byte,
+  }
 
 
 def train(
@@ -75,14 +101,14 @@ def train(
   allow_config_change: bool = False,
   init_from: epath.PathLike | None = None,
 ) -> int:
-  """Trains to `config.num_steps`, going on from the newest checkpoint in `workdir`.
+  """Trains to `config.num_steps`, resuming from the newest checkpoint in `workdir`.
 
   Args:
     config: the run's.
     workdir: where its files go.
-    allow_config_change: go on although the saved config differs.
-    init_from: a workdir whose weights and router bias a new run starts with, for a model of the
-      same shapes; None: fresh ones. A run that goes on does not look at it.
+    allow_config_change: resume although the saved config differs.
+    init_from: a workdir whose weights and router bias a new run starts with, of a model with the
+      same shapes; None for newly initialised ones. A resumed run does not read it.
 
   Returns:
     The step reached; less than num_steps after SIGTERM, with the state saved.
@@ -92,15 +118,16 @@ def train(
     NonFiniteError: when a loss or gradient is not finite.
     WrongKernelError: when a compiled kernel's results differ from its reference's on this device.
   """
+  # --- mesh, and what is refused before anything is written
   workdir = epath.Path(workdir)
   mesh = mesh_lib.make_mesh(config.mesh)
   train_step.check_batch(config, mesh)
-  records.find_sources(config.data)  # a wrong glob is refused before anything is written
+  records.find_sources(config.data)  # raises when a glob matches nothing
   if checked := kernel_check.check(config):
     print(checked)
   abstract = train_step.abstract_state(config, mesh)
-  stop = []
-  previous_handler = signal.signal(signal.SIGTERM, lambda *_: stop.append("SIGTERM"))
+  signals: list[str] = []  # SIGTERM, once it was received
+  previous_handler = signal.signal(signal.SIGTERM, lambda *_: signals.append("SIGTERM"))
 
   checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint)
   first = checkpoints.latest_step()
@@ -111,9 +138,13 @@ def train(
     weights = checkpoint.restore_weights(init_from, abstract.params, abstract.router_bias)
   first = first or 0
   checkpoint.record_config(workdir, config, first, allow_config_change)
+
+  # --- data on disk
   prepared = records.prepare(
     config.data, config.model.vocab_size, config.data.cache_dir or workdir / "data"
   )
+
+  # --- state: restored, or new
   if first:
     state, next_batch = checkpoints.restore(abstract, first)
     print(f"resumed from step {first}")
@@ -122,27 +153,18 @@ def train(
     if weights is not None:
       state = state._replace(params=weights[0], router_bias=weights[1])
       print(f"weights of step {weights[2]} of {init_from}")
+
+  # --- batches
   processes = (jax.process_index(), jax.process_count())
   batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, next_batch)
 
-  tokens_per_step = config.batch_size * config.data.sequence_length
-  flops = accounting.flops_per_token(config.model, config.data.sequence_length)["causal_mtp"]
-  peak = accounting.peak_flops(jax.devices()[0])
+  # --- metrics and progress
   writer = metrics.MetricsWriter(workdir, config.log.tensorboard, first)
   running = metrics.RunningLoad.from_rows(metrics.iter_metrics(workdir))
   bar = progress.Progress(config.num_steps, first)
+
+  # --- the compiled step
   eval_step = train_step.make_eval_step(config, mesh)
-
-  def validation_line(limit: int) -> dict:
-    batches = data.validation_batches(prepared, config.data, config.batch_size, *processes)
-    nats, tokens = perplexity.validation_nats(eval_step, state, batches, mesh, limit)
-    tokens_per_byte = prepared.validation_tokens / prepared.validation_bytes
-    loss = nats / tokens
-    return {
-      "validation_loss": loss,
-      "validation_bits_per_byte": loss / math.log(2) * tokens_per_byte,
-    }
-
   step_fn = train_step.make_train_step(config, mesh)
   with checkpoints, writer, bar:
     bar.print(f"compiling for {mesh.size} x {jax.devices()[0].device_kind}")
@@ -151,11 +173,16 @@ def train(
     step_fn = step_fn.lower(state, batch).compile()
     cpu.release_memory()
     bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
+
+    # --- loop
     logged_step, logged_time = first, time.perf_counter()
     saved = first
     for step in range(first + 1, config.num_steps + 1):
+      is_last = step == config.num_steps
+
+      # --- step; the next batch is read while the device computes
       state, step_metrics = step_fn(state, batch)
-      batch = mesh_lib.to_global(next(batches), mesh)  # read while the device computes
+      batch = mesh_lib.to_global(next(batches), mesh)
       step_metrics = jax.device_get(step_metrics)
       if not step_metrics["finite"]:
         # The state returned is the one before this step.
@@ -164,44 +191,49 @@ def train(
           f"loss ({step_metrics['losses'].total}) and gradient norm ({step_metrics['grad_norm']}) "
           f"must be finite, at step {step}; the state after step {step - 1} is saved in {workdir}"
         )
-      is_last = step == config.num_steps
+
+      # --- log
       if step % config.log.log_every_steps == 0 or is_last:
+        tokens_per_step = config.batch_size * config.data.sequence_length
         line = step_line(step, step_metrics, state.router_bias, tokens_per_step)
         if "expert_counts" in line:
           running.add(line["expert_counts"])
           line |= running.statistics()
         now = time.perf_counter()
-        secs = (now - logged_time) / (step - logged_step)
+        line |= throughput(config, mesh, (now - logged_time) / (step - logged_step))
         logged_step, logged_time = step, now
-        line["step_secs"] = secs
-        line["tokens_per_sec"] = tokens_per_step / secs
-        line["gflops_per_sec"] = flops * tokens_per_step / secs / 1e9
-        line["mfu"] = peak and flops * tokens_per_step / secs / (peak * mesh.size)
         writer.write(step, line)
         bar.update(step, line)
       else:
         bar.update(step, {})
+
+      # --- evaluate; its time does not count as that of steps
       if prepared.validation_tokens and (step % config.log.eval_every_steps == 0 or is_last):
         start = time.perf_counter()
-        line = validation_line(-1 if is_last else config.log.eval_batches)
+        held_out = data.validation_batches(prepared, config.data, config.batch_size, *processes)
+        limit = -1 if is_last else config.log.eval_batches
+        nats, tokens = perplexity.validation_nats(eval_step, state, held_out, mesh, limit)
+        line = validation_line(nats, tokens, prepared)
         writer.write(step, line)
         bar.update(step, line)
         logged_time += time.perf_counter() - start
-      if step % config.checkpoint.save_every_steps == 0 or is_last or stop:
+
+      # --- save
+      if step % config.checkpoint.save_every_steps == 0 or is_last or signals:
         start = time.perf_counter()
         writer.flush()
         checkpoints.save(state, step)
         saved = step
         logged_time += time.perf_counter() - start
-      if stop:
-        bar.print(f"stopped by {stop[0]}; saved at step {saved}")
+      if signals:
+        bar.print(f"stopped by {signals[0]}; saved at step {saved}")
         break
   signal.signal(signal.SIGTERM, previous_handler)
   return int(state.step)
 
 
 def write_sample(config: Config, workdir: epath.PathLike, prompt: str = "def ") -> str:
-  """Returns what the newest checkpoint writes after `prompt`."""
+  """Returns `prompt` and the newest checkpoint's continuation of it, "" without a tokenizer."""
   run = checkpoint.load_run(workdir)
   if not run.tokenizer_path.exists():
     return ""
@@ -214,7 +246,7 @@ def write_sample(config: Config, workdir: epath.PathLike, prompt: str = "def ") 
 
 
 def report(config: Config, workdir: epath.Path) -> None:
-  """Prints how the run ended, beside the compressors, and where everything lies."""
+  """Prints a run's final figures, those of compressors on the same text, and where its files are."""
   rows = progress.summary(metrics.iter_metrics(workdir))
   if "synthetic" not in config.data.validation_globs and config.data.validation_globs:
     for name, bits in sources.compressed_bits_per_byte(
