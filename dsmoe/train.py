@@ -72,16 +72,14 @@ def step_line(step: int, host_metrics: dict, router_bias, tokens_per_step: int) 
   return line
 
 
-def throughput(config: Config, mesh: jax.sharding.Mesh, step_secs: float) -> dict:
-  """Returns the speed of a step as a line of metrics.jsonl has it."""
-  tokens = config.batch_size * config.data.sequence_length
-  flops = accounting.flops_per_token(config.model, config.data.sequence_length)["causal_mtp"]
+def throughput(tokens: int, flops: float, step_secs: float) -> dict:
+  """Returns the speed of a step of `tokens` and `flops` as a line of metrics.jsonl has it."""
   peak = accounting.peak_flops(jax.devices()[0])
   return {
     "step_secs": step_secs,
     "tokens_per_sec": tokens / step_secs,
-    "gflops_per_sec": flops * tokens / step_secs / 1e9,
-    "mfu": peak and flops * tokens / step_secs / (peak * mesh.size),
+    "gflops_per_sec": flops / step_secs / 1e9,
+    "mfu": peak and flops / step_secs / (peak * jax.device_count()),
   }
 
 
@@ -159,6 +157,9 @@ def train(
   batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, next_batch)
 
   # --- metrics and progress
+  S = config.data.sequence_length
+  tokens_per_step = config.batch_size * S
+  flops_per_step = accounting.flops_per_token(config.model, S)["causal_mtp"] * tokens_per_step
   writer = metrics.MetricsWriter(workdir, config.log.tensorboard, first)
   running = metrics.RunningLoad.from_rows(metrics.iter_metrics(workdir))
   bar = progress.Progress(config.num_steps, first)
@@ -194,13 +195,14 @@ def train(
 
       # --- log
       if step % config.log.log_every_steps == 0 or is_last:
-        tokens_per_step = config.batch_size * config.data.sequence_length
         line = step_line(step, step_metrics, state.router_bias, tokens_per_step)
         if "expert_counts" in line:
           running.add(line["expert_counts"])
           line |= running.statistics()
         now = time.perf_counter()
-        line |= throughput(config, mesh, (now - logged_time) / (step - logged_step))
+        line |= throughput(
+          tokens_per_step, flops_per_step, (now - logged_time) / (step - logged_step)
+        )
         logged_step, logged_time = step, now
         writer.write(step, line)
         bar.update(step, line)
