@@ -47,7 +47,7 @@ class Checkpointer:
     return self._manager.latest_step()
 
   def save(self, state: TrainState, next_batch: int) -> None:
-    """Starts saving in the background; a checkpoint of this step is left as it is.
+    """Starts saving in the background; does nothing when there is a checkpoint of this step.
 
     Args:
       state: as the train step returned it.
@@ -63,7 +63,7 @@ class Checkpointer:
     self._manager.save(step, args=items)
 
   def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, int]:
-    """Reads a checkpoint into the shardings of `abstract`, whatever mesh wrote it.
+    """Reads a checkpoint into the shardings of `abstract`; it may be written by any mesh.
 
     Returns:
       The state and the index of the next batch.
@@ -78,7 +78,7 @@ class Checkpointer:
     return TrainState(**restored["state"]), int(restored["data"]["next_batch"])
 
   def wait(self) -> None:
-    """Blocks until what was started is on disk."""
+    """Blocks until every checkpoint whose saving was started is on disk."""
     self._manager.wait_until_finished()
 
   def __enter__(self) -> "Checkpointer":
@@ -90,17 +90,17 @@ class Checkpointer:
 
 
 def record_config(workdir: epath.PathLike, config: Config, step: int, allow_change: bool) -> None:
-  """Writes config.json, or compares with the one that is there.
+  """Writes config.json, or compares the config with the one in the workdir.
 
   Args:
     workdir: the run's.
     config: the run's.
-    step: of the checkpoint the run goes on from; 0 for a new run.
-    allow_change: whether a changed config may go on; the old one is then kept beside as
+    step: of the checkpoint that the run resumes from; 0 for a new run.
+    allow_change: whether a run may resume with a changed config; the old one is then kept as
       config.before_step_<step>.json.
 
   Raises:
-    ValueError: for a changed config not allowed, naming every difference.
+    ValueError: for a changed config without `allow_change`, naming every difference.
   """
   path = epath.Path(workdir) / CONFIG_FILE
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def record_config(workdir: epath.PathLike, config: Config, step: int, allow_chan
     if not allow_change:
       raise ValueError(
         f"{path} differs from this run's config: {'; '.join(changed)}. Pass "
-        "--allow_config_change to go on, or another --workdir"
+        "--allow_config_change to resume with the new one, or another --workdir"
       )
     aside = path.with_name(f"config.before_step_{step}.json")
     number = 1
@@ -131,7 +131,7 @@ def load_config(workdir: epath.PathLike) -> Config:
   """Reads a run's config.json.
 
   Raises:
-    ValueError: when there is none, or it is not one.
+    ValueError: when there is none, or it is not a valid config.
   """
   path = epath.Path(workdir) / CONFIG_FILE
   if not path.exists():
@@ -143,7 +143,7 @@ def load_config(workdir: epath.PathLike) -> Config:
 
 
 def step_folder(workdir: epath.PathLike, step: int) -> epath.Path:
-  """Returns where a step's checkpoint lies."""
+  """Returns the folder of a step's checkpoint."""
   return epath.Path(workdir).resolve() / CHECKPOINTS / str(step)
 
 
@@ -168,7 +168,7 @@ def _saved(workdir: epath.PathLike, step: int) -> dict[str, Any]:
 
 
 def _check_shapes(workdir: epath.PathLike, step: int, wanted: Any) -> None:
-  """Raises ValueError naming the first array that the checkpoint lacks or has otherwise."""
+  """Raises ValueError naming the first array that the checkpoint lacks or has in another shape."""
   name_of = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
   saved = {name_of(path): x.shape for path, x in jax.tree.leaves_with_path(_saved(workdir, step))}
   for path, leaf in jax.tree.leaves_with_path(wanted):
@@ -184,7 +184,7 @@ def check_whole(workdir: epath.PathLike, step: int) -> None:
   """Raises ValueError when the checkpoint holds weights only, as imported ones do."""
   if "opt_state" not in _saved(workdir, step):
     raise ValueError(
-      f"checkpoint {step} must hold the optimizer's state for a run to go on from it, that in "
+      f"checkpoint {step} must hold the optimizer's state for a run to resume from it, that in "
       f"{workdir} holds weights only: name it as --init_from and another folder as --workdir"
     )
 

@@ -1,1 +1,1 @@
-"""Generation: the latent cache, prefill and decoding, sampling, and the batcher that joins requests."""
+"""Generation: the latent cache, prefill, decoding, sampling, and batches of requests."""

@@ -1,7 +1,8 @@
-"""A conversation as one text: the checkpoint's own chat template, in a sandbox.
+"""Turns a conversation into one text by the checkpoint's own chat template, in a sandbox.
 
-Templates are Jinja, in `chat_template.jinja` or in `tokenizer_config.json`, both beside
-`tokenizer.json`; they see what Hugging Face's `apply_chat_template` gives them.
+Templates are in Jinja, in `chat_template.jinja` or in `tokenizer_config.json`, both beside
+`tokenizer.json`. They get the variables and functions that Hugging Face's `apply_chat_template`
+gives them.
 """
 
 import datetime
@@ -20,7 +21,7 @@ CONFIG_FILE = "tokenizer_config.json"
 
 
 class _Generation(jinja2.ext.Extension):
-  """Reads {% generation %}, which marks what an assistant wrote, as what is inside it."""
+  """Ignores the tags {% generation %} and {% endgeneration %} around an assistant's text."""
 
   tags = {"generation"}  # noqa: RUF012
 
@@ -34,7 +35,7 @@ def _raise_exception(message: str):
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-  """Unlike Jinja's own filter, escapes nothing for HTML."""
+  """Returns JSON that is not escaped for HTML, unlike that of Jinja's own filter."""
   return json.dumps(
     value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
   )
@@ -45,17 +46,17 @@ def _strftime_now(format: str) -> str:
 
 
 class ChatTemplate:
-  """A compiled template and the special tokens it may name."""
+  """A compiled template and the special tokens that it may use."""
 
   def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
     """Compiles `source`.
 
     Args:
-      source: Jinja.
-      special_tokens: by name, as `bos_token`.
+      source: in Jinja.
+      special_tokens: by name, such as `bos_token`.
 
     Raises:
-      ValueError: if it is no template.
+      ValueError: if it is not valid Jinja.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
       trim_blocks=True,
@@ -78,12 +79,12 @@ class ChatTemplate:
   ) -> str:
     """Returns the conversation as the text that the model was trained on.
 
-    The names of special tokens inside a message are not told from the template's own.
+    A special token's name inside a message becomes that token, as one of the template's does.
 
     Args:
-      messages: each with "role" and "content", and what else the template reads.
+      messages: each with "role" and "content", and other fields that the template reads.
       add_generation_prompt: end where the assistant's answer begins.
-      **variables: more that the template may read, such as `enable_thinking`.
+      **variables: other variables of the template, such as `enable_thinking`.
 
     Raises:
       ValueError: if the template refuses the messages, or fails on them.
@@ -97,7 +98,7 @@ class ChatTemplate:
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-  """Returns a tokenizer_config.json's special tokens by name; each a text, or has "content"."""
+  """Returns the special tokens of a tokenizer_config.json, text by name."""
   result = {}
   for name, value in tokenizer_config.items():
     if name.endswith("_token"):
@@ -108,7 +109,7 @@ def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def load_tokenizer_config(folder: epath.PathLike) -> dict[str, Any]:
-  """Reads tokenizer_config.json; {} where there is none.
+  """Reads tokenizer_config.json; returns {} when there is none.
 
   Raises:
     ValueError: if it is not a JSON object.
@@ -126,10 +127,10 @@ def load_tokenizer_config(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def load_template(folder: epath.PathLike) -> ChatTemplate | None:
-  """Loads the template beside a tokenizer; `chat_template.jinja` goes first.
+  """Loads the template beside a tokenizer; `chat_template.jinja` is preferred.
 
   Returns:
-    The template, that named "default" where there are several; None where there is none.
+    The template, the one named "default" of several; None when there is none.
 
   Raises:
     ValueError: for a file or a template that cannot be read.

@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, and nothing of a stop string."""
+"""Turns tokens into text as they are generated: whole characters, up to a stop string."""
 
 import codecs
 import json
@@ -7,17 +7,23 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer
 
 _KNOWN_DECODERS = {
-  *("ByteLevel", "Sequence", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip")
+  "ByteFallback",
+  "ByteLevel",
+  "Fuse",
+  "Metaspace",
+  "Replace",
+  "Sequence",
+  "Strip",
 }
-
-_CONTEXT_TOKENS = 8  # enough to know a character's bytes and whether a word begins the text
+# The last tokens of a context tell its unfinished character and whether text has begun.
+_CONTEXT_TOKENS = 8
 
 
 class Vocabulary:
-  """The bytes each token stands for; a token need not be whole characters."""
+  """The bytes of each token, which need not be whole characters."""
 
   def __init__(self, tokenizer: Tokenizer):
-    """Reads a byte-level tokenizer, or one of Sentencepiece's kind.
+    """Reads a byte-level tokenizer, or one in the manner of Sentencepiece.
 
     Raises:
       ValueError: for a decoder of another kind.
@@ -37,7 +43,7 @@ class Vocabulary:
     self.special = frozenset(token for token, entry in added.items() if entry.special)
 
   def token_bytes(self, token: int) -> bytes:
-    """Returns a token's bytes, those of its name if it is special; none for an unknown id."""
+    """Returns a token's bytes: of its name if it is special, b"" for an unknown id."""
     if token in self._added:
       return self._added[token]
     name = self._tokenizer.id_to_token(token)
@@ -65,10 +71,10 @@ def _byte_characters() -> dict[str, int]:
 
 
 class Detokenizer:
-  """The text of one sequence of tokens, grown a few tokens at a time.
+  """Decodes one sequence of tokens, a few tokens at a time.
 
-  What is returned, joined, is `tokenizer.decode` of all tokens, special tokens left out. Of
-  invalid UTF-8 a byte-fallback tokenizer makes more U+FFFD than there are here.
+  The returned texts joined are `tokenizer.decode` of all tokens without the special ones, except
+  that the number of U+FFFD for invalid UTF-8 can be smaller than with a byte-fallback tokenizer.
   """
 
   def __init__(self, vocabulary: Vocabulary, context: Sequence[int] = ()):
@@ -82,7 +88,7 @@ class Detokenizer:
     self.push(context[-_CONTEXT_TOKENS:])
 
   def push(self, tokens: Iterable[int]) -> str:
-    """Returns the characters that `tokens` complete, perhaps none."""
+    """Returns the characters that are whole with `tokens`, perhaps none."""
     special, token_bytes = self._vocabulary.special, self._vocabulary.token_bytes
     new = b"".join(token_bytes(token) for token in tokens if token not in special)
     if self._strip and new:
@@ -90,21 +96,21 @@ class Detokenizer:
     return self._decoder.decode(new)
 
   def flush(self) -> str:
-    """Returns what is left of an unfinished character: the end of the text."""
+    """Ends the text; returns U+FFFD for an unfinished character, or ""."""
     return self._decoder.decode(b"", final=True)
 
 
 class StopStrings:
-  """Ends a text before the first of some strings, however the text is cut into pieces.
+  """Ends a text before its first stop string, however the text is cut into pieces.
 
-  First is the one that is complete first; of those that end together, the longest.
+  The first is the one that ends first; of those that end at the same place, the longest.
   """
 
   def __init__(self, stops: Sequence[str] = ()):
-    """Looks for `stops`.
+    """Prepares to look for `stops`.
 
     Raises:
-      ValueError: for an empty one.
+      ValueError: for an empty string.
     """
     if not all(stops):
       raise ValueError(f"stop strings must have at least 1 character each, got {list(stops)}")
@@ -114,7 +120,7 @@ class StopStrings:
     self.found = False
 
   def push(self, text: str) -> str:
-    """Returns what is certainly before any stop string; nothing once one was found."""
+    """Returns the text that cannot belong to a stop string; "" once one was found."""
     if self.found:
       return ""
     text = self._held + text
@@ -130,6 +136,6 @@ class StopStrings:
     return text[: len(text) - held]
 
   def flush(self) -> str:
-    """Returns what was held back: no stop string will come."""
+    """Ends the text; returns what was held back as the possible beginning of a stop string."""
     result, self._held = self._held, ""
     return result

@@ -1,7 +1,7 @@
-"""How the next token is drawn: penalties, temperature, filters, seeds, log-probabilities.
+"""Sampling of the next token: penalties, temperature, filters, seeds, log-probabilities.
 
-Every row of a batch has its own settings. A draw depends on the row's seed and the token's
-position only, so a request's text does not depend on what else is in the batch.
+Every row of a batch has its own settings. The random numbers depend on the row's seed and the
+token's position only, so that a request's text does not depend on the rest of the batch.
 
 Shapes: B rows, V vocabulary.
 """
@@ -14,23 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MAX_LOGPROBS = 20  # alternatives reported beside a token
+MAX_LOGPROBS = 20  # upper limit of the alternatives reported beside a token
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How one request's tokens are drawn."""
+  """How one request's tokens are sampled."""
 
-  max_tokens: int = 128  # new tokens; 0: only the prompt's log-probabilities
-  temperature: float = 1.0  # 0: the likeliest token, the lowest of equals
-  top_k: int = 0  # only the k likeliest; 0: all
-  top_p: float = 1.0  # only the likeliest that together reach this probability
-  min_p: float = 0.0  # only those at least this share as likely as the likeliest
-  repetition_penalty: float = 1.0  # divides the positive logits of tokens already there
+  max_tokens: int = 128  # new tokens; 0 for the prompt's log-probabilities alone
+  temperature: float = 1.0  # 0 for the likeliest token, the lowest id of equal ones
+  top_k: int = 0  # keep the k likeliest tokens; 0 for all
+  top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
+  min_p: float = 0.0  # keep tokens of at least this share of the likeliest one's probability
+  repetition_penalty: float = 1.0  # divides the positive logits of tokens that occurred before
   seed: int = 0
-  logprobs: int | None = None  # alternatives reported beside each new token; None: no logprobs
-  prompt_logprobs: bool = False  # report the prompt's tokens too
-  stop_tokens: tuple[int, ...] = ()  # end the row, and are not returned
+  logprobs: int | None = None  # alternatives reported beside each new token; None for no logprobs
+  prompt_logprobs: bool = False  # report log-probabilities of the prompt's tokens too
+  stop_tokens: tuple[int, ...] = ()  # end the text, and are not returned
 
   def __post_init__(self):
     rules = (
@@ -66,7 +66,7 @@ class RowSampling(NamedTuple):
 
 
 def stack(settings: Sequence[Sampling]) -> RowSampling:
-  """Puts the settings of rows together, as NumPy arrays."""
+  """Stacks the settings of rows into NumPy arrays."""
   floats = ("temperature", "top_p", "min_p", "repetition_penalty")
   # Logits over a smaller temperature would not be finite.
   settings = [
@@ -84,23 +84,23 @@ def stack(settings: Sequence[Sampling]) -> RowSampling:
 
 
 def argmax(x_BV):
-  """Returns the first of the largest, int32 [B]: jnp.argmax, eight times faster on CPU."""
+  """Returns the lowest index of the largest value, int32 [B]; faster on CPU than jnp.argmax."""
   V = x_BV.shape[-1]
   is_top_BV = x_BV == jnp.max(x_BV, axis=-1, keepdims=True)
   return jnp.min(jnp.where(is_top_BV, jnp.arange(V, dtype=jnp.int32)[None, :], V - 1), axis=-1)
 
 
 def penalised(logits_BV, seen_BV, rows: RowSampling):
-  """Makes tokens that were seen less likely. Source: arXiv:1909.05858, section 4.1."""
+  """Lowers the logits of tokens in `seen_BV`. Source: arXiv:1909.05858, section 4.1."""
   penalty_B1 = rows.repetition_penalty_B[:, None]
   lower_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
   return jnp.where(seen_BV, lower_BV, logits_BV)
 
 
 def _filtered(logits_BV, rows: RowSampling):
-  """Sets what top-k, top-p and min-p leave out to -inf, in this order, as Hugging Face does.
+  """Applies top-k, top-p and min-p, in this order as Hugging Face does: others become -inf.
 
-  Tokens as likely as the last one kept are kept too.
+  Tokens that are as likely as the last one kept are kept too.
   """
   V = logits_BV.shape[1]
   sorted_BV = -jnp.sort(-logits_BV, axis=-1)
@@ -122,8 +122,8 @@ def log_distribution(logits_BV, rows: RowSampling, seen_BV=None):
 
   Args:
     logits_BV: float32, the model's.
-    rows: the rows' settings; temperature 0 leaves the likeliest token alone possible.
-    seen_BV: bool, tokens already there; None when no row has a repetition penalty.
+    rows: the rows' settings; with temperature 0 only the likeliest token is possible.
+    seen_BV: bool, tokens that occurred before; None when no row has a repetition penalty.
   """
   if seen_BV is not None:
     logits_BV = penalised(logits_BV, seen_BV, rows)
@@ -145,7 +145,7 @@ def _keys(rows: RowSampling, position_B, purpose: int):
 
 
 def uniform(rows: RowSampling, position_B, purpose: int):
-  """Returns a float32 number in [0, 1) of each row's own."""
+  """Returns a random float32 number in [0, 1) for each row; see `draw` for `purpose`."""
   return jax.vmap(jax.random.uniform)(_keys(rows, position_B, purpose))
 
 
@@ -153,10 +153,10 @@ def draw(log_probs_BV, rows: RowSampling, position_B, purpose: int = 0):
   """Draws from unnormalised log-probabilities, int32 [B].
 
   Args:
-    log_probs_BV: float32, -inf for what must not come.
+    log_probs_BV: float32, -inf for impossible tokens.
     rows: the rows' settings.
-    position_B: int32 position of the token drawn.
-    purpose: tells draws for one position apart.
+    position_B: int32, positions of the sampled tokens.
+    purpose: a number that differs between independent draws for one position.
   """
 
   def sampled():
@@ -167,9 +167,9 @@ def draw(log_probs_BV, rows: RowSampling, position_B, purpose: int = 0):
 
 
 class TokenLogprobs(NamedTuple):
-  """Of the model itself, before temperature, penalties and filters."""
+  """Log-probabilities under the model, before temperature, penalties and filters."""
 
-  chosen: jax.Array  # float32 [...], the token's own
+  chosen: jax.Array  # float32 [...], of the tokens asked about
   top: jax.Array  # float32 [..., MAX_LOGPROBS], descending
   top_tokens: jax.Array  # int32 [..., MAX_LOGPROBS]
 

@@ -1,4 +1,4 @@
-"""What a server knows of its model besides the weights: names, tokens, template."""
+"""What is known of a model besides its weights: name, tokenizer, stop tokens, chat template."""
 
 import dataclasses
 import json
@@ -16,13 +16,13 @@ _GENERATION_FILE = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-  """A model as clients see it."""
+  """A model's name, tokenizer, limits and chat template."""
 
   name: str
   tokenizer: Tokenizer
   max_tokens_per_row: int
-  stop_tokens: tuple[int, ...]  # the first also stands for an empty prompt
-  prefix: tuple[int, ...] = ()  # put before a completion's prompt that is text
+  stop_tokens: tuple[int, ...]  # the first one is also the prompt in place of an empty one
+  prefix: tuple[int, ...] = ()  # put before prompts that are text, but not before chats
   template: chat.ChatTemplate | None = None
   vocabulary: Vocabulary = dataclasses.field(init=False)
 
@@ -38,16 +38,16 @@ class ServedModel:
 def load(
   folder: epath.PathLike, tokenizer: Tokenizer, name: str, max_tokens_per_row: int
 ) -> ServedModel:
-  """Reads what lies beside a tokenizer.json.
+  """Reads the files beside a tokenizer.json.
 
-  A text ends at the tokenizer's end of a document, at tokenizer_config.json's `eos_token` and at
-  generation_config.json's `eos_token_id`. `add_bos_token` puts `bos_token` before prompts.
+  The stop tokens are the tokenizer's end of a document, the `eos_token` of tokenizer_config.json
+  and the `eos_token_id` of generation_config.json. With `add_bos_token` the prefix is `bos_token`.
 
   Args:
     folder: the tokenizer's.
     tokenizer: loaded from there.
-    name: what clients call the model.
-    max_tokens_per_row: prompt and answer together.
+    name: the model's, for clients.
+    max_tokens_per_row: upper limit of prompt and answer together.
 
   Raises:
     ValueError: for a file that cannot be read.
@@ -58,7 +58,7 @@ def load(
   ids = [tokenizer_lib.eos_id(tokenizer), *named, *_generation_ends(epath.Path(folder))]
   bos = tokenizer.token_to_id(special.get("bos_token", ""))
   prefix = (bos,) if config.get("add_bos_token") is True and bos is not None else ()
-  ends = tuple(dict.fromkeys(i for i in ids if i is not None))  # each once
+  ends = tuple(dict.fromkeys(i for i in ids if i is not None))  # without duplicates
   return ServedModel(name, tokenizer, max_tokens_per_row, ends, prefix, chat.load_template(folder))
 
 
