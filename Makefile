@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
-.PHONY: setup train test test-tpu test-gpu test-on-gpu parity lint clean
+.PHONY: setup train test test-slow test-tpu test-gpu test-on-gpu parity lint clean
 
 setup: $(VENV)/.installed
 
@@ -30,7 +30,11 @@ train: setup
 	$(BIN)/python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not parity and not tpu and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not parity and not tpu and not gpu"
+
+# Tests of minutes each, left out of `make test`. CI runs them too.
+test-slow: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not parity and not tpu and not gpu"
 
 # Kernels through the compilers of TPUs and of the H100. Neither device is needed.
 test-tpu: $(VENV)/.tpu

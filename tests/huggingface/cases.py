@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from dsmoe import model as model_lib
 from dsmoe.huggingface import loading
-from dsmoe.model import mtp, parameters, rope
+from dsmoe.model import attention, mtp, parameters, rope
 from dsmoe.model.layers import rms_norm
 from dsmoe.parallel import collectives
 from dsmoe.parallel import mesh as mesh_lib
@@ -161,6 +161,7 @@ def _walk(graphdef, config, params, router_bias, batch):
   model = nnx.merge(graphdef, params, router_bias)
   eps, seen = config.rms_norm_eps, {}
   cos_sin = rope.cos_sin(batch["positions"], config)
+  attend = attention.within_rows(batch["segments"])
   x_BSD = seen["hidden.embed"] = model.embed[...][batch["tokens"]]
   for i in range(config.num_hidden_layers):
     dense = i < config.first_k_dense_replace
@@ -168,7 +169,7 @@ def _walk(graphdef, config, params, router_bias, batch):
     place = i if dense else i - config.first_k_dense_replace
     block = nnx.merge(stack, jax.tree.map(lambda leaf, place=place: leaf[place], state))
     h_BSD = rms_norm(x_BSD, block.attention_norm[...], eps)
-    seen[f"attn_out.layer{i}"] = block.attention(h_BSD, *cos_sin, batch["segments"])
+    seen[f"attn_out.layer{i}"] = block.attention(h_BSD, cos_sin, attend)[0]
     x_BSD = x_BSD + seen[f"attn_out.layer{i}"]
     h_BSD = rms_norm(x_BSD, block.mlp_norm[...], eps)
     if dense:

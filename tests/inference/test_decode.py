@@ -71,7 +71,9 @@ def _place(first, count, pages=24):
   return Place(jnp.asarray(table), jnp.asarray(first), jnp.asarray(count))
 
 
-@pytest.mark.parametrize("implementation", [None, "xla", "mosaic_tpu"])
+@pytest.mark.parametrize(
+  "implementation", [None, "xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
+)
 def test_prefill_in_parts_and_decoding_equal_a_full_pass_at_every_position(
   monkeypatch, implementation
 ):

@@ -41,8 +41,8 @@ def test_depth_weights_match_a_loop(depth, segments):
 
 
 class _Doubling(nnx.Module):
-  def __call__(self, x, more):
-    return 2 * x, more
+  def __call__(self, x, stats, attended):
+    return 2 * x, stats, attended
 
 
 def test_module_joins_embedding_first():
@@ -55,8 +55,8 @@ def test_module_joins_embedding_first():
   for name, value in zip(("embed_norm", "hidden_norm", "norm"), norms):
     getattr(module, name)[...] = jnp.asarray(value)
   module.eh_proj[...] = jnp.asarray(projection)
-  out, stats = module(jnp.asarray(hidden), jnp.asarray(embedded), "stats")
-  assert stats == "stats"
+  out, stats, attended = module(jnp.asarray(hidden), jnp.asarray(embedded), "stats", "cache")
+  assert (stats, attended) == ("stats", "cache")
   for b, s in np.ndindex(2, 4):
     first = oracles.rms_norm(embedded[b, s], norms[0], 0.1)
     second = oracles.rms_norm(hidden[b, s], norms[1], 0.1)

@@ -4,7 +4,6 @@ jax 0.10's interpreter knows no clusters: there, rows of more than 64 queries ar
 blocks that each fetch for themselves, and what a cluster shares has its values untested.
 """
 
-import functools
 import types
 
 import jax
@@ -142,8 +141,14 @@ def test_a_model_decodes_with_it():
     q, pages = draw(B, S, heads, N + W - C), draw(B * P, cache.PAGE_TOKENS, W)
     table = rng.permutation(B * P).reshape(B, P).astype(np.int32)
     place = cached_attention.Place(table, np.arange(B, dtype=np.int32) * 37, np.full(B, S))
-    step = functools.partial(cached_attention.in_latent_space, types.SimpleNamespace(config=config))
-    return np.asarray(jax.jit(lambda q, pages: step(weights, q, None, pages, place))(q, pages))
+    new = draw(B, S, C), draw(B, S, W - C)
+    mla = types.SimpleNamespace(config=config)
+
+    @jax.jit
+    def step(pages, q, c, k):
+      return cached_attention.in_latent_space(weights, pages, place)(mla, q, c, k)[0]
+
+    return np.asarray(step(pages, q, *new))
 
   with interpreted():
     out = run("mosaic_gpu")

@@ -179,9 +179,9 @@ def _rows_value_and_gradients(implementation, power_of_two, operands, dy, **grou
   "implementation, power_of_two, dtype, groups",
   [
     ("xla", False, "bfloat16", MANY_ROWS),
-    ("mosaic_tpu", True, "bfloat16", MANY_ROWS),
+    pytest.param("mosaic_tpu", True, "bfloat16", MANY_ROWS, marks=pytest.mark.slow),
     ("mosaic_tpu", False, "float32", MANY_ROWS),
-    ("mosaic_gpu", False, "bfloat16", FEW_ROWS),
+    pytest.param("mosaic_gpu", False, "bfloat16", FEW_ROWS, marks=pytest.mark.slow),
   ],
 )
 def test_experts_on_rows_match_loops(implementation, power_of_two, dtype, groups):
@@ -203,7 +203,9 @@ def test_experts_on_rows_match_loops(implementation, power_of_two, dtype, groups
   assert_close((y, (dx, dweight, *dweights)), expected, "bfloat16")
 
 
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
+@pytest.mark.parametrize(
+  "implementation", ["xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
+)
 def test_experts_on_rows_equal_those_from_tokens_to_tokens(implementation):
   """In float32, to the last digits: permute, experts on aligned rows, combine; the fused form."""
   x, gates, weights, dy = _inputs("float32")
@@ -252,6 +254,7 @@ def _way(implementation, power_of_two=False):
   return {"implementation": implementation, "power_of_two": power_of_two}
 
 
+@pytest.mark.slow
 def test_the_h100s_way_matches_loops():
   """Rows are no multiple of eight. Both kinds of scale are tested where tokens are quantised."""
   tokens, power_of_two = 9, True
