@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import rich
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
@@ -26,7 +26,7 @@ from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
-from dsmoe.reporting import metrics, plots, progress
+from dsmoe.reporting import metrics, output, plots, progress
 from dsmoe.training import kernel_check, train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
@@ -267,17 +267,19 @@ def report(config: Config, workdir: epath.Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+  output.refuse_arguments(argv)
   logging.set_verbosity(logging.WARNING)
   runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value)
   workdir = epath.Path(_WORKDIR.value)
-  step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None)
+  try:
+    step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None)
+  except (NonFiniteError, kernel_check.WrongKernelError) as error:
+    output.fail(str(error))
   if step == config.num_steps and jax.process_index() == 0:
     report(config, workdir)
 
 
 if __name__ == "__main__":
   flags.mark_flags_as_required(["config", "workdir"])
-  app.run(main)
+  output.run_script(main)

@@ -140,7 +140,9 @@ def test_a_model_decodes_with_it():
     weights = cached_attention.Absorbed(draw(heads, N, C), draw(heads, C, U))
     q, pages = draw(B, S, heads, N + W - C), draw(B * P, cache.PAGE_TOKENS, W)
     table = rng.permutation(B * P).reshape(B, P).astype(np.int32)
-    place = cached_attention.Place(table, np.arange(B, dtype=np.int32) * 37, np.full(B, S))
+    place = cached_attention.Place(
+      jnp.asarray(table), jnp.arange(B, dtype=jnp.int32) * 37, jnp.full(B, S)
+    )
     new = draw(B, S, C), draw(B, S, W - C)
     mla = types.SimpleNamespace(config=config)
 
