@@ -1,5 +1,7 @@
 """What every script has in common: the flag --json, and errors that end in one sentence."""
 
+import ast
+import contextlib
 import json
 import pathlib
 import sys
@@ -96,7 +98,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _sentence(error: Exception) -> str:
   """Returns an error's message in one line; of a traceback inside it, what was raised."""
-  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  text = str(error)
+  if isinstance(error, AttributeError | KeyError):
+    with contextlib.suppress(ValueError, SyntaxError):
+      text = str(ast.literal_eval(text))  # a KeyError's message is quoted, its line ends escaped
+  lines = [line.strip() for line in text.splitlines() if line.strip()]
   begin = next((n for n, line in enumerate(lines) if line.startswith("Traceback")), None)
   if begin is not None:
     lines = [*lines[:begin], lines[-1]]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dsmoe.reporting import output
 from tests import runs
 
 SCRIPT = """
@@ -84,3 +85,17 @@ def test_mistakes_end_in_one_sentence(script, args, code, message):
 def test_defects_keep_their_traceback(script, args):
   code, _, err = runs.finish(runs.start(script, *args))
   assert code == 1 and "Traceback" in err
+
+
+@pytest.mark.parametrize(
+  "error, sentence",
+  [
+    (AttributeError("'\\'size\\'\\nDid you mean \"sizes\"?'"), "'size' Did you mean \"sizes\"?"),
+    (KeyError("sizes"), "sizes"),
+    (ValueError("'a' must be one of 'b'"), "'a' must be one of 'b'"),
+    (AttributeError("'a' has no 'b'"), "'a' has no 'b'"),
+    (ValueError(""), "ValueError"),
+  ],
+)
+def test_a_message_is_one_line_without_quoting(error, sentence):
+  assert output._sentence(error) == sentence
