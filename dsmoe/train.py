@@ -134,7 +134,7 @@ def train(
   weights = None
   if init_from and first is None:
     weights = checkpoint.restore_weights(init_from, abstract.params, abstract.router_bias)
-  first = first or 0
+  resumes, first = first is not None, first or 0  # a run may have failed at its first step
   checkpoint.record_config(workdir, config, first, allow_config_change)
 
   # --- data on disk
@@ -143,7 +143,7 @@ def train(
   )
 
   # --- state: restored, or new
-  if first:
+  if resumes:
     state, next_batch = checkpoints.restore(abstract, first)
     print(f"resumed from step {first}")
   else:

@@ -135,6 +135,21 @@ def test_a_glob_that_matches_nothing_leaves_no_workdir(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
+def test_a_run_that_failed_at_its_first_step_keeps_the_weights_it_started_with(tmp_path):
+  fields = {**runs.TWO_LAYERS, "num_steps": 2, "checkpoint.save_every_steps": 1}
+  fields |= {"optim.warmup_steps": 1, "balance.methods": ()}
+  assert train.train(small_config(**fields), tmp_path / "a") == 2
+  exploding = small_config(**fields, seed=7, **{"loss.z_loss_weight": 1e38})
+  with pytest.raises(train.NonFiniteError, match="at step 1; the state after step 0 is saved"):
+    train.train(exploding, tmp_path / "b", init_from=tmp_path / "a")
+  assert train.train(small_config(**fields, seed=7), tmp_path / "b", allow_config_change=True) == 2
+  # At warm-up's first step the learning rate is 0: nothing moves.
+  a, b = (runs.checkpoint_arrays(tmp_path / name, step) for name, step in (("a", 2), ("b", 1)))
+  weights = [path for path in a if "params" in str(path)]
+  runs.assert_bitwise_equal({p: a[p] for p in weights}, {p: b[p] for p in weights})
+
+
 def test_a_new_run_starts_with_anothers_weights(tmp_path, capsys):
   """And says what is wrong with ones that do not fit, or hold no optimizer state."""
   fields = {**runs.TWO_LAYERS, "num_steps": 2, "checkpoint.save_every_steps": 1}
