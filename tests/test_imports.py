@@ -8,7 +8,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # A package of the road may import those before it; `train.py` and `runtime.py` close the list.
 ROAD = ("config", "platforms", "parallel", "model", "training", "data", "checkpoint", "reporting")
-BESIDE = ("inference", "serving", "huggingface", "evaluation", "planning", "compilers") + (
+BESIDE = (
+  "inference",
+  "serving",
+  "huggingface",
+  "evaluation",
+  "planning",
+  "compilers",
   "kernel_bench",
 )
 

@@ -41,8 +41,8 @@ class LoadedRun:
   def take_weights(self) -> tuple[Any, Any]:
     """Returns (params, router_bias) and drops this object's references to them.
 
-    What converts the weights can then free each array as soon as it is converted: a reference
-    held here would keep a second copy of the model in memory.
+    A reference held here would keep a second copy of the model in memory for as long as what was
+    made of the weights is used.
 
     Raises:
       ValueError: when they were taken before.

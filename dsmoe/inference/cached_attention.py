@@ -22,7 +22,7 @@ from pallas_kernels.mla_attention import decode_attention, prefill_attention
 
 
 class Absorbed(NamedTuple):
-  """kv_b_proj as the absorbed form wants it."""
+  """kv_b_proj in two parts, transposed for the absorbed form."""
 
   k_HNC: jax.Array
   v_HCU: jax.Array

@@ -38,11 +38,12 @@ class MoEOptions(NamedTuple):
 
   # (float32 scores [B, S, E], experts a token) -> float32 scalar; None: no loss
   balance_loss: Callable | None = None
-  # bool [B, S], tokens that count; others may come out as anything. None: all of them
+  # bool [B, S], tokens that count; the results of others are undefined. None: all of them
   real_BS: Any = None
   # No gradient is taken: paths without one may be chosen.
   inference: bool = False
-  # Of the layer, where the experts' weights are those of its whole stack, [L, E, ...].
+  # Index of this layer in its stack, where `Experts` holds the weights of the whole stack,
+  # [L, E, ...]; None where it holds those of one layer.
   layer: int | None = None
 
 

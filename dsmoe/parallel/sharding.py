@@ -17,13 +17,25 @@ STORED: dict[str, tuple[str, ...]] = {
 COMPUTED: dict[str, str] = {"experts": "expert"}
 # Every logical dimension. `joined` is the two hidden states that an MTP module joins, `scores` the
 # router's outputs, one an expert, which every device computes whole.
-DIMS = ("joined", "embed", "q_lora", "kv_lora", "heads", "head_dim", "ffn", "vocab", "experts") + (
+DIMS = (
+  "joined",
+  "embed",
+  "q_lora",
+  "kv_lora",
+  "heads",
+  "head_dim",
+  "ffn",
+  "vocab",
+  "experts",
   "scores",
 )
 
 
 def stored_spec(dims: tuple[str, ...]) -> PartitionSpec:
   """Returns how a parameter with these logical dimensions is stored; vectors are replicated.
+
+  Args:
+    dims: of `DIMS`, in the order of the parameter's own dimensions, without a stack's layers.
 
   Raises:
     ValueError: for an unknown or a repeated dimension.

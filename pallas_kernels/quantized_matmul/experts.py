@@ -10,11 +10,10 @@ from pallas_kernels import platform
 from pallas_kernels.permute import combine, expert_order, group_starts, num_rows, permute
 from pallas_kernels.permute import gpu as permute_gpu
 from pallas_kernels.permute.alignment import AlignedRows
-from pallas_kernels.quantized_matmul import gpu, gpu_routed, tpu_grouped, tpu_routed
+from pallas_kernels.quantized_matmul import gpu_routed, tpu_grouped, tpu_routed
 from pallas_kernels.quantized_matmul.api import (
-  GROUPED_IMPLEMENTATIONS,
   check_operand,
-  module_of,
+  chosen,
   quantized_grouped_matmul,
 )
 from pallas_kernels.quantized_matmul.e4m3 import TILE
@@ -35,7 +34,7 @@ def row_alignment(P: int, E: int, implementation: str | None = None) -> int:
 
   `quantized_grouped_swiglu` then need not move the rows again.
   """
-  if module_of(GROUPED_IMPLEMENTATIONS, implementation) is tpu_grouped:
+  if chosen(implementation) == "mosaic_tpu":
     return tpu_grouped.step_rows(P, E)
   return 1
 
@@ -78,18 +77,17 @@ def quantized_grouped_swiglu(
   for name, array, size in (("weight_P", weight_P, P), ("group_sizes_E", group_sizes_E, E)):
     if array.shape != (size,):
       raise ValueError(f"{name} must have shape {(size,)}, got {array.shape}")
-  module = module_of(GROUPED_IMPLEMENTATIONS, implementation, refusals(x_PD.dtype, D, F))
+  implementation = chosen(implementation, refusals(x_PD.dtype, D, F))
   sizes_E = jnp.asarray(group_sizes_E)
   starts_E = group_starts(sizes_E, alignment) if group_starts_E is None else group_starts_E
   operands = map(jnp.asarray, (x_PD, weight_P, *experts))
   x_PD, weight_P, *experts = vary_alike(*operands)
-  if module is tpu_grouped:
+  if implementation == "mosaic_tpu":
     plan = sizes_E, jnp.asarray(starts_E)
     return _mosaic_tpu_rows(x_PD, weight_P, experts, plan, alignment, power_of_two_scales)
-  name = next(name for name, each in GROUPED_IMPLEMENTATIONS.items() if each is module)
 
   def multiply(x, w):
-    return quantized_grouped_matmul(x, w, sizes_E, name, power_of_two_scales, starts_E)
+    return quantized_grouped_matmul(x, w, sizes_E, implementation, power_of_two_scales, starts_E)
 
   gate_PF, up_PF = (multiply(x_PD, w).astype(jnp.float32) for w in experts[:2])
   inner_PF = jax.nn.silu(gate_PF) * up_PF * weight_P[:, None]
@@ -137,12 +135,11 @@ def quantized_routed_swiglu(
   M, (_, D, F) = x_MD.shape[0], experts[0].shape
   if expert_MK.ndim != 2 or expert_MK.shape[0] != M:
     raise ValueError(f"expert_MK must have a row for each of {M} tokens, got {expert_MK.shape}")
-  module = module_of(GROUPED_IMPLEMENTATIONS, implementation, refusals(x_MD.dtype, D, F))
-  if module is tpu_grouped:
+  implementation = chosen(implementation, refusals(x_MD.dtype, D, F))
+  if implementation == "mosaic_tpu":
     return _mosaic_tpu(x_MD, routed, experts, power_of_two_scales)
-  if module is gpu:
+  if implementation == "mosaic_gpu":
     return gpu_routed.routed_swiglu(power_of_two_scales, x_MD, routed, experts)
-  name = next(name for name, each in GROUPED_IMPLEMENTATIONS.items() if each is module)
   with jax.named_scope("dispatch"):
     pair_P, row_MK = expert_order(expert_MK, rank_MK, counts_E)
     x_PD = permute(x_MD, pair_P, row_MK, "reference")
@@ -156,7 +153,7 @@ def quantized_routed_swiglu(
       w_up_EDF,
       w_down_EFD,
       counts_E,
-      implementation=name,
+      implementation=implementation,
       power_of_two_scales=power_of_two_scales,
     )
   with jax.named_scope("combine"):

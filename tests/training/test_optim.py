@@ -8,9 +8,8 @@ import optax
 import pytest
 
 from dsmoe.config import OptimConfig
-from dsmoe.model import parameters
 from dsmoe.training import optim
-from tests.helpers import assert_close, random_parts, small_config
+from tests.helpers import assert_close
 
 CONFIG = OptimConfig(
   name="adamw",
@@ -115,19 +114,3 @@ def test_adamw_matches_numpy(clip_norm, moment_dtype):
   kind = "op_float32" if moment_dtype == "float32" else "bfloat16"
   for path in paths:
     assert_close(get(params, path), values[path], kind)
-
-
-def test_only_matrices_of_the_model_decay():
-  config = small_config(**{"model.attention_bias": True})
-  _, params, _ = random_parts(config, 0)
-  mask = parameters.decayed(params)
-  kept = {path[-1].key for path, on in jax.tree.leaves_with_path(mask) if not on}
-  moved = {path[-1].key for path, on in jax.tree.leaves_with_path(mask) if on}
-  assert kept == {
-    *("norm", "attention_norm", "mlp_norm", "q_a_norm", "kv_a_norm", "embed_norm", "hidden_norm"),
-    *("q_a_bias", "kv_a_bias", "o_bias"),
-  }
-  assert moved == {
-    *("embed", "head", "q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj", "eh_proj"),
-    *("router", "w_gate", "w_up", "w_down"),
-  }
