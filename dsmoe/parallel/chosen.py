@@ -35,10 +35,13 @@ def chosen(x_MD, routed: Routed, experts: ExpertWeights, real_M=None):
   expert_MK, gate_MK = routed.expert_MK, routed.gate_MK
   M, K = expert_MK.shape
   if M == 1:
-    y_MD = jnp.zeros(x_MD.shape, jnp.float32)
-    for k in range(K):
-      y_MD += _expert(x_MD, experts, expert_MK[0, k], gate_MK[:, k])
-    return y_MD.astype(x_MD.dtype)
+
+    def add(k, y_MD):
+      return y_MD + _expert(x_MD, experts, expert_MK[0, k], gate_MK[:, k])
+
+    # A loop, written out by XLA where that pays: on CPU each choice of a program that is written
+    # out copies its expert, and the loop takes one buffer for all of them.
+    return jax.lax.fori_loop(0, K, add, jnp.zeros(x_MD.shape, jnp.float32)).astype(x_MD.dtype)
   E = experts.num_experts
   if real_M is not None:
     expert_MK = jnp.where(real_M[:, None], expert_MK, E)  # dropped
