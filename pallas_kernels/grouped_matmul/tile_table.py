@@ -37,7 +37,9 @@ def load(path: str) -> dict[str, dict[str, int]]:
     table = json.loads(pathlib.Path(path).read_text())
     ok = all(type(rows) is int for sizes in table.values() for rows in sizes.values())
   except (OSError, ValueError, AttributeError) as error:
-    raise ValueError(f"kernels.tuned must be a table of bench_kernels --tune: {error}") from error
+    raise ValueError(
+      f"kernels.tuned must be a table that bench_kernels --tune wrote, {path} is not: {error}"
+    ) from error
   if not ok:
     raise ValueError(f"kernels.tuned must hold rows of tiles as integers, got {path}")
   return table

@@ -12,8 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import varying
+from pallas_kernels.mla_attention import cpu_blocks
 
 BLOCK_TOKENS = 128  # of the cache, read at once
+
+# Written out, chunks take no more than their triangle of products, but XLA keeps the logits of many
+# at once and compiles each anew. Rows of more chunks than this loop over blocks of keys as well.
+MAX_WRITTEN_OUT_CHUNKS = 4
 
 f32 = jnp.float32
 
@@ -51,8 +56,9 @@ def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float, chunk_to
   """Softmax attention of each token to itself and earlier ones of its segment.
 
   One row at a time, and of its queries `chunk_tokens` at a time against the keys up to the
-  chunk's end: memory is linear in S, and the triangle beyond the diagonal chunks costs
-  nothing. The gradient recomputes each chunk's probabilities from the saved normaliser.
+  chunk's end, in a long row against as many keys at a time (`cpu_blocks`): memory is linear in S,
+  and the triangle beyond the diagonal chunks costs nothing. The gradient recomputes each chunk's
+  probabilities from the saved normaliser.
 
   Args:
     q_BSHA, k_BSHA: queries and keys; A = N + R.
@@ -86,6 +92,8 @@ def _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens):
 
   def one_row(row):
     q_HSA, k_HTA, v_HTU, segments_S = row
+    if S > MAX_WRITTEN_OUT_CHUNKS * chunk_tokens:
+      return cpu_blocks.forward(q_HSA, k_HTA, v_HTU, segments_S, chunk_tokens)
     k_HAT = _swap(k_HTA)
     outs, log_z = [], []
     for first, end in _chunks(S, chunk_tokens):
@@ -114,9 +122,12 @@ def _attention_bwd(scale, chunk_tokens, saved, dout_BSHU):
 
   def one_row(row):
     q_HSA, k_HTA, v_HTU, segments_S, out_HSU, log_z_HS, dout_HSU = row
-    q_HAS, k_HAT, v_HUT, dout_HUS = _swap(q_HSA, k_HTA, v_HTU, dout_HSU)
     # Sum over keys of p dp, the part of the softmax's gradient all logits of a row share.
     shared_HS1 = jnp.sum(dout_HSU.astype(f32) * out_HSU, axis=-1, keepdims=True)
+    if S > MAX_WRITTEN_OUT_CHUNKS * chunk_tokens:
+      operands = (q_HSA, k_HTA, v_HTU, segments_S, log_z_HS, dout_HSU, shared_HS1)
+      return tuple(a.astype(dtype) for a in cpu_blocks.backward(*operands, chunk_tokens))
+    q_HAS, k_HAT, v_HUT, dout_HUS = _swap(q_HSA, k_HTA, v_HTU, dout_HSU)
     dq = []
     dk_HAT, dv_HUT = jnp.zeros_like(k_HAT, f32), jnp.zeros_like(v_HUT, f32)
     for first, end in _chunks(S, chunk_tokens):

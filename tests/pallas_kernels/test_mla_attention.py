@@ -1,6 +1,7 @@
 """One suite for every implementation of MLA's attention; TPU kernels run interpreted."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -14,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels.mla_attention import causal_attention, decode_attention, tpu, tpu_decode
+from pallas_kernels.mla_attention.api import prefill_attention
 from tests.helpers import assert_close, equations, largest_intermediate
 from tests.pallas_kernels.topologies import compile_for, tpu_devices
 
@@ -76,7 +78,7 @@ def test_causal_matches_loops(implementation, segments):
   assert_close(actual, _loops(*inputs, segments, 0.7))
 
 
-@pytest.mark.parametrize("chunk", [1, 64])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 64])
 def test_causal_xla_in_other_chunks(chunk):
   inputs = _inputs(1)
   actual = _run(lambda q, k, v: causal_attention(q, k, v, SEGMENTS, 0.7, "xla", chunk), *inputs)
@@ -181,6 +183,42 @@ def test_no_array_of_all_queries_by_all_keys():
   assert largest_intermediate(dense, x, x, x) >= 2 * tokens * tokens
   assert not _has_square(jax.jit(chunked).lower(x, x, x).compile(), tokens)
   assert _has_square(jax.jit(dense).lower(x, x, x).compile(), tokens)
+
+
+def _temporaries_and_size(fn, *shapes) -> tuple[int, int]:
+  """Returns a compiled program's bytes of temporaries and its number of instructions."""
+  compiled = jax.jit(fn).lower(*shapes).compile()
+  return compiled.memory_analysis().temp_size_in_bytes, compiled.as_text().count("\n")
+
+
+@pytest.mark.parametrize("what", ["forward", "gradient", "prefill"])
+def test_memory_grows_with_the_row_and_the_program_does_not(what):
+  """XLA's form, in the default chunks: twice the tokens take at most 2.1 times the temporaries."""
+  heads, page_tokens, chunk = 8, 64, 128
+
+  def attend(q, k, v):
+    return causal_attention(q, k, v, None, 0.3, "xla", chunk)
+
+  def prefill(q, k, v):
+    B, S = q.shape[:2]
+    pages = jnp.zeros((2 * S // page_tokens, page_tokens, 24))
+    table = jnp.arange(B * S // page_tokens, dtype=jnp.int32).reshape(B, -1)
+
+    def expand(latents_BTW):
+      k_BTHA = jnp.broadcast_to(latents_BTW[:, :, None, :20], (B, latents_BTW.shape[1], heads, 20))
+      return k_BTHA, k_BTHA[..., :16]
+
+    first_B = jnp.full(B, 5, jnp.int32)
+    return prefill_attention(q, k, v, expand, pages, table, first_B, 0.3, "xla", chunk)
+
+  fn = {"forward": attend, "gradient": _gradient(attend), "prefill": prefill}[what]
+  figures = []
+  for tokens in (2048, 4096, 8192, 16384):
+    x, v = (jax.ShapeDtypeStruct((1, tokens, heads, n), jnp.float32) for n in (20, 16))
+    figures.append(_temporaries_and_size(fn, x, x, v))
+  for (less, short), (more, long) in itertools.pairwise(figures):
+    assert more <= 2.1 * less, figures
+    assert long <= 1.05 * short, figures
 
 
 @pytest.mark.tpu
