@@ -14,7 +14,7 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from dsmoe import checkpoint, runtime
+from dsmoe import checkpoint, platforms, runtime
 from dsmoe import config as config_lib
 from dsmoe.config import Config
 from dsmoe.data import batches as data
@@ -120,6 +120,7 @@ def train(
   workdir = epath.Path(workdir)
   mesh = mesh_lib.make_mesh(config.mesh)
   train_step.check_batch(config, mesh)
+  platforms.check_kernels(config.model.kernels)
   records.find_sources(config.data)  # raises when a glob matches nothing
   if checked := kernel_check.check(config):
     print(checked)
@@ -242,6 +243,7 @@ def write_sample(config: Config, workdir: epath.PathLike, prompt: str = "def ") 
   encoder = run.tokenizer()
   tokens = encoder.encode(prompt, add_special_tokens=False).ids
   batcher = batcher_lib.make(run, batcher_lib.BatcherOptions(max_rows=1))
+  tokens = tokens[: batcher.max_tokens_per_row - 1]
   room = batcher.max_tokens_per_row - len(tokens)
   settings = Sampling(min(config.log.sample_tokens, room), temperature=0.7)
   return prompt + encoder.decode(batcher_lib.generate(batcher, [tokens], settings)[0])
@@ -275,7 +277,7 @@ def main(argv: list[str]) -> None:
   try:
     step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None)
   except (NonFiniteError, kernel_check.WrongKernelError) as error:
-    output.fail(str(error))
+    output.fail(str(error), 1)
   if step == config.num_steps and jax.process_index() == 0:
     report(config, workdir)
 

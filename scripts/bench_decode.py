@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 from dsmoe import config as config_lib
 from dsmoe import model as model_lib
-from dsmoe import runtime
+from dsmoe import platforms, runtime
 from dsmoe.config import ModelConfig
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference import cache
@@ -145,6 +145,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value).model
+  platforms.check_kernels(config.kernels)
   bandwidth = read_bandwidth()
   cpu.release_memory()
   rows = [measure(config, int(n)) for n in _BATCHES.value]

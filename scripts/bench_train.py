@@ -21,7 +21,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from dsmoe import config as config_lib
-from dsmoe import runtime
+from dsmoe import platforms, runtime
 from dsmoe.config import Config
 from dsmoe.data import batches as data
 from dsmoe.data import records
@@ -104,6 +104,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value)
+  platforms.check_kernels(config.model.kernels)
   values: dict[str, Any] = {"validation_globs": ()}
   if _SYNTHETIC.value:
     values |= {"train_globs": ("synthetic",), "train_weights": (1.0,), "cache_dir": ""}

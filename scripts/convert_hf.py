@@ -98,7 +98,7 @@ def _verify() -> None:
   [logits] = [row for row in rows if row.name == "logits"]
   print(f"logits differ by {logits.difference:.3g}; worst: {verify.worst(rows).name}")
   if verify.exceeds(rows, _TOLERANCE.value):
-    output.fail(f"logits must not differ by more than --tolerance={_TOLERANCE.value:g}")
+    output.fail(f"logits must not differ by more than --tolerance={_TOLERANCE.value:g}", 1)
 
 
 # The function of each command, and the flags that it reads.

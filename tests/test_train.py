@@ -102,7 +102,7 @@ def test_changed_config_is_refused_by_name(uninterrupted):
   before = (uninterrupted / "config.json").read_text()
   process = runs.start_training(uninterrupted, "--config.model.routed_scaling_factor=2.0")
   code, _, err = runs.finish(process)
-  assert code == 1 and "Traceback" not in err
+  assert code == 2 and "Traceback" not in err
   assert "model.routed_scaling_factor: 2.5 -> 2.0" in err and "--allow_config_change" in err
   assert (uninterrupted / "config.json").read_text() == before
   assert checkpoint_steps(uninterrupted) == [39, 40]
@@ -113,7 +113,7 @@ def test_explosion_stops_with_the_last_good_state_saved(tmp_path):
   code, out, err = runs.finish(runs.start_training(tmp_path, *overrides))
   assert code == 1 and "Traceback" not in err, out + err
   [line] = [line for line in err.splitlines() if "must be finite, at step" in line]
-  assert line.startswith("train: loss (")
+  assert line.startswith("error: loss (")
   good = int(line.split("the state after step ")[1].split()[0])
   assert checkpoint_steps(tmp_path)[-1] == good
   arrays = runs.checkpoint_arrays(tmp_path, good)

@@ -7,9 +7,11 @@ import dataclasses
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 from tokenizers import Tokenizer
 
+from dsmoe import platforms
 from dsmoe.checkpoint import checkpointer
 from dsmoe.config import Config
 from dsmoe.data import tokenizer as tokenizer_lib
@@ -57,6 +59,9 @@ class LoadedRun:
 def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
   """Loads the weights of a run's newest checkpoint, or those of `step`.
 
+  Kernels that the run chose by name and that do not exist on this platform become None, which is
+  said in a warning: what is computed stays the same.
+
   Args:
     workdir: the run's; it may have been written on any number of devices.
     step: the checkpoint; None for the newest.
@@ -67,6 +72,11 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
   workdir = epath.Path(workdir)
   config = checkpointer.load_config(workdir)
   config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1))
+  unusable = platforms.unusable_kernels(config.model.kernels)
+  for field, reason in unusable.items():
+    logging.warning("kernels.%s of %s is None here: %s", field, workdir, reason)
+  kernels = dataclasses.replace(config.model.kernels, **dict.fromkeys(unusable))
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, kernels=kernels))
   mesh = mesh_lib.make_mesh(config.mesh)
   abstract = train_step.abstract_state(config, mesh)
   params, router_bias, step = checkpointer.restore_weights(

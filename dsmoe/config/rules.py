@@ -1,6 +1,9 @@
 """Checks for config rules; each raises ValueError with one sentence that states the values."""
 
+import dataclasses
 from typing import Any
+
+import numpy as np
 
 
 def require(condition: bool, message: str) -> None:
@@ -19,3 +22,23 @@ def at_least(config: Any, minimum: float, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
     require(value >= minimum, f"{name} must be at least {minimum}, got {value}")
+
+
+def numbers(config: Any) -> None:
+  """Raises ValueError unless programs of 32 bits can compute with every number of a dataclass.
+
+  A float, in a tuple too, must be finite in float32 and not become 0 there; an int must be an
+  int32, a seed a uint32. Groups of fields check their own numbers.
+  """
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    for number in value if isinstance(value, tuple) else (value,):
+      if isinstance(number, float):
+        with np.errstate(over="ignore", under="ignore"):
+          single = np.float32(number)
+        kept = np.isfinite(single) and (single != 0) == (number != 0)
+        require(bool(kept), f"{field.name} must be a finite number of float32, got {value}")
+      elif isinstance(number, int) and field.name == "seed":
+        require(0 <= number < 2**32, f"seed must be from 0 to {2**32 - 1}, got {number}")
+      elif isinstance(number, int):
+        require(-(2**31) <= number < 2**31, f"{field.name} must be below {2**31}, got {number}")

@@ -8,7 +8,7 @@ and what each field means, are in `experiments/base.py`.
 import dataclasses
 from collections.abc import Iterable
 
-from dsmoe.config.rules import at_least, one_of, require
+from dsmoe.config.rules import at_least, numbers, one_of, require
 from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul, routing
 from pallas_kernels.routing import SCORING_FUNCS
 
@@ -28,6 +28,7 @@ class RopeScaling:
   mscale_all_dim: float
 
   def __post_init__(self):
+    numbers(self)
     at_least(self, 1.0, "factor")
     at_least(self, 1, "original_max_position_embeddings")
     at_least(self, 0.0, "mscale", "mscale_all_dim")
@@ -128,6 +129,7 @@ class ModelConfig:
     return self.topk_method == "noaux_tc" and self.num_moe_layers > 0
 
   def __post_init__(self):
+    numbers(self)
     at_least(self, 1, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
     at_least(self, 1, "max_position_embeddings", "num_attention_heads", "kv_lora_rank")
     at_least(self, 1, "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -196,6 +198,7 @@ class BalanceConfig:
   sequence_loss_weight: float
 
   def __post_init__(self):
+    numbers(self)
     for method in self.methods:
       one_of("balance.methods", method, ("bias", "sequence"))
     require(
@@ -217,6 +220,7 @@ class LossConfig:
   mtp_switch_step: int
 
   def __post_init__(self):
+    numbers(self)
     at_least(self, 1, "cross_entropy_chunk_tokens")
     at_least(self, 0.0, "z_loss_weight", "mtp_loss_weight", "mtp_final_loss_weight")
     at_least(self, -1, "mtp_switch_step")
@@ -240,6 +244,7 @@ class OptimConfig:
   moment_dtype: str
 
   def __post_init__(self):
+    numbers(self)
     one_of("optim.name", self.name, ("adamw",))
     one_of("optim.schedule", self.schedule, ("cosine", "wsd"))
     one_of("optim.moment_dtype", self.moment_dtype, ("float32", "bfloat16"))
@@ -267,6 +272,7 @@ class DataConfig:
   seed: int
 
   def __post_init__(self):
+    numbers(self)
     require(len(self.train_globs) > 0, "data.train_globs must name at least one source, got ()")
     require(
       len(self.train_globs) == len(self.train_weights),
@@ -290,6 +296,7 @@ class MeshConfig:
   model: int
 
   def __post_init__(self):
+    numbers(self)
     require(
       self.data == -1 or self.data >= 1, f"mesh.data must be -1 or at least 1, got {self.data}"
     )
@@ -307,6 +314,7 @@ class CheckpointConfig:
   keep_every_steps: int
 
   def __post_init__(self):
+    numbers(self)
     at_least(self, 1, "save_every_steps", "keep_last")
     at_least(self, 0, "keep_every_steps")
 
@@ -323,8 +331,12 @@ class LogConfig:
   plots: bool
 
   def __post_init__(self):
+    numbers(self)
     at_least(self, 1, "log_every_steps", "eval_every_steps")
-    at_least(self, -1, "eval_batches")
+    require(
+      self.eval_batches == -1 or self.eval_batches >= 1,
+      f"log.eval_batches must be -1 (all) or at least 1, got {self.eval_batches}",
+    )
     at_least(self, 0, "sample_tokens")
 
 
@@ -346,6 +358,7 @@ class Config:
   log: LogConfig
 
   def __post_init__(self):
+    numbers(self)
     at_least(self, 1, "batch_size", "num_microbatches", "num_steps")
     require(
       self.batch_size % self.num_microbatches == 0,
@@ -356,6 +369,11 @@ class Config:
     require(
       S <= longest,
       f"data.sequence_length ({S}) must not exceed model.max_position_embeddings ({longest})",
+    )
+    require(
+      self.log.sample_tokens < longest,
+      f"log.sample_tokens ({self.log.sample_tokens}) must be below model.max_position_embeddings "
+      f"({longest}): the sample follows a prompt",
     )
     require(
       self.model.num_nextn_predict_layers < S - 1,

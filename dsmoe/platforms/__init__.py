@@ -6,11 +6,14 @@ traced for, which is not the default one when a TPU's program is compiled on a C
 
 import contextlib
 import contextvars
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
 
+from dsmoe.config import KernelsConfig
 from dsmoe.platforms import cpu
+from pallas_kernels.grouped_matmul import tile_table
 
 _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -68,3 +71,32 @@ def reads_chosen_experts(num_tokens: int) -> bool:
   products take less time than reading an expert's weights from memory.
   """
   return num_tokens <= 128
+
+
+def unusable_kernels(kernels: KernelsConfig) -> dict[str, str]:
+  """Finds the choices of kernels that programs traced here cannot have.
+
+  Returns:
+    By field of `kernels`, one sentence that says why: a kernel of another platform, or a table of
+    tile sizes that cannot be read.
+  """
+  found = {}
+  for field, name in dataclasses.asdict(kernels).items():
+    platform = {"mosaic_tpu": "tpu", "mosaic_gpu": "gpu"}.get(name, current())
+    if platform != current():
+      found[field] = (
+        f"kernels.{field} must be an implementation for {current()} or None, "
+        f"got {name!r}, which runs on {platform} only"
+      )
+  if kernels.tuned is not None:
+    try:
+      tile_table.load(kernels.tuned)
+    except ValueError as error:
+      found["tuned"] = str(error)
+  return found
+
+
+def check_kernels(kernels: KernelsConfig) -> None:
+  """Raises ValueError, with its sentence, for the first choice that `unusable_kernels` finds."""
+  for reason in unusable_kernels(kernels).values():
+    raise ValueError(reason)

@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import json
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -51,23 +50,21 @@ def write_json(path: str | None, value: Any) -> None:
 def run_script(main: Callable[[list[str]], Any]) -> None:
   """Parses the flags and calls `main`; the user's mistakes end in one sentence on stderr.
 
-  Wrong flags (among them what `main` raises as `app.UsageError`) exit with code 2, wrong inputs
-  (`ValueError` and `OSError`) with code 1, neither with a traceback. With --verbosity=1 an error
-  of `main` is raised as it is. Other exceptions are defects of the program and keep their
-  traceback.
+  Wrong flags (also what `main` raises as `app.UsageError`) and wrong inputs (`ValueError` and
+  `OSError`) end in `error: <sentence>` and exit code 2. With --traceback they are raised as they
+  are. Other exceptions are defects of the program and keep their traceback.
 
   Args:
     main: called with the arguments that are not flags, the script's name first.
   """
+  flags.disclaim_key_flags()  # --help lists the flag under the script that calls this
+  flags.DEFINE_bool("traceback", False, "Show where in the code an error was raised.")
 
   def guarded(argv: list[str]) -> Any:
-    debugging = flags.FLAGS.verbosity >= 1
     try:
       return main(argv)
-    except app.UsageError as error:
-      fail(_sentence(error), 2)
-    except (ValueError, OSError) as error:
-      if debugging:
+    except (app.UsageError, ValueError, OSError) as error:
+      if flags.FLAGS.traceback:
         raise
       fail(_sentence(error))
 
@@ -80,9 +77,9 @@ def refuse_arguments(argv: list[str]) -> None:
     raise app.UsageError(f"only flags may be given, got {' '.join(argv[1:])!r}")
 
 
-def fail(sentence: str, code: int = 1) -> NoReturn:
-  """Prints the script's name and one sentence to stderr, and exits."""
-  print(f"{pathlib.Path(sys.argv[0]).stem}: {sentence}", file=sys.stderr)
+def fail(sentence: str, code: int = 2) -> NoReturn:
+  """Prints `error: ` and one sentence to stderr, and exits; code 2 is for the user's mistakes."""
+  print(f"error: {sentence}", file=sys.stderr)
   sys.exit(code)
 
 
@@ -90,10 +87,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
   """Parses flags; a config's loading runs in here, so that whatever it raises is a wrong flag."""
   try:
     return flags.FLAGS(argv)
-  except AttributeError as error:  # how ml_collections refuses --config.<unknown>
-    fail(f"a flag must name a field of the config, got {_sentence(error)}", 2)
   except Exception as error:
-    fail(_sentence(error), 2)
+    if "--traceback" in argv:
+      raise
+    unknown_field = isinstance(error, AttributeError)  # how ml_collections refuses --config.<it>
+    named = "a flag must name a field of the config, got " if unknown_field else ""
+    fail(named + _sentence(error))
 
 
 def _sentence(error: Exception) -> str:

@@ -1,5 +1,8 @@
 """Tests of dsmoe/checkpoint/loading.py: a run's weights on this process's devices."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -54,6 +57,19 @@ def test_an_older_step_and_an_absent_one(workdir):
   np.testing.assert_array_equal(new.params["embed"], 2 * np.asarray(old.params["embed"]))
   with pytest.raises(ValueError, match=r"\(\[0, 4\]\), got 3"):
     checkpoint.load_run(workdir, 3)
+
+
+def test_kernels_of_another_platform_become_none_here(workdir, tmp_path, caplog):
+  folder = shutil.copytree(workdir, tmp_path / "run")
+  values = json.loads((folder / "config.json").read_text())
+  values["model"]["kernels"] |= {"attention": "mosaic_tpu", "routing": "reference", "tuned": "/no"}
+  (folder / "config.json").write_text(json.dumps(values))
+  with caplog.at_level("WARNING"):
+    kernels = checkpoint.load_run(folder).config.model.kernels
+  assert (kernels.attention, kernels.routing, kernels.tuned) == (None, "reference", None)
+  assert [record.getMessage().split(" is None here: ")[0] for record in caplog.records] == [
+    f"kernels.{field} of {folder}" for field in ("attention", "tuned")
+  ]
 
 
 def test_a_run_without_a_tokenizer_says_so(workdir, tmp_path):

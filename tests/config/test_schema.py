@@ -183,7 +183,16 @@ RULES = [
   ({"checkpoint.keep_every_steps": -1}, "keep_every_steps must be at least 0, got -1"),
   ({"log.log_every_steps": 0}, "log_every_steps must be at least 1, got 0"),
   ({"log.eval_every_steps": 0}, "eval_every_steps must be at least 1, got 0"),
-  ({"log.eval_batches": -2}, "eval_batches must be at least -1, got -2"),
+  ({"log.eval_batches": -2}, "log.eval_batches must be -1 (all) or at least 1, got -2"),
+  ({"log.eval_batches": 0}, "log.eval_batches must be -1 (all) or at least 1, got 0"),
+  ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
+  ({"data.seed": 2**32}, "seed must be from 0 to 4294967295, got 4294967296"),
+  ({"num_steps": 2**31}, "num_steps must be below 2147483648, got 2147483648"),
+  (
+    {"log.sample_tokens": 4096},
+    "log.sample_tokens (4096) must be below model.max_position_embeddings (4096): the sample "
+    "follows a prompt",
+  ),
   ({"log.sample_tokens": -1}, "sample_tokens must be at least 0, got -1"),
   *(
     ({name: 0}, f"{name} must be at least 1, got 0")
@@ -198,6 +207,33 @@ def test_a_broken_rule_is_named_with_its_values(changes, message):
   with pytest.raises(ValueError) as error:
     config_lib.from_dict(_values(**changes))
   assert str(error.value) == message
+
+
+def _floats(values, path=()):
+  """Lists the dotted names of all floats in nested dicts, and of tuples of floats."""
+  for name, value in values.items():
+    here = (*path, name)
+    if isinstance(value, dict):
+      yield from _floats(value, here)
+    elif isinstance(value, float) or (isinstance(value, (tuple, list)) and 1.0 in value):
+      yield ".".join(here)
+
+
+FLOATS = sorted(_floats(_values()))
+
+
+def test_the_list_of_floats_is_not_empty():
+  assert len(FLOATS) >= 20 and "data.train_weights" in FLOATS
+
+
+@pytest.mark.parametrize("number", [float("inf"), -float("inf"), float("nan"), 1e39, 1e-60])
+@pytest.mark.parametrize("name", FLOATS)
+def test_every_float_must_be_finite(name, number):
+  """1e39 is infinite in float32, and 1e-60 is zero."""
+  value = (number,) if name == "data.train_weights" else number
+  field = name.split(".")[-1]
+  with pytest.raises(ValueError, match=f"^{field} must be a finite number of float32, got "):
+    config_lib.from_dict(_values(**{name: value}))
 
 
 @pytest.mark.parametrize(

@@ -694,18 +694,18 @@ def test_script_converts_both_ways(tmp_path):
   assert re.search(r"import: .* of .* GB, .* GB/s, 0 s left", out)
   assert re.search(r"ignored\s+4\b", out) and "ignored, copy: 4" in out
   code, _, err = runs.finish(runs.start(script, "import", *args))
-  assert code == 1 and err.startswith("convert_hf: the destination must not exist, ")
+  assert code == 2 and err.startswith("error: the destination must not exist, ")
   args = (f"--folder={tmp_path / 'out'}", f"--workdir={tmp_path / 'run'}")
   out = runs.run(script, "export", *args, "--max_shard_bytes=5000")
   assert "step 0 of" in out
   assert stored_bytes(tmp_path / "out") == stored_bytes(tmp_path / "hf")
-  for wrong, expected_code, message in (
-    (("nope",), 2, "one of import, export, verify must be given"),
-    (("import",), 2, "--folder must be given"),
-    (("export", "--dtype=float32"), 2, "--dtype must not be given with export, which reads --"),
-    (("verify", f"--first={tmp_path}", "--second=/"), 1, f"{tmp_path} must hold config"),
+  for wrong, message in (
+    (("nope",), "one of import, export, verify must be given"),
+    (("import",), "--folder must be given"),
+    (("export", "--dtype=float32"), "--dtype must not be given with export, which reads --"),
+    (("verify", f"--first={tmp_path}", "--second=/"), f"{tmp_path} must hold config"),
   ):
     code, out, err = runs.finish(runs.start(script, *wrong))
-    assert (code, out) == (expected_code, "")
-    [line] = [line for line in err.splitlines() if line.startswith("convert_hf: ")]
+    assert (code, out) == (2, "")
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line and "Traceback" not in err

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsmoe import platforms
+from dsmoe.config import KernelsConfig
 from dsmoe.parallel import mesh as mesh_lib
 from tests.helpers import mesh_of
 
@@ -19,6 +20,36 @@ def test_compiler_options_are_for_cpu_and_this_compiler_knows_them(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert platforms.compiler_options() == {}
   assert platforms.compiler_options("cpu") and platforms.compiler_options("tpu") == {}
+
+
+def test_kernels_of_another_platform_are_named():
+  kernels = KernelsConfig(
+    attention="mosaic_tpu", decode_attention="mosaic_gpu", routing="reference"
+  )
+  assert platforms.unusable_kernels(kernels) == {
+    "attention": "kernels.attention must be an implementation for cpu or None, got 'mosaic_tpu', "
+    "which runs on tpu only",
+    "decode_attention": "kernels.decode_attention must be an implementation for cpu or None, got "
+    "'mosaic_gpu', which runs on gpu only",
+  }
+  with platforms.compiling_for("tpu"):
+    assert list(platforms.unusable_kernels(kernels)) == ["decode_attention"]
+  with pytest.raises(ValueError, match=r"^kernels\.attention must be"):
+    platforms.check_kernels(kernels)
+  assert platforms.unusable_kernels(KernelsConfig(attention="xla")) == {}
+
+
+@pytest.mark.parametrize(
+  "content", [None, "", "{", "[1]", '{"cpu": 3}', '{"cpu": {"a": 1.5}}', "\0\0", b"\xff\xfe"]
+)
+def test_a_table_of_tiles_must_be_one(tmp_path, content):
+  path = tmp_path / "tiles.json"
+  if content is not None:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  found = platforms.unusable_kernels(KernelsConfig(tuned=str(path)))
+  assert list(found) == ["tuned"] and str(path) in found["tuned"]
+  path.write_text('{"cpu": {"a": 16}}')
+  assert platforms.unusable_kernels(KernelsConfig(tuned=str(path))) == {}
 
 
 RELEASE = """

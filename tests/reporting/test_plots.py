@@ -108,7 +108,7 @@ def test_report_prints_the_table_and_redraws(tmp_path):
 def test_report_names_the_missing_file(tmp_path):
   done = _report(f"--workdir={tmp_path}")
   assert (done.returncode, done.stdout) == (2, "")
-  assert done.stderr == f"report: --workdir={tmp_path} must hold metrics.jsonl, it does not\n"
+  assert done.stderr == f"error: --workdir={tmp_path} must hold metrics.jsonl, it does not\n"
 
 
 def test_running_mean_matches_a_loop_and_keeps_the_ends():

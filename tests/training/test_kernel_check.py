@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from dsmoe import train
+from dsmoe import platforms, train
 from dsmoe.training import kernel_check, train_step
 from pallas_kernels.grouped_matmul import api as grouped_matmul
 from pallas_kernels.mla_attention import api as attention
@@ -23,7 +23,7 @@ from tests.runs import TWO_LAYERS
 
 @pytest.fixture(autouse=True)
 def interpreted():
-  with pltpu.force_tpu_interpret_mode():
+  with pltpu.force_tpu_interpret_mode(), platforms.compiling_for("tpu"):
     yield
 
 
