@@ -371,11 +371,6 @@ class Config:
       f"data.sequence_length ({S}) must not exceed model.max_position_embeddings ({longest})",
     )
     require(
-      self.log.sample_tokens < longest,
-      f"log.sample_tokens ({self.log.sample_tokens}) must be below model.max_position_embeddings "
-      f"({longest}): the sample follows a prompt",
-    )
-    require(
       self.model.num_nextn_predict_layers < S - 1,
       f"num_nextn_predict_layers ({self.model.num_nextn_predict_layers}) must be less than "
       f"data.sequence_length - 1 ({S - 1}): the deepest module predicts from the tokens left",
