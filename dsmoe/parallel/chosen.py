@@ -32,7 +32,8 @@ def chosen(x_MD, routed: Routed, experts: ExpertWeights, real_M=None):
   Returns:
     [M, D] in x's dtype.
   """
-  expert_MK, gate_MK = routed.expert_MK, routed.gate_MK
+  # The loop takes choices by traced numbers, which NumPy's own arrays refuse.
+  expert_MK, gate_MK = jnp.asarray(routed.expert_MK), jnp.asarray(routed.gate_MK)
   M, K = expert_MK.shape
   if M == 1:
 
