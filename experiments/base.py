@@ -65,8 +65,9 @@ def get_config() -> config_dict.ConfigDict:
   # What is kept for the backward pass. none: all that it reads | dots: outputs of matmuls | full:
   # the input of each layer. The rest is computed again.
   m.remat = "none"
-  # local: permute tokens to their experts, one grouped matmul | dense: every expert computes every
-  # token; slow, for tests.
+  # local: permute tokens to their experts, one grouped matmul | all_gather: with mesh.expert above
+  # 1, gather the tokens of the axis' devices, each of which applies its own experts, and scatter
+  # the sums | dense: every expert computes every token; slow, for tests.
   m.dispatch = "local"
   m.attention_chunk_tokens = 128  # queries computed at once; memory is linear in sequence length
   # Of the attention projections and all experts, forward and backward. compute_dtype | fp8: E4M3

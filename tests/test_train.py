@@ -13,7 +13,7 @@ import pytest
 from dsmoe import train
 from dsmoe.reporting import metrics
 from tests import runs
-from tests.helpers import small_config
+from tests.helpers import assert_close, small_config
 
 LAST_STEP = 40
 
@@ -126,6 +126,28 @@ def test_run_without_validation_data(tmp_path):
   assert train.train(config, tmp_path) == 3
   assert not any("validation_loss" in row for row in metrics.read_metrics(tmp_path))
   assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 3
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_experts_on_other_devices(tmp_path):
+  """Along (data, expert) 4 x 2, then 2 x 4, with the losses and the counts of data 8."""
+
+  def run(name, num_steps, **mesh):
+    fields = {**runs.TWO_LAYERS, "num_steps": num_steps, "optim.schedule": "wsd"}
+    fields |= {"optim.warmup_steps": 1, "optim.decay_steps": 0, "model.v_head_dim": 12}
+    fields["log.log_every_steps"] = 1
+    fields |= {f"mesh.{axis}": size for axis, size in mesh.items()}
+    fields |= {"model.dispatch": "all_gather" if mesh else "local"}
+    train.train(small_config(**fields), tmp_path / name, allow_config_change=True)
+    rows = [row for row in metrics.read_metrics(tmp_path / name) if "loss" in row]
+    return np.array([row["loss"] for row in rows]), [row["expert_counts"] for row in rows]
+
+  run("b", 2, expert=2)
+  losses, counts = run("b", 4, expert=4)
+  expected_losses, expected_counts = run("a", 4)
+  assert len(losses) == 4
+  assert_close(losses, expected_losses)
+  np.testing.assert_array_equal(counts, expected_counts)
 
 
 def test_a_glob_that_matches_nothing_leaves_no_workdir(tmp_path):

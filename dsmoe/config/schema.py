@@ -155,11 +155,11 @@ class ModelConfig:
     one_of("topk_method", self.topk_method, ("noaux_tc", "group_limited_greedy", "greedy"))
     one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
     one_of("remat", self.remat, ("none", "dots", "full"))
-    one_of("dispatch", self.dispatch, ("local", "dense"))
+    one_of("dispatch", self.dispatch, ("local", "dense", "all_gather"))
     one_of("matmul_precision", self.matmul_precision, ("compute_dtype", "fp8", "fp8_ue8m0"))
     require(
-      self.matmul_precision == "compute_dtype" or self.dispatch == "local",
-      f"matmul_precision {self.matmul_precision!r} needs dispatch 'local', got {self.dispatch!r}",
+      self.matmul_precision == "compute_dtype" or self.dispatch != "dense",
+      f"matmul_precision {self.matmul_precision!r} needs another dispatch than 'dense'",
     )
     if self.num_moe_layers:
       self._check_experts()
@@ -300,7 +300,8 @@ class MeshConfig:
     require(
       self.data == -1 or self.data >= 1, f"mesh.data must be -1 or at least 1, got {self.data}"
     )
-    for axis in ("stage", "expert", "context", "model"):
+    at_least(self, 1, "expert")
+    for axis in ("stage", "context", "model"):
       size = getattr(self, axis)
       require(size == 1, f"mesh.{axis} must be 1 (that axis does not exist yet), got {size}")
 
@@ -381,6 +382,17 @@ class Config:
       or not self.model.num_moe_layers,
       f"balance.methods 'bias' needs model.topk_method 'noaux_tc', got {self.model.topk_method!r}",
     )
+    E, devices = self.model.n_routed_experts, self.mesh.expert
+    if devices > 1 and self.model.num_moe_layers:
+      require(
+        self.model.dispatch != "local",
+        f"mesh.expert ({devices}) above 1 needs model.dispatch 'all_gather', got "
+        f"{self.model.dispatch!r}",
+      )
+      require(
+        E % devices == 0,
+        f"model.n_routed_experts ({E}) must be divisible by mesh.expert ({devices})",
+      )
     o = self.optim
     tail = o.decay_steps if o.schedule == "wsd" else 0
     require(

@@ -19,7 +19,7 @@ def gather_weight(x: jax.Array, dims: tuple[str, ...]) -> jax.Array:
   """
   for place, axis in enumerate(stored_spec(dims)):
     # Over an axis of one device a gather would be a copy.
-    if axis is not None and axis != COMPUTED.get(dims[place]) and jax.lax.axis_size(axis) > 1:
+    if axis is not None and axis != COMPUTED.get(dims[place]) and devices_along(axis) > 1:
       x = jax.lax.all_gather(x, axis, axis=place, tiled=True)
   return x
 
@@ -27,3 +27,16 @@ def gather_weight(x: jax.Array, dims: tuple[str, ...]) -> jax.Array:
 def sum_over_batch(x: Any) -> Any:
   """Sums a tree of arrays over every device that holds a part of the batch."""
   return jax.lax.psum(x, BATCH_AXES)
+
+
+def devices_along(axis: str) -> int:
+  """Returns the number of devices along a mesh axis: 1 outside `mesh.shard_map`."""
+  try:
+    return jax.lax.axis_size(axis)
+  except NameError:
+    return 1
+
+
+def sum_to_owners(x: jax.Array, axis: str) -> jax.Array:
+  """Sums an array over the devices along an axis and gives each its part of the first dimension."""
+  return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)

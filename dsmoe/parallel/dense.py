@@ -4,17 +4,31 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe.config import ModelConfig
+from dsmoe.parallel import collectives
+from dsmoe.parallel.all_gather import gathered_tokens
 from dsmoe.parallel.experts import ExpertWeights
 from pallas_kernels.routing import Routed
 
 
 def dense(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
-  """Applies every expert to every token and masks: E / K times the work of the other paths."""
+  """Applies every expert to every token and masks: E / K times the work of the other paths.
+
+  Along an axis `expert` of several devices each applies its own experts to the tokens of all.
+  """
+  if collectives.devices_along("expert") == 1:
+    return _masked(x_MD, routed, experts, 0)
+  x_TD, routed = gathered_tokens(x_MD, routed)
+  first = jax.lax.axis_index("expert") * experts.num_experts
+  return collectives.sum_to_owners(_masked(x_TD, routed, experts, first), "expert")
+
+
+def _masked(x_MD, routed: Routed, experts: ExpertWeights, first):
+  """Returns the sum of every token's shares of the experts from number `first` on."""
   expert_MK, gate_MK = routed.expert_MK, routed.gate_MK
   w_gate_EDF, w_up_EDF, w_down_EFD = experts.own()
+  number_E = first + jnp.arange(w_gate_EDF.shape[0])
   gate_ME = jnp.sum(
-    gate_MK[:, :, None] * (expert_MK[:, :, None] == jnp.arange(w_gate_EDF.shape[0])[None, None, :]),
-    axis=1,
+    gate_MK[:, :, None] * (expert_MK[:, :, None] == number_E[None, None, :]), axis=1
   )
   inner_EMF = jax.nn.silu(jnp.einsum("md,edf->emf", x_MD, w_gate_EDF)) * jnp.einsum(
     "md,edf->emf", x_MD, w_up_EDF

@@ -10,12 +10,16 @@ from collections.abc import Callable
 
 from dsmoe import platforms
 from dsmoe.config import ModelConfig
-from dsmoe.parallel import chosen, dense, local
+from dsmoe.parallel import all_gather, chosen, collectives, dense, local
 from dsmoe.parallel.experts import ExpertWeights
 from pallas_kernels.routing import Routed
 
 # By their names in the config.
-BACK_ENDS: dict[str, Callable] = {"local": local.local, "dense": dense.dense}
+BACK_ENDS: dict[str, Callable] = {
+  "local": local.local,
+  "dense": dense.dense,
+  "all_gather": all_gather.all_gather,
+}
 
 
 def routed_experts(
@@ -43,7 +47,8 @@ def routed_experts(
   M = x_MD.shape[0]
   if (
     inference
-    and config.dispatch == "local"
+    and config.dispatch != "dense"
+    and collectives.devices_along("expert") == 1
     and config.kernels.grouped_matmul is None
     and config.matmul_precision == "compute_dtype"
     and platforms.reads_chosen_experts(M)

@@ -83,14 +83,14 @@ RULES = [
   ),
   ({"model.compute_dtype": "f16"}, "compute_dtype must be one of bfloat16, float32, got 'f16'"),
   ({"model.remat": "all"}, "remat must be one of none, dots, full, got 'all'"),
-  ({"model.dispatch": "far"}, "dispatch must be one of local, dense, got 'far'"),
+  ({"model.dispatch": "far"}, "dispatch must be one of local, dense, all_gather, got 'far'"),
   (
     {"model.matmul_precision": "fp4"},
     "matmul_precision must be one of compute_dtype, fp8, fp8_ue8m0, got 'fp4'",
   ),
   (
     {"model.matmul_precision": "fp8", "model.dispatch": "dense"},
-    "matmul_precision 'fp8' needs dispatch 'local', got 'dense'",
+    "matmul_precision 'fp8' needs another dispatch than 'dense'",
   ),
   (
     {"model.kernels.routing": "fastest"},
@@ -173,10 +173,19 @@ RULES = [
     "num_nextn_predict_layers (2) must be less than data.sequence_length - 1 (2): the deepest "
     "module predicts from the tokens left",
   ),
+  ({"mesh.expert": 0}, "expert must be at least 1, got 0"),
+  (
+    {"mesh.expert": 2},
+    "mesh.expert (2) above 1 needs model.dispatch 'all_gather', got 'local'",
+  ),
+  (
+    {"mesh.expert": 5, "model.dispatch": "all_gather"},
+    "model.n_routed_experts (12) must be divisible by mesh.expert (5)",
+  ),
   ({"mesh.data": 0}, "mesh.data must be -1 or at least 1, got 0"),
   *(
     ({f"mesh.{axis}": 2}, f"mesh.{axis} must be 1 (that axis does not exist yet), got 2")
-    for axis in ("stage", "expert", "context", "model")
+    for axis in ("stage", "context", "model")
   ),
   ({"checkpoint.save_every_steps": 0}, "save_every_steps must be at least 1, got 0"),
   ({"checkpoint.keep_last": 0}, "keep_last must be at least 1, got 0"),

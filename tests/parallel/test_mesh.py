@@ -30,8 +30,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
 
 
 def test_an_axis_that_does_not_exist_yet_is_refused():
-  with pytest.raises(ValueError, match=r"mesh.expert must be 1 \(that axis does not exist yet\)"):
-    MeshConfig(**ONES | {"expert": 2})
+  with pytest.raises(ValueError, match=r"mesh.context must be 1 \(that axis does not exist yet\)"):
+    MeshConfig(**ONES | {"context": 2})
 
 
 def test_named_wraps_every_spec():

@@ -24,10 +24,13 @@ def first_step(
   remat: str = "none",
   dispatch: str = "local",
   scanned: bool = False,
+  expert: int = 1,
+  precision: str = "compute_dtype",
 ):
   """Returns (initial params, state after one step, metrics) as NumPy arrays.
 
-  `scanned` takes the path of deep models, whose layers are scanned.
+  `scanned` takes the path of deep models, whose layers are scanned; `expert` of the devices lie
+  along that axis.
   """
   config = small_config(
     **{
@@ -35,9 +38,12 @@ def first_step(
       "model.remat": remat,
       "model.dispatch": dispatch,
       "optim.warmup_steps": 0,
+      "mesh.expert": expert,
+      "model.matmul_precision": precision,
+      "model.v_head_dim": 12,  # 24 with qk_nope_head_dim, which is split over `expert`
     }
   )
-  mesh = mesh_of(num_devices)
+  mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:num_devices])
   state = train_step.init_state(config, mesh)
   before = jax.device_get(state.params)
   step = train_step.make_train_step(config, mesh)
@@ -54,6 +60,17 @@ def first_step(
     dict(num_devices=4, remat="dots"),
     dict(num_devices=8, num_microbatches=2, remat="full", scanned=True),
     dict(dispatch="dense"),
+    dict(num_devices=2, expert=2, dispatch="all_gather"),
+    dict(num_devices=4, expert=4, dispatch="all_gather", num_microbatches=4),
+    dict(
+      num_devices=8,
+      expert=4,
+      dispatch="all_gather",
+      num_microbatches=2,
+      remat="full",
+      scanned=True,
+    ),
+    dict(num_devices=4, expert=2, dispatch="dense"),
   ],
   ids=str,
 )

@@ -1,0 +1,99 @@
+"""Every device of the expert axis sees all its tokens, and applies its own experts to them.
+
+The tokens of the axis' devices are gathered, each device sums its experts' shares of every token,
+and a reduce-scatter gives each token's sum back to its device. Shapes are static and nothing is
+dropped, whatever the routing. A token's row crosses to every other device and back: for few
+devices. (One copy for each chosen expert is less from degree 8 on, with 8 experts a token.)
+
+Shapes: X devices along the axis `expert`, M tokens a device, T = X M, D hidden, E experts of the
+layer, O of them this device's own, K experts a token, P rows.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from dsmoe.config import ModelConfig
+from dsmoe.parallel import collectives
+from dsmoe.parallel.experts import ExpertWeights
+from dsmoe.parallel.local import local
+from pallas_kernels import grouped_matmul, permute
+from pallas_kernels import quantized_matmul as quantized
+from pallas_kernels.grouped_matmul import tile_table
+from pallas_kernels.routing import Routed
+
+
+def all_gather(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
+  """Returns each token's sum over its experts; see `dispatch.routed_experts`."""
+  if collectives.devices_along("expert") == 1:
+    return local(x_MD, routed, experts, config)
+  with jax.named_scope("exchange"):
+    x_TD, routed = gathered_tokens(x_MD, routed)
+  y_TD = _own_experts(x_TD, routed, experts, config)
+  with jax.named_scope("exchange"):
+    return collectives.sum_to_owners(y_TD, "expert")
+
+
+def gathered_tokens(x_MD, routed: Routed) -> tuple[jax.Array, Routed]:
+  """Gathers the tokens of all devices of the expert axis, device by device.
+
+  Args:
+    x_MD: this device's tokens.
+    routed: their experts and gates; counts and ranks are of this device's tokens.
+
+  Returns:
+    x_TD, and the same for all T tokens: an expert's tokens are ranked in the order of the devices.
+  """
+  counts_XE = jax.lax.all_gather(routed.counts_E, "expert")
+  before_XE = jnp.cumsum(counts_XE, axis=0, dtype=jnp.int32) - counts_XE
+  rank_MK = routed.rank_MK + before_XE[jax.lax.axis_index("expert")][routed.expert_MK]
+  x_TD, expert_TK, gate_TK, rank_TK = (
+    jax.lax.all_gather(a, "expert", tiled=True)
+    for a in (x_MD, routed.expert_MK, routed.gate_MK, rank_MK)
+  )
+  counts_E = jnp.sum(counts_XE, axis=0, dtype=jnp.int32)
+  return x_TD, Routed(expert_TK, gate_TK, counts_E, rank_TK)
+
+
+def _own_experts(x_TD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
+  """Returns the sum of this device's experts' shares of every token, [T, D] in x's dtype."""
+  weights, (T, K) = experts.own(), routed.expert_MK.shape
+  (O, D, F), E, P = weights[0].shape, routed.counts_E.shape[0], T * K
+  fp8, kernels = config.matmul_precision != "compute_dtype", config.kernels
+  if fp8:
+    alignment = quantized.row_alignment(P, E, kernels.quantized_matmul)
+  else:
+    alignment = grouped_matmul.row_alignment(P, E, kernels.grouped_matmul)
+  counts_E = routed.counts_E
+  pair_P, row_TK = permute.expert_order(routed.expert_MK, routed.rank_MK, counts_E, alignment)
+  first = jax.lax.axis_index("expert") * O
+  starts_E = permute.group_starts(counts_E, alignment)
+  sizes_O, starts_O = (jax.lax.dynamic_slice_in_dim(a, first, O) for a in (counts_E, starts_E))
+  own_P = permute.in_a_group(pair_P.shape[0], sizes_O, starts_O)
+  weight_P = permute.weights_of_rows(routed.gate_MK, row_TK, pair_P.shape[0])
+
+  # Neither the other devices' rows nor their gradients are defined behind an expert: both are 0.
+  x_PD = jnp.where(own_P[:, None], permute.permute(x_TD, pair_P, row_TK), 0)
+  if fp8:
+    implementation, power_of_two = config.quantization
+    y_PD = quantized.quantized_grouped_swiglu(
+      x_PD,
+      weight_P,
+      *weights,
+      sizes_O,
+      implementation,
+      power_of_two,
+      alignment,
+      starts_O,
+    )
+  else:
+    y_PD = grouped_matmul.grouped_swiglu(
+      x_PD,
+      weight_P,
+      *weights,
+      sizes_O,
+      implementation=kernels.grouped_matmul,
+      alignment=alignment,
+      group_starts_E=starts_O,
+      tile=tile_table.tile(kernels.tuned, kernels.grouped_matmul, P, O, D, F, x_TD.dtype),
+    )
+  return permute.combine(jnp.where(own_P[:, None], y_PD, 0), pair_P, row_TK)

@@ -1,0 +1,185 @@
+"""The exchange of tokens among the devices of the expert axis, against loops over all tokens."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from dsmoe.compilers import compile_only
+from dsmoe.config import KernelsConfig, MeshConfig
+from dsmoe.parallel import dispatch
+from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.parallel.experts import ExpertWeights
+from pallas_kernels.routing import Routed, Rule, ranks, route
+from tests.helpers import assert_close
+from tests.pallas_kernels.topologies import tpu_devices
+from tests.parallel.test_dispatch import _by_loops, _config
+
+D, E, F, K = 6, 8, 10, 3
+TOKENS = PartitionSpec(("data", "expert"))
+WEIGHTS = PartitionSpec("expert", "data")
+
+
+def _mesh(data: int, expert: int):
+  config = MeshConfig(stage=1, data=data, expert=expert, context=1, model=1)
+  return mesh_lib.make_mesh(config, jax.devices()[: data * expert])
+
+
+def _experts_of(kind: str, num_tokens: int, rng):
+  """int32 [tokens, K], a token's experts all different."""
+  if kind == "one_device":  # the last four experts have all tokens
+    return np.array([4 + rng.permutation(4)[:K] for _ in range(num_tokens)], np.int32)
+  if kind == "zipf":
+    share = 1 / np.arange(1, E + 1) ** 1.2
+    rows = [rng.choice(E, K, replace=False, p=share / share.sum()) for _ in range(num_tokens)]
+    return np.array(rows, np.int32)
+  if kind == "empty":
+    return np.array([rng.permutation([1, 3, 6])[:K] for _ in range(num_tokens)], np.int32)
+  return np.array([rng.permutation(E)[:K] for _ in range(num_tokens)], np.int32)
+
+
+def _inputs(kind: str, num_tokens: int):
+  rng = np.random.default_rng(3)
+  x, dy = rng.standard_normal((2, num_tokens, D)).astype(np.float32)
+  gates = rng.uniform(0.1, 2, (num_tokens, K)).astype(np.float32)
+  draw = lambda *shape: (0.7 * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
+  weights = (draw(E, D, F), draw(E, D, F), draw(E, F, D))
+  return x, _experts_of(kind, num_tokens, rng), gates, weights, dy
+
+
+def _run(back_end: str, mesh, config, x, experts, gates, weights, dy, wrap=lambda fn: fn):
+  """Returns y and the gradients of x, gates and weights, computed on a mesh."""
+
+  def one_device(x, experts, gates, weights):
+    # Stored split over both axes, gathered over `data` only: an expert stays with its owner.
+    own = [jax.lax.all_gather(w, "data", axis=1, tiled=True) for w in weights]
+    routed = Routed(experts, gates, *ranks(experts, E)[::-1])
+    return dispatch.BACK_ENDS[back_end](x, routed, ExpertWeights(*own), config)
+
+  spec = (TOKENS, TOKENS, TOKENS, (WEIGHTS, WEIGHTS, WEIGHTS))
+  split = mesh_lib.shard_map(wrap(one_device), mesh, spec, TOKENS)
+
+  @jax.jit
+  def both(x, experts, gates, weights, dy):
+    y, vjp = jax.vjp(lambda x, g, w: split(x, experts, g, w), x, gates, weights)
+    return y, vjp(dy)
+
+  return jax.block_until_ready(both(x, experts, gates, weights, dy))
+
+
+@pytest.mark.parametrize("kind", ["even", "zipf", "one_device", "empty"])
+@pytest.mark.parametrize("back_end", ["dense", "all_gather"])
+@pytest.mark.parametrize("data, expert", [(1, 2), (2, 4)])
+def test_matches_loops_in_value_and_every_gradient(back_end, data, expert, kind):
+  inputs = _inputs(kind, 5 * data * expert)
+  actual = _run(back_end, _mesh(data, expert), _config(), *inputs)
+  assert_close(actual, _by_loops(*inputs))
+
+
+def test_one_token_and_one_expert_a_device():
+  inputs = _inputs("even", 8)
+  actual = _run("all_gather", _mesh(1, 8), _config(), *inputs)
+  assert_close(actual, _by_loops(*inputs))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "ragged_dot", "blocked"])
+def test_every_grouped_matmul(implementation):
+  config = _config(kernels=KernelsConfig(grouped_matmul=implementation))
+  inputs = _inputs("zipf", 12)
+  assert_close(_run("all_gather", _mesh(1, 2), config, *inputs), _by_loops(*inputs))
+
+
+def test_under_scan_and_rematerialisation():
+  """Two equal layers after each other, of which only the first's input is kept."""
+
+  def twice(fn):
+    def run(x, experts, gates, weights):
+      layer = jax.checkpoint(lambda x, _: (fn(x, experts, gates, weights), None))
+      return jax.lax.scan(layer, x, None, length=2)[0]
+
+    return run
+
+  x, experts, gates, weights, dy = inputs = _inputs("zipf", 24)
+  actual = _run("all_gather", _mesh(2, 4), _config(), *inputs, wrap=twice)
+  middle, _ = _by_loops(*inputs)
+  y, (dmiddle, dgates, dweights) = _by_loops(middle, experts, gates, weights, dy)
+  _, (dx, first_dgates, first_dweights) = _by_loops(x, experts, gates, weights, dmiddle)
+  dweights = tuple(a + b for a, b in zip(dweights, first_dweights))
+  assert_close(actual, (y, (dx, dgates + first_dgates, dweights)))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_ue8m0"])
+def test_fp8_equals_one_device(precision):
+  """A tile of 128 numbers is of one row, and a device's experts are whole: the codes are alike."""
+  config = _config(matmul_precision=precision)
+  inputs = _inputs("zipf", 24)
+  expected = _run("local", _mesh(1, 1), config, *inputs)
+  assert_close(_run("all_gather", _mesh(1, 4), config, *inputs), expected)
+
+
+def test_every_token_goes_to_every_other_device_once():
+  """Among four devices: three remote copies of a row, and as many partial sums on the way back."""
+  mesh, M = _mesh(1, 4), 5
+  arguments = _inputs("even", M * 4)[:4]
+
+  def forward(x, experts, gates, weights):
+    routed = Routed(experts, gates, *ranks(experts, E)[::-1])
+    return dispatch.BACK_ENDS["all_gather"](x, routed, ExpertWeights(*weights), _config())
+
+  spec = (TOKENS, TOKENS, TOKENS, (WEIGHTS, WEIGHTS, WEIGHTS))
+  text = jax.jit(mesh_lib.shard_map(forward, mesh, spec, TOKENS)).lower(*arguments).compile()
+  rows = {"all-gather": 0, "reduce-scatter": 0}
+  for line in text.as_text().splitlines():
+    found = re.search(r"= f32\[(\d+),(\d+)\]\S* (all-gather|reduce-scatter)\(", line)
+    if found and int(found[2]) == D:
+      rows[found[3]] += int(found[1])
+  assert rows == {"all-gather": 4 * M, "reduce-scatter": M}  # of 4 M rows, 3 M come from others
+
+
+@pytest.mark.tpu
+def test_compiles_for_a_tpu_with_its_kernels_and_sums_no_rows():
+  """The gradient over 2 x 2 devices: weights and rows are scattered, and no row is all-reduced."""
+  config = MeshConfig(stage=1, data=2, expert=2, context=1, model=1)
+  mesh = mesh_lib.make_mesh(config, tpu_devices("v5p:2x2x1"))
+  M, D, E, F, K = 256, 512, 4, 256, 2
+  model = _config(
+    kernels=KernelsConfig(grouped_matmul="mosaic_tpu"),
+    n_group=2,
+    n_routed_experts=E,
+    num_experts_per_tok=K,
+  )
+  rule = Rule(K, 2, 1, "top2", "sigmoid", True, 2.5)
+
+  def one_device(x, logits, *weights):
+    own = [jax.lax.all_gather(w, "data", axis=1, tiled=True) for w in weights]
+    routed = route(logits, None, rule, "mosaic_tpu")
+    return dispatch.BACK_ENDS["all_gather"](x, routed, ExpertWeights(*own), model)
+
+  specs = (TOKENS, TOKENS, WEIGHTS, WEIGHTS, WEIGHTS)
+  split = mesh_lib.shard_map(one_device, mesh, specs, TOKENS)
+  shapes = [(4 * M, D), (4 * M, E), (E, D, F), (E, D, F), (E, F, D)]
+  dtypes = [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
+  args = [
+    jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+    for shape, dtype, spec in zip(shapes, dtypes, specs)
+  ]
+
+  def gradients(*args):
+    y, vjp = jax.vjp(split, *args)
+    return vjp(y)
+
+  text = compile_only.compile_lowered(jax.jit(gradients).lower(*args)).as_text()
+  for name in ("matmul_rows", "matmul_weights", "all-gather", "reduce-scatter"):
+    assert name in text
+  # XLA makes all-reduces of the exchanges of counts and gates; nothing larger may become one.
+  shapes = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+  assert shapes and all(math.prod(sizes) <= 2 * M * K for s in shapes for sizes in _sizes(s))
+
+
+def _sizes(shape: str) -> list[list[int]]:
+  """Returns the dimensions of the arrays in an HLO shape."""
+  return [[int(n) for n in dims.split(",") if n] for dims in re.findall(r"\[([\d,]*)\]", shape)]
