@@ -112,7 +112,8 @@ def train(
     The step reached; less than num_steps after SIGTERM, with the state saved.
 
   Raises:
-    ValueError: for a config that breaks a rule or differs from the saved one.
+    ValueError: for a config that breaks a rule, differs from the saved one, or needs other arrays
+      than the checkpoint has.
     NonFiniteError: when a loss or gradient is not finite.
     WrongKernelError: when a compiled kernel's results differ from its reference's on this device.
   """
@@ -130,12 +131,11 @@ def train(
   checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint)
   first = checkpoints.latest_step()
   if first is not None:
-    checkpoint.check_whole(workdir, first)
+    checkpoint.check_config(workdir, config, first, abstract, allow_config_change)
   weights = None
   if init_from and first is None:
     weights = checkpoint.restore_weights(init_from, abstract.params, abstract.router_bias)
   resumes, first = first is not None, first or 0  # a run may have failed at its first step
-  checkpoint.record_config(workdir, config, first, allow_config_change)
 
   # --- data on disk
   prepared = records.prepare(
@@ -185,6 +185,8 @@ def train(
       state, step_metrics = step_fn(state, batch)
       batch = mesh_lib.to_global(next(batches), mesh)
       step_metrics = jax.device_get(step_metrics)
+      if step == first + 1 and (first == 0 or step_metrics["finite"]):
+        checkpoint.record_config(workdir, config, first)  # it is known to work
       if not step_metrics["finite"]:
         # The state returned is the one before this step.
         checkpoints.save(state, step - 1)

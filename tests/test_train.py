@@ -12,6 +12,7 @@ import pytest
 
 from dsmoe import train
 from dsmoe.reporting import metrics
+from dsmoe.training import train_step
 from tests import runs
 from tests.helpers import small_config
 
@@ -135,6 +136,26 @@ def test_a_glob_that_matches_nothing_leaves_no_workdir(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_start_that_failed_leaves_the_workdir_to_a_corrected_one(tmp_path, monkeypatch):
+  """Whether there is a checkpoint or not."""
+  fields = {**runs.TWO_LAYERS, "checkpoint.save_every_steps": 1, "optim.warmup_steps": 1}
+  first, second = small_config(**fields, num_steps=2), small_config(**fields, num_steps=3)
+
+  def fail(*_):
+    raise ValueError("this kernel cannot be compiled")
+
+  for config, wrong in ((first, {"seed": 9, "model.hidden_size": 48}), (second, {"batch_size": 8})):
+    resumes = (tmp_path / "config.json").exists()
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="cannot be compiled"):
+      patch.setattr(train_step, "make_train_step", fail)
+      failing = small_config(**fields | wrong, num_steps=3)
+      train.train(failing, tmp_path, allow_config_change=resumes)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json")} == before
+    assert train.train(config, tmp_path, allow_config_change=resumes) == config.num_steps
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
+
+
 @pytest.mark.slow
 def test_a_run_that_failed_at_its_first_step_keeps_the_weights_it_started_with(tmp_path):
   fields = {**runs.TWO_LAYERS, "num_steps": 2, "checkpoint.save_every_steps": 1}
@@ -143,7 +164,7 @@ def test_a_run_that_failed_at_its_first_step_keeps_the_weights_it_started_with(t
   exploding = small_config(**fields, seed=7, **{"loss.z_loss_weight": 1e38})
   with pytest.raises(train.NonFiniteError, match="at step 1; the state after step 0 is saved"):
     train.train(exploding, tmp_path / "b", init_from=tmp_path / "a")
-  assert train.train(small_config(**fields, seed=7), tmp_path / "b", allow_config_change=True) == 2
+  assert train.train(small_config(**fields, seed=7), tmp_path / "b") == 2  # nothing was trained yet
   # At warm-up's first step the learning rate is 0: nothing moves.
   a, b = (runs.checkpoint_arrays(tmp_path / name, step) for name, step in (("a", 2), ("b", 1)))
   weights = [path for path in a if "params" in str(path)]

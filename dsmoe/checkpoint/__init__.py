@@ -1,24 +1,16 @@
 """A run's checkpoints: saving, resuming, loading for use; `slices` handles parts of arrays."""
 
-from dsmoe.checkpoint.checkpointer import (
-  CHECKPOINTS,
-  CONFIG_FILE,
-  Checkpointer,
-  check_whole,
-  find_step,
-  load_config,
-  record_config,
-  restore_weights,
-  step_folder,
-)
+from dsmoe.checkpoint.checkpointer import Checkpointer, find_step, restore_weights
+from dsmoe.checkpoint.contents import CHECKPOINTS, step_folder
 from dsmoe.checkpoint.loading import LoadedRun, load_run
+from dsmoe.checkpoint.run_config import CONFIG_FILE, check_config, load_config, record_config
 
 __all__ = [
   "CHECKPOINTS",
   "CONFIG_FILE",
   "Checkpointer",
   "LoadedRun",
-  "check_whole",
+  "check_config",
   "find_step",
   "load_config",
   "load_run",

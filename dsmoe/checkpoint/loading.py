@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from tokenizers import Tokenizer
 
-from dsmoe.checkpoint import checkpointer
+from dsmoe.checkpoint import checkpointer, run_config
 from dsmoe.config import Config
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.parallel import mesh as mesh_lib
@@ -65,7 +65,7 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
     ValueError: when `workdir` holds no run or no such checkpoint.
   """
   workdir = epath.Path(workdir)
-  config = checkpointer.load_config(workdir)
+  config = run_config.load_config(workdir)
   config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1))
   mesh = mesh_lib.make_mesh(config.mesh)
   abstract = train_step.abstract_state(config, mesh)

@@ -149,7 +149,7 @@ def import_folder(
     sizes = {name: stored[name].num_bytes for name in order}
     staging.run(stage, sizes, make, lambda: None, "import")  # tensorstore flushes every chunk
     slices.write_metadata(step_folder, shapes)
-    checkpoint.record_config(epath.Path(stage.folder), config, STEP, allow_change=True)
+    checkpoint.record_config(epath.Path(stage.folder), config, STEP)
     text.copy(folder, stage.folder / "data")
     stage.finish()
   return opened.account

@@ -1,4 +1,4 @@
-"""Tests of dsmoe/checkpoint/checkpointer.py: round trips, other meshes, what is kept, changed configs."""
+"""Tests of dsmoe/checkpoint/checkpointer.py: round trips, other meshes, what is kept."""
 
 import dataclasses
 import functools
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dsmoe import checkpoint
-from dsmoe import config as config_lib
 from dsmoe.config import CheckpointConfig
 from dsmoe.training import train_step
 from tests.helpers import assert_close, mesh_of, random_batch, small_config
@@ -110,8 +109,11 @@ def test_changed_model_does_not_restore(tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"model.hidden_size": 48}, r"kv_a_proj has the shape \[1, 48, 24\] there, got \[1, 40, 24\]"),
-    ({"model.q_lora_rank": None}, r"q_proj has the shape .* there, got None"),
+    (
+      {"model.hidden_size": 48},
+      r"kv_a_proj must have the shape \[1, 48, 24\], it has \[1, 40, 24\]",
+    ),
+    ({"model.q_lora_rank": None}, r"it must hold params\..*q_proj \[.*\], and does not"),
   ],
 )
 def test_weights_of_another_model_are_refused_by_name(tmp_path, change, message):
@@ -119,34 +121,6 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path, change, message)
   other = train_step.abstract_state(config_of_two_layers(**change), mesh_of(1))
   with pytest.raises(ValueError, match=message):
     checkpoint.restore_weights(tmp_path, other.params, other.router_bias)
-
-
-def test_broken_config_is_named(tmp_path):
-  path = tmp_path / "config.json"
-  for text in ("{,", "3", "{}"):
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"^{path}: "):
-      checkpoint.load_config(tmp_path)
-
-
-def test_config_is_recorded_and_changes_refused(tmp_path):
-  config = config_of_two_layers()
-  checkpoint.record_config(tmp_path, config, 0, False)
-  assert checkpoint.load_config(tmp_path) == config
-  checkpoint.record_config(tmp_path, config, 5, False)
-
-  changed = config_of_two_layers(**{"optim.learning_rate": 0.5, "seed": 3})
-  with pytest.raises(ValueError) as error:
-    checkpoint.record_config(tmp_path, changed, 5, False)
-  assert "optim.learning_rate: 0.001 -> 0.5; seed: 0 -> 3" in str(error.value)
-  assert checkpoint.load_config(tmp_path) == config
-
-  checkpoint.record_config(tmp_path, changed, 5, True)
-  assert checkpoint.load_config(tmp_path) == changed
-  checkpoint.record_config(tmp_path, config, 5, True)
-  asides = [tmp_path / f"config.before_step_5{n}.json" for n in ("", ".1")]
-  old = [config_lib.from_dict(json.loads(path.read_text())) for path in asides]
-  assert old == [config, changed]
 
 
 def test_absent_runs_and_steps_are_refused(tmp_path):
