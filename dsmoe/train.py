@@ -118,6 +118,7 @@ def train(
     WrongKernelError: when a compiled kernel's results differ from its reference's on this device.
   """
   # --- mesh, and what is refused before anything is written
+  checkpoint.check_path(workdir)
   workdir = epath.Path(workdir)
   mesh = mesh_lib.make_mesh(config.mesh)
   train_step.check_batch(config, mesh)
@@ -273,13 +274,13 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value)
-  workdir = epath.Path(_WORKDIR.value)
+  workdir = _WORKDIR.value
   try:
     step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None)
   except (NonFiniteError, kernel_check.WrongKernelError) as error:
     output.fail(str(error))
   if step == config.num_steps and jax.process_index() == 0:
-    report(config, workdir)
+    report(config, epath.Path(workdir))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dsmoe import train
+from dsmoe import checkpoint, train
 from dsmoe.reporting import metrics
 from dsmoe.training import train_step
 from tests import runs
@@ -127,6 +127,28 @@ def test_run_without_validation_data(tmp_path):
   assert train.train(config, tmp_path) == 3
   assert not any("validation_loss" in row for row in metrics.read_metrics(tmp_path))
   assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 3
+
+
+@pytest.mark.parametrize("name", ["", "  ", "back\\slash"])
+def test_a_workdir_that_cannot_be_is_refused(tmp_path, monkeypatch, name):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="workdir"):
+    train.train(small_config(**runs.TWO_LAYERS), name)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_with_brackets_resumes(tmp_path):
+  (tmp_path / "text").mkdir()
+  for i in range(4):
+    (tmp_path / "text" / f"{i}.txt").write_text(f"{i} is a number; " * 60)
+  workdir = tmp_path / "lr=[3e-3]" / "[0:1]"
+  fields = {**runs.TWO_LAYERS, "model.vocab_size": 300, "checkpoint.save_every_steps": 1}
+  fields |= {"optim.warmup_steps": 1, "data.train_globs": (f"{tmp_path}/text/*.txt",)}
+  fields |= {"data.validation_globs": (f"{tmp_path}/text/*.txt",), "log.tensorboard": True}
+  assert train.train(small_config(**fields, num_steps=2), workdir) == 2
+  assert train.train(small_config(**fields, num_steps=3), workdir, allow_config_change=True) == 3
+  assert checkpoint_steps(workdir) == [2, 3]
+  assert checkpoint.load_run(workdir).step == 3
 
 
 def test_a_glob_that_matches_nothing_leaves_no_workdir(tmp_path):

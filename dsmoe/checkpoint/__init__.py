@@ -1,7 +1,7 @@
 """A run's checkpoints: saving, resuming, loading for use; `slices` handles parts of arrays."""
 
 from dsmoe.checkpoint.checkpointer import Checkpointer, find_step, restore_weights
-from dsmoe.checkpoint.contents import CHECKPOINTS, step_folder
+from dsmoe.checkpoint.contents import CHECKPOINTS, check_path, step_folder
 from dsmoe.checkpoint.loading import LoadedRun, load_run
 from dsmoe.checkpoint.run_config import CONFIG_FILE, check_config, load_config, record_config
 
@@ -11,6 +11,7 @@ __all__ = [
   "Checkpointer",
   "LoadedRun",
   "check_config",
+  "check_path",
   "find_step",
   "load_config",
   "load_run",

@@ -16,7 +16,7 @@ from dsmoe.training.train_step import TrainState
 
 def _manager(workdir: epath.PathLike, options: ocp.CheckpointManagerOptions):
   return ocp.CheckpointManager(
-    epath.Path(workdir).resolve() / contents.CHECKPOINTS,
+    contents.folder(workdir),
     options=options,
     item_names=("state", "data"),
   )

@@ -1,21 +1,57 @@
 """What a checkpoint holds, read from its metadata: the names and shapes of its arrays."""
 
 import contextlib
+import fnmatch
 import functools
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from etils.epath import gpath
 
 CHECKPOINTS = "checkpoints"
 
 name_of = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
 
 
+class _LiteralPath(gpath.PosixGPath):
+  """A path that is never a pattern itself: orbax finds a checkpoint's files by `path.glob`."""
+
+  def glob(self, pattern: str) -> Iterator["_LiteralPath"]:
+    folder, _, name = pattern.rpartition("/")
+    paths = list((self / folder).iterdir()) if (self / folder).is_dir() else []
+    return (path for path in paths if fnmatch.fnmatchcase(path.name, name))
+
+
+def check_path(workdir: epath.PathLike) -> None:
+  """Raises ValueError for a path in which no checkpoint can be restored, or that is empty."""
+  text = os.fspath(workdir)
+  if not text.strip():
+    raise ValueError(f"a workdir must be the name of a folder, got {text!r}")
+  parts = epath.Path(workdir).resolve().parts
+  if odd := [part for part in parts if "\\" in part or part.endswith(":")]:
+    raise ValueError(
+      f"no folder of a workdir's path may have a backslash in its name or a colon at its end, "
+      f"which tensorstore reads otherwise, got {odd[0]!r} in {text}"
+    )
+
+
+def folder(workdir: epath.PathLike) -> epath.Path:
+  """Returns the folder of a run's checkpoints.
+
+  Raises:
+    ValueError: see `check_path`.
+  """
+  check_path(workdir)
+  return _LiteralPath(epath.Path(workdir).resolve()) / CHECKPOINTS
+
+
 def step_folder(workdir: epath.PathLike, step: int) -> epath.Path:
-  """Returns the folder of a step's checkpoint."""
-  return epath.Path(workdir).resolve() / CHECKPOINTS / str(step)
+  """Returns the folder of a step's checkpoint; see `folder`."""
+  return folder(workdir) / str(step)
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -94,6 +94,7 @@ def import_folder(
     ValueError: see `loading.load_pretrained` and `Staging`.
   """
   folder, workdir = _on_disk(folder), _on_disk(workdir)
+  checkpoint.check_path(workdir)
   staging.check_absent(workdir)
   own = {f.name: getattr(base.model, f.name) for f in dataclasses.fields(ModelConfig)}
   own = {k: v for k, v in own.items() if k not in FIELDS and not k.startswith("rope_")}
