@@ -1,8 +1,14 @@
 """A run's checkpoints: saving, resuming, loading for use; `slices` handles parts of arrays."""
 
-from dsmoe.checkpoint.checkpointer import Checkpointer, find_step, restore_weights
+from dsmoe.checkpoint.checkpointer import (
+  Checkpointer,
+  NotFiniteError,
+  find_step,
+  restore_weights,
+)
 from dsmoe.checkpoint.contents import CHECKPOINTS, check_path, step_folder
 from dsmoe.checkpoint.loading import LoadedRun, load_run
+from dsmoe.checkpoint.lock import owned
 from dsmoe.checkpoint.run_config import CONFIG_FILE, check_config, load_config, record_config
 
 __all__ = [
@@ -10,11 +16,13 @@ __all__ = [
   "CONFIG_FILE",
   "Checkpointer",
   "LoadedRun",
+  "NotFiniteError",
   "check_config",
   "check_path",
   "find_step",
   "load_config",
   "load_run",
+  "owned",
   "record_config",
   "restore_weights",
   "step_folder",

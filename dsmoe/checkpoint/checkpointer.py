@@ -1,15 +1,20 @@
 """Checkpoints through orbax: asynchronous, atomic, keep-last-n and keep-every-n.
 
-A checkpoint holds the whole train state (parameters, optimizer, router bias, step) and the
-data position. The resolved config lies beside them as config.json.
+A checkpoint holds the whole train state (parameters, optimizer, router bias, step), the data
+position, and checksums of both, which are compared when it is read. The resolved config lies beside
+the checkpoints as config.json.
 """
 
+import json
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dsmoe.checkpoint import contents
+from dsmoe.checkpoint import contents, integrity
 from dsmoe.config import CheckpointConfig
 from dsmoe.training.train_step import TrainState
 
@@ -18,26 +23,42 @@ def _manager(workdir: epath.PathLike, options: ocp.CheckpointManagerOptions):
   return ocp.CheckpointManager(
     contents.folder(workdir),
     options=options,
-    item_names=("state", "data"),
+    item_names=("state", "data", "checksums"),
   )
+
+
+class NotFiniteError(ValueError):
+  """A state with NaN or infinity was to be saved."""
 
 
 class Checkpointer:
   """Saves and restores a run's checkpoints; a context manager."""
 
   def __init__(self, workdir: epath.PathLike, config: CheckpointConfig):
+    self._workdir = workdir
     self._manager = _manager(
       workdir,
       ocp.CheckpointManagerOptions(
         max_to_keep=config.keep_last,
         keep_period=config.keep_every_steps or None,
         enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,  # of saves that were killed
       ),
     )
 
-  def latest_step(self) -> int | None:
-    """Returns the newest complete checkpoint's step, or None."""
-    return self._manager.latest_step()
+  def find_step(self, step: int | None = None) -> int | None:
+    """Returns `step`, or that of the newest complete checkpoint, None if there is none.
+
+    Raises:
+      ValueError: when there is no checkpoint of `step`.
+    """
+    steps = self._manager.all_steps()
+    if step is not None and step not in steps:
+      raise ValueError(
+        f"resume_from must be the step of a checkpoint in {self._workdir} ({_listed(steps)}), "
+        f"got {step}"
+      )
+    return step if step is not None else self._manager.latest_step()
 
   def save(self, state: TrainState, next_batch: int) -> None:
     """Starts saving in the background; does nothing when there is a checkpoint of this step.
@@ -45,13 +66,32 @@ class Checkpointer:
     Args:
       state: as the train step returned it.
       next_batch: global index of the first batch not yet trained on.
+
+    Raises:
+      NotFiniteError: when a number of the state is not finite; nothing is saved.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
+    measured = integrity.measure(state._asdict())
+    if broken := [name for name, (_, finite) in measured.items() if not finite]:
+      newest = self._manager.latest_step()
+      raise NotFiniteError(
+        f"the state after step {step} must be finite to be saved, {len(broken)} of its "
+        f"{len(measured)} arrays are not ({broken[0]} first); "
+        + (
+          f"the newest checkpoint in {self._workdir} is that of step {newest}"
+          if newest is not None
+          else f"there is no checkpoint in {self._workdir} yet"
+        )
+      )
+    position = {"next_batch": next_batch}
+    checksums = {"data": _json_checksum(position)}
+    checksums |= {name: checksum for name, (checksum, _) in measured.items()}
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state._asdict()),
-      data=ocp.args.JsonSave({"next_batch": next_batch}),
+      data=ocp.args.JsonSave(position),
+      checksums=ocp.args.JsonSave(checksums),
     )
     self._manager.save(step, args=items)
 
@@ -62,13 +102,39 @@ class Checkpointer:
       The state and the index of the next batch.
 
     Raises:
-      ValueError: when the checkpoint's arrays are not those of the model.
+      ValueError: when the checkpoint is damaged, or its arrays are not those of the model.
     """
-    items = ocp.args.Composite(
-      state=ocp.args.StandardRestore(abstract._asdict()), data=ocp.args.JsonRestore()
-    )
-    restored = self._manager.restore(step, args=items)
+    items = {"state": ocp.args.StandardRestore(abstract._asdict()), "data": ocp.args.JsonRestore()}
+    restored, checksums = _read(self._manager, self._workdir, step, items)
+    _verify(self._workdir, step, checksums, restored["state"], restored["data"])
     return TrainState(**restored["state"]), int(restored["data"]["next_batch"])
+
+  def set_later_aside(self, step: int) -> epath.Path | None:
+    """Moves the checkpoints after `step` out of a run that goes on from there.
+
+    Returns:
+      The new folder beside `checkpoints` that holds them; None when there are none.
+    """
+    later = [found for found in self._manager.all_steps() if found > step]
+    if not later:
+      return None
+    folder = contents.folder(self._workdir)
+    aside = folder.with_name(f"{folder.name}_after_step_{step}")
+    number = 0
+    while aside.exists():
+      number += 1
+      aside = folder.with_name(f"{folder.name}_after_step_{step}.{number}")
+    if jax.process_index() == 0:
+      aside.mkdir()
+      for found in sorted(later, reverse=True):
+        (folder / str(found)).rename(aside / str(found))
+    ocp.multihost.sync_global_processes("dsmoe:set_later_aside")
+    self._manager.reload()
+    return aside
+
+  def delete(self, step: int) -> None:
+    """Deletes a checkpoint."""
+    self._manager.delete(step)
 
   def wait(self) -> None:
     """Blocks until every checkpoint whose saving was started is on disk."""
@@ -116,15 +182,57 @@ def restore_weights(
   wanted = {"params": params, "router_bias": router_bias}
   if other := contents.other_arrays(workdir, step, wanted, all_of_them=False):
     raise ValueError(f"checkpoint {step} in {workdir} must hold the arrays of the model: {other}")
+  items = {
+    "state": ocp.args.PyTreeRestore(
+      wanted,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+      partial_restore=True,
+    )
+  }
   with _manager(workdir, ocp.CheckpointManagerOptions(create=False)) as manager:
-    restored = manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-          wanted,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-          partial_restore=True,
-        )
-      ),
-    )["state"]
-  return restored["params"], restored["router_bias"], step
+    restored, checksums = _read(manager, workdir, step, items)
+  state = restored["state"]
+  _verify(workdir, step, checksums, {name: state[name] for name in wanted})
+  return state["params"], state["router_bias"], step
+
+
+def _listed(steps: Any) -> str:
+  return ", ".join(map(str, sorted(steps))) or "none"
+
+
+def _json_checksum(value: Any) -> str:
+  return f"json {zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def _read(
+  manager: ocp.CheckpointManager, workdir: epath.PathLike, step: int, items: dict[str, Any]
+) -> tuple[Any, Mapping[str, str]]:
+  """Returns the items of a checkpoint, and its checksums: {} if it was written without them."""
+  if (contents.step_folder(workdir, step) / "checksums").exists():
+    items = items | {"checksums": ocp.args.JsonRestore()}
+  with contents.named_damage(workdir, step):
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    return restored, dict(restored["checksums"]) if "checksums" in items else {}
+
+
+def _verify(
+  workdir: epath.PathLike,
+  step: int,
+  checksums: Mapping[str, str],
+  state: Any,
+  position: Any = None,
+) -> None:
+  """Raises ValueError for the first array, or the data position, with another checksum.
+
+  An array that is read into another dtype than it was saved in is not compared.
+  """
+  if not checksums:
+    return
+  found = {name: checksum for name, (checksum, _) in integrity.measure(state).items()}
+  if position is not None:
+    found["data"] = _json_checksum(position)
+  with contents.named_damage(workdir, step):
+    for name, checksum in found.items():
+      saved = checksums[name]
+      if saved.split()[0] == checksum.split()[0] and saved != checksum:
+        raise ValueError(f"the checksum of {name} must be {saved}, it is {checksum}")

@@ -54,6 +54,22 @@ def step_folder(workdir: epath.PathLike, step: int) -> epath.Path:
   return folder(workdir) / str(step)
 
 
+@contextlib.contextmanager
+def named_damage(workdir: epath.PathLike, step: int) -> Iterator[None]:
+  """Turns whatever orbax raises while it reads a checkpoint into one sentence that names it."""
+  try:
+    yield
+  except Exception as error:  # its libraries raise errors of many kinds
+    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
+    names = [path.name for path in folder(workdir).iterdir() if path.name.isdigit()]
+    others = ", ".join(sorted({*names} - {str(step)}, key=int)) or "none"
+    raise ValueError(
+      f"checkpoint {step} in {workdir} must be whole, it cannot be read ({reason}); training goes "
+      f"on from another one with --resume_from=STEP, other scripts take --step=STEP (here: {others})"
+    ) from error
+
+
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of a tree's arrays by dotted name, such as "params.embed"."""
   return {name_of(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(tree)}
@@ -61,7 +77,7 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def saved_shapes(workdir: epath.PathLike, step: int) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of the arrays in a checkpoint's state, by dotted name."""
-  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+  with named_damage(workdir, step), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     return shapes(handler.metadata(step_folder(workdir, step) / "state").tree)
 
 
