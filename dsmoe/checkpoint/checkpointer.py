@@ -7,7 +7,6 @@ the checkpoints as config.json.
 
 import json
 import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -105,8 +104,7 @@ class Checkpointer:
       ValueError: when the checkpoint is damaged, or its arrays are not those of the model.
     """
     items = {"state": ocp.args.StandardRestore(abstract._asdict()), "data": ocp.args.JsonRestore()}
-    restored, checksums = _read(self._manager, self._workdir, step, items)
-    _verify(self._workdir, step, checksums, restored["state"], restored["data"])
+    restored = _read(self._manager, self._workdir, step, items)
     return TrainState(**restored["state"]), int(restored["data"]["next_batch"])
 
   def set_later_aside(self, step: int) -> epath.Path | None:
@@ -190,9 +188,7 @@ def restore_weights(
     )
   }
   with _manager(workdir, ocp.CheckpointManagerOptions(create=False)) as manager:
-    restored, checksums = _read(manager, workdir, step, items)
-  state = restored["state"]
-  _verify(workdir, step, checksums, {name: state[name] for name in wanted})
+    state = _read(manager, workdir, step, items)["state"]
   return state["params"], state["router_bias"], step
 
 
@@ -206,33 +202,18 @@ def _json_checksum(value: Any) -> str:
 
 def _read(
   manager: ocp.CheckpointManager, workdir: epath.PathLike, step: int, items: dict[str, Any]
-) -> tuple[Any, Mapping[str, str]]:
-  """Returns the items of a checkpoint, and its checksums: {} if it was written without them."""
-  if (contents.step_folder(workdir, step) / "checksums").exists():
-    items = items | {"checksums": ocp.args.JsonRestore()}
+) -> Any:
+  """Returns the items of a checkpoint after comparing their checksums, if it has any.
+
+  Raises:
+    ValueError: whatever is wrong, naming the checkpoint.
+  """
+  checksums = contents.saved_checksums(workdir, step)
   with contents.named_damage(workdir, step):
     restored = manager.restore(step, args=ocp.args.Composite(**items))
-    return restored, dict(restored["checksums"]) if "checksums" in items else {}
-
-
-def _verify(
-  workdir: epath.PathLike,
-  step: int,
-  checksums: Mapping[str, str],
-  state: Any,
-  position: Any = None,
-) -> None:
-  """Raises ValueError for the first array, or the data position, with another checksum.
-
-  An array that is read into another dtype than it was saved in is not compared.
-  """
-  if not checksums:
-    return
-  found = {name: checksum for name, (checksum, _) in integrity.measure(state).items()}
-  if position is not None:
-    found["data"] = _json_checksum(position)
-  with contents.named_damage(workdir, step):
-    for name, checksum in found.items():
-      saved = checksums[name]
-      if saved.split()[0] == checksum.split()[0] and saved != checksum:
-        raise ValueError(f"the checksum of {name} must be {saved}, it is {checksum}")
+    if checksums:
+      for name, (checksum, _) in integrity.measure(restored["state"]).items():
+        contents.compare_checksum(name, checksums, checksum)
+      if "data" in items:
+        contents.compare_checksum("data", checksums, _json_checksum(restored["data"]))
+    return restored

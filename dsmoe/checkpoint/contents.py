@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import functools
+import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -79,6 +80,24 @@ def saved_shapes(workdir: epath.PathLike, step: int) -> dict[str, tuple[int, ...
   """Returns the shapes of the arrays in a checkpoint's state, by dotted name."""
   with named_damage(workdir, step), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
     return shapes(handler.metadata(step_folder(workdir, step) / "state").tree)
+
+
+def saved_checksums(workdir: epath.PathLike, step: int) -> dict[str, str]:
+  """Returns a checkpoint's checksums by dotted name, see `integrity`; {} if it has none."""
+  path = step_folder(workdir, step) / "checksums"
+  if not path.exists():
+    return {}
+  with named_damage(workdir, step):
+    return {name: str(value) for name, value in json.loads((path / "metadata").read_text()).items()}
+
+
+def compare_checksum(name: str, saved: dict[str, str], found: str) -> None:
+  """Raises ValueError if an array has another checksum than it was saved with.
+
+  One that is read into another dtype than it was saved in is not compared.
+  """
+  if saved[name].split()[0] == found.split()[0] and saved[name] != found:
+    raise ValueError(f"the checksum of {name} must be {saved[name]}, it is {found}")
 
 
 def other_arrays(workdir: epath.PathLike, step: int, wanted: Any, all_of_them: bool) -> str:

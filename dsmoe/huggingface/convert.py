@@ -204,6 +204,7 @@ def export_workdir(
   hf_config = config_to_hf(config.model)
   step = checkpoint.find_step(workdir, step)
   arrays = slices.open_step(workdir, step, leaf_shapes(config.model))
+  slices.check_arrays(workdir, step, arrays, leaf_shapes(config.model))
   slots = loading.layout(*loading.shapes_of(config.model)[1:], config.model)
   # A tied head is left out, though MTP layers have theirs.
   copies = {n: o for n, o in loading.copies_of(config.model).items() if n != "lm_head.weight"}

@@ -36,6 +36,13 @@ def test_checksums_match_a_loop():
   assert measured == {name: (checksum_by_loop(x), True) for name, x in ARRAYS.items()}
 
 
+def test_checksums_of_blocks_are_those_of_the_whole():
+  for array in ARRAYS.values():
+    rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(-1)
+    blocks = [rows[first : first + 3] for first in range(0, max(len(rows), 1), 3)]
+    assert integrity.checksum_of_blocks(blocks) == checksum_by_loop(array)
+
+
 def test_checksums_do_not_depend_on_the_mesh():
   alone = integrity.measure(ARRAYS)
   spec = jax.sharding.PartitionSpec("data")
