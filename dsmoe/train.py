@@ -3,9 +3,11 @@
 python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
 """
 
+import contextlib
 import math
 import signal
 import time
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -38,6 +40,9 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 )
 _INIT_FROM = flags.DEFINE_string(
   "init_from", "", "A workdir, of a run or imported, whose newest weights a new run starts with."
+)
+_RESUME_FROM = flags.DEFINE_integer(
+  "resume_from", None, "Resume from the checkpoint of this step; later ones are set aside."
 )
 
 
@@ -93,11 +98,34 @@ def validation_line(nats: float, tokens: float, prepared: records.PreparedData) 
   }
 
 
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+  """Collects SIGTERM and SIGINT (Ctrl-C) instead of ending; a second Ctrl-C interrupts as usual.
+
+  Yields:
+    The names of the signals that came so far.
+  """
+  received: list[str] = []
+
+  def record(number, _):
+    received.append(signal.Signals(number).name)
+    if number == signal.SIGINT:
+      signal.signal(number, previous[number])
+
+  previous = {n: signal.signal(n, record) for n in (signal.SIGINT, signal.SIGTERM)}
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
 def train(
   config: Config,
   workdir: epath.PathLike,
   allow_config_change: bool = False,
   init_from: epath.PathLike | None = None,
+  resume_from: int | None = None,
 ) -> int:
   """Trains to `config.num_steps`, resuming from the newest checkpoint in `workdir`.
 
@@ -106,17 +134,21 @@ def train(
     workdir: where its files go.
     allow_config_change: resume although the saved config differs.
     init_from: a workdir whose weights and router bias a new run starts with, of a model with the
-      same shapes; None for newly initialised ones. A resumed run does not read it.
+      same shapes; None for newly initialised ones. A run that has trained does not read it.
+    resume_from: step of the checkpoint to resume from instead of the newest. Later checkpoints, and
+      metrics.jsonl as it was, are moved to the folder checkpoints_after_step_<step>.
 
   Returns:
-    The step reached; less than num_steps after SIGTERM, with the state saved.
+    The step reached; less than num_steps after SIGTERM or Ctrl-C, with the state saved.
 
   Raises:
-    ValueError: for a config that breaks a rule or differs from the saved one.
+    ValueError: for a config that breaks a rule, differs from the saved one, or needs other arrays
+      than the checkpoint has; for a damaged checkpoint; when another process trains in `workdir`.
     NonFiniteError: when a loss or gradient is not finite.
     WrongKernelError: when a compiled kernel's results differ from its reference's on this device.
   """
   # --- mesh, and what is refused before anything is written
+  checkpoint.check_path(workdir)
   workdir = epath.Path(workdir)
   mesh = mesh_lib.make_mesh(config.mesh)
   train_step.check_batch(config, mesh)
@@ -125,18 +157,37 @@ def train(
   if checked := kernel_check.check(config):
     print(checked)
   abstract = train_step.abstract_state(config, mesh)
-  signals: list[str] = []  # SIGTERM, once it was received
-  previous_handler = signal.signal(signal.SIGTERM, lambda *_: signals.append("SIGTERM"))
+  with checkpoint.owned(workdir) as check_owner:
+    start = (allow_config_change, init_from, resume_from)
+    return _train(config, workdir, mesh, abstract, check_owner, *start)
 
+
+def _train(
+  config: Config,
+  workdir: epath.Path,
+  mesh: jax.sharding.Mesh,
+  abstract: train_step.TrainState,
+  check_owner: Callable[[], None],
+  allow_config_change: bool,
+  init_from: epath.PathLike | None,
+  resume_from: int | None,
+) -> int:
+  """The rest of `train`, by the one process that may write to the workdir."""
+  # --- where the run starts
   checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint)
-  first = checkpoints.latest_step()
+  first = checkpoints.find_step(resume_from)
   if first is not None:
-    checkpoint.check_whole(workdir, first)
+    checkpoint.check_config(workdir, config, first, abstract, allow_config_change)
+  if (first or 0) > config.num_steps:
+    raise ValueError(
+      f"num_steps ({config.num_steps}) must be at least the step that the run in {workdir} has "
+      f"reached ({first})"
+    )
   weights = None
-  if init_from and first is None:
+  if init_from and not first:
     weights = checkpoint.restore_weights(init_from, abstract.params, abstract.router_bias)
-  resumes, first = first is not None, first or 0  # a run may have failed at its first step
-  checkpoint.record_config(workdir, config, first, allow_config_change)
+  # A checkpoint of step 0 has the weights that an earlier start took from another run.
+  resumes, first = first is not None and weights is None, first or 0
 
   # --- data on disk
   prepared = records.prepare(
@@ -147,6 +198,10 @@ def train(
   if resumes:
     state, next_batch = checkpoints.restore(abstract, first)
     print(f"resumed from step {first}")
+    if (aside := checkpoints.set_later_aside(first)) is not None:
+      if (workdir / metrics.METRICS_FILE).exists():
+        (workdir / metrics.METRICS_FILE).copy(aside / metrics.METRICS_FILE)
+      print(f"later checkpoints and metrics are kept in {aside}")
   else:
     state, next_batch = train_step.init_state(config, mesh), 0
     if weights is not None:
@@ -163,12 +218,31 @@ def train(
   flops_per_step = accounting.flops_per_token(config.model, S)["causal_mtp"] * tokens_per_step
   writer = metrics.MetricsWriter(workdir, config.log.tensorboard, first)
   running = metrics.RunningLoad.from_rows(metrics.iter_metrics(workdir))
+  validated = {row["step"] for row in metrics.iter_metrics(workdir) if "validation_loss" in row}
   bar = progress.Progress(config.num_steps, first)
 
   # --- the compiled step
   eval_step = train_step.make_eval_step(config, mesh)
   step_fn = train_step.make_train_step(config, mesh)
-  with checkpoints, writer, bar:
+
+  def evaluate(state, step: int) -> float:
+    """Writes a point of the validation curve, and the whole set's at the end; returns seconds."""
+    start = time.perf_counter()
+    lines = []
+    for limit in [config.log.eval_batches] + [-1] * (step == config.num_steps):
+      held_out = data.validation_batches(prepared, config.data, config.batch_size, *processes)
+      nats, tokens = perplexity.validation_nats(eval_step, state, held_out, mesh, limit)
+      lines.append(validation_line(nats, tokens, prepared))
+    line = lines[0] | {f"whole_{name}": value for name, value in lines[-1].items() if lines[1:]}
+    writer.write(step, line)
+    bar.update(step, line)
+    return time.perf_counter() - start
+
+  def evaluates(step: int) -> bool:
+    due = step % config.log.eval_every_steps == 0 or step == config.num_steps
+    return bool(step and due and prepared.validation_tokens)
+
+  with checkpoints, writer, bar, contextlib.ExitStack() as stack:
     bar.print(f"compiling for {mesh.size} x {jax.devices()[0].device_kind}")
     start = time.perf_counter()
     batch = mesh_lib.to_global(next(batches), mesh)
@@ -176,7 +250,16 @@ def train(
     cpu.release_memory()
     bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
 
+    # --- what an earlier start was stopped before
+    if weights is not None:
+      if checkpoints.find_step() == 0:
+        checkpoints.delete(0)
+      checkpoints.save(state, next_batch)
+    if evaluates(first) and first not in validated:
+      evaluate(state, first)
+
     # --- loop
+    signals = stack.enter_context(stop_signals())
     logged_step, logged_time = first, time.perf_counter()
     saved = first
     for step in range(first + 1, config.num_steps + 1):
@@ -186,12 +269,18 @@ def train(
       state, step_metrics = step_fn(state, batch)
       batch = mesh_lib.to_global(next(batches), mesh)
       step_metrics = jax.device_get(step_metrics)
+      if step == first + 1 and (first == 0 or step_metrics["finite"]):
+        checkpoint.record_config(workdir, config, first)  # it is known to work
       if not step_metrics["finite"]:
         # The state returned is the one before this step.
-        checkpoints.save(state, step - 1)
+        last_good = f"the state after step {step - 1} is saved in {workdir}"
+        try:
+          checkpoints.save(state, step - 1)
+        except checkpoint.NotFiniteError as error:
+          last_good = str(error)
         raise NonFiniteError(
           f"loss ({step_metrics['losses'].total}) and gradient norm ({step_metrics['grad_norm']}) "
-          f"must be finite, at step {step}; the state after step {step - 1} is saved in {workdir}"
+          f"must be finite, at step {step}; {last_good}"
         )
 
       # --- log
@@ -210,20 +299,10 @@ def train(
       else:
         bar.update(step, {})
 
-      # --- evaluate; its time does not count as that of steps
-      if prepared.validation_tokens and (step % config.log.eval_every_steps == 0 or is_last):
-        start = time.perf_counter()
-        held_out = data.validation_batches(prepared, config.data, config.batch_size, *processes)
-        limit = -1 if is_last else config.log.eval_batches
-        nats, tokens = perplexity.validation_nats(eval_step, state, held_out, mesh, limit)
-        line = validation_line(nats, tokens, prepared)
-        writer.write(step, line)
-        bar.update(step, line)
-        logged_time += time.perf_counter() - start
-
-      # --- save
+      # --- save; the time of saving and evaluating does not count as that of steps
       if step % config.checkpoint.save_every_steps == 0 or is_last or signals:
         start = time.perf_counter()
+        check_owner()
         writer.flush()
         checkpoints.save(state, step)
         saved = step
@@ -231,7 +310,10 @@ def train(
       if signals:
         bar.print(f"stopped by {signals[0]}; saved at step {saved}")
         break
-  signal.signal(signal.SIGTERM, previous_handler)
+
+      # --- evaluate, after the save: a run that ends here evaluates when it is resumed
+      if evaluates(step):
+        logged_time += evaluate(state, step)
   return int(state.step)
 
 
@@ -273,13 +355,17 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value)
-  workdir = epath.Path(_WORKDIR.value)
+  workdir = _WORKDIR.value
   try:
-    step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None)
+    step = train(
+      config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None, _RESUME_FROM.value
+    )
+    if step == config.num_steps and jax.process_index() == 0:
+      report(config, epath.Path(workdir))
   except (NonFiniteError, kernel_check.WrongKernelError) as error:
     output.fail(str(error), 1)
-  if step == config.num_steps and jax.process_index() == 0:
-    report(config, workdir)
+  except KeyboardInterrupt:
+    output.fail("stopped by Ctrl-C; the same command goes on from the newest checkpoint", 130)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,13 @@ The defaults describe a small model of DeepSeek-V3's shape. Types and rules are 
 
 from ml_collections import config_dict
 
-placeholder = config_dict.placeholder
+
+def optional():
+  """Returns a field that is None until it is set; the command line can set it to None again.
+
+  Its type is checked when the config is built, with that of every other field.
+  """
+  return config_dict.placeholder(object)
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -29,7 +35,7 @@ def get_config() -> config_dict.ConfigDict:
   m.max_position_embeddings = 4096  # the longest sequence
   # Multi-head latent attention.
   m.num_attention_heads = 8
-  m.q_lora_rank = placeholder(int)  # None: queries have no low-rank projection
+  m.q_lora_rank = optional()  # None: queries have no low-rank projection
   m.kv_lora_rank = 64  # size of the latent from which keys and values are computed
   m.qk_nope_head_dim = 32  # the part of a query or key head without rotary embedding
   m.qk_rope_head_dim = 16  # the part with it, shared by all heads' keys
@@ -76,13 +82,13 @@ def get_config() -> config_dict.ConfigDict:
   # Implementations in pallas_kernels. None: the compiled kernel on the chips it was made for, if it
   # supports the sizes and dtype, else XLA; on CPU, what is fastest there.
   k = m.kernels = config_dict.ConfigDict()
-  k.routing = placeholder(str)  # reference | mosaic_tpu | mosaic_gpu
+  k.routing = optional()  # reference | mosaic_tpu | mosaic_gpu
   # reference | ragged_dot | blocked (for CPU) | mosaic_tpu | mosaic_gpu
-  k.grouped_matmul = placeholder(str)
-  k.attention = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
-  k.decode_attention = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
-  k.quantized_matmul = placeholder(str)  # reference | xla | mosaic_tpu | mosaic_gpu
-  k.tuned = placeholder(str)  # tile sizes that `bench_kernels.py --tune` wrote; None: by rule
+  k.grouped_matmul = optional()
+  k.attention = optional()  # reference | xla | mosaic_tpu | mosaic_gpu
+  k.decode_attention = optional()  # reference | xla | mosaic_tpu | mosaic_gpu
+  k.quantized_matmul = optional()  # reference | xla | mosaic_tpu | mosaic_gpu
+  k.tuned = optional()  # tile sizes that `bench_kernels.py --tune` wrote; None: by rule
 
   # Balancing the load of experts. "bias": V3's update of the router bias by the sign of the load's
   # error | "sequence": V3's loss over each sequence (arXiv:2412.19437, equations 17-20).

@@ -4,7 +4,10 @@ import dataclasses
 import pathlib
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from dsmoe import config as config_lib
 from dsmoe import train
 from dsmoe.planning import accounting
 from dsmoe.reporting import metrics
@@ -51,6 +54,40 @@ def test_released_models(name, factor):
   assert counts[0] == counts[1]
   with pytest.raises(ValueError, match="must be empty or 'released', got 'realeased'"):
     load(name, "realeased")
+
+
+def from_command_line(name, *overrides):
+  """Returns the config that a script would build from these flags."""
+  argv = ["script", f"--config={FOLDER / name}.py", *overrides]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
+  values(argv)
+  return config_lib.from_config_dict(values.config)
+
+
+def test_optional_fields_can_be_set_and_set_to_none():
+  names = [f.name for f in dataclasses.fields(config_lib.KernelsConfig)]
+  unset = [f"--config.model.kernels.{name}=None" for name in names]
+  config = from_command_line("deepseek_v3", "--config.model.q_lora_rank=None", *unset)
+  assert config.model.q_lora_rank is None
+  assert config.model.kernels == config_lib.KernelsConfig()
+  fields = ("--config.model.q_lora_rank=48", "--config.model.kernels.attention=xla")
+  config = from_command_line("moonlight_16b", *fields)
+  assert (config.model.q_lora_rank, config.model.kernels.attention) == (48, "xla")
+
+
+@pytest.mark.parametrize(
+  ("override", "message"),
+  [
+    ("model.q_lora_rank=1.5", "config.model.q_lora_rank must be int, got 1.5 of type float"),
+    ("model.q_lora_rank=none", "config.model.q_lora_rank must be int, got 'none' of type str"),
+    ("model.q_lora_rank", "config.model.q_lora_rank must be int, got True of type bool"),
+    ("model.kernels.routing=3", "config.model.kernels.routing must be str, got 3 of type int"),
+  ],
+)
+def test_optional_fields_of_another_type_are_refused(override, message):
+  with pytest.raises(ValueError, match=message):
+    from_command_line("tiny", f"--config.{override}")
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_dense", "bench_small"])

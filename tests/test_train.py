@@ -10,8 +10,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dsmoe import train
+from dsmoe import checkpoint, train
+from dsmoe.evaluation import perplexity
 from dsmoe.reporting import metrics
+from dsmoe.training import train_step
 from tests import runs
 from tests.helpers import assert_close, small_config
 
@@ -48,6 +50,7 @@ def test_uninterrupted_run_logs_each_step_once(uninterrupted):
   rows = metrics.read_metrics(uninterrupted)
   assert [row["step"] for row in rows if "loss" in row] == list(range(2, LAST_STEP + 1, 2))
   assert [row["step"] for row in rows if "validation_loss" in row] == [10, 20, 30, 40]
+  assert [row["step"] for row in rows if "whole_validation_loss" in row] == [40]
   assert checkpoint_steps(uninterrupted) == [39, 40]
 
 
@@ -84,18 +87,32 @@ def test_killed_run_ends_as_if_never_stopped(uninterrupted, tmp_path):
   assert_same_end(tmp_path, uninterrupted)
 
 
-def test_sigterm_saves_and_exits(uninterrupted, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_exits(uninterrupted, tmp_path, name):
+  """Meanwhile a second run in the same workdir is refused."""
   process = runs.start_training(tmp_path)
   assert runs.wait_for(lambda: runs.logged_lines(tmp_path) >= 4, process)
-  process.send_signal(signal.SIGTERM)
+  with pytest.raises(ValueError, match=f"in use by process {process.pid} on .*another --workdir"):
+    train.train(small_config(**runs.TWO_LAYERS), tmp_path)
+  process.send_signal(signal.Signals[name])
   code, out, err = runs.finish(process)
-  assert code == 0, out + err
-  [saved] = [line for line in out.splitlines() if line.startswith("stopped by SIGTERM")]
+  assert code == 0 and "Traceback" not in err, out + err
+  [saved] = [line for line in out.splitlines() if line.startswith(f"stopped by {name}")]
   step = int(saved.split()[-1])
   assert 8 <= step < LAST_STEP and checkpoint_steps(tmp_path)[-1] == step
-  code, out, err = runs.finish(runs.start_training(tmp_path))
-  assert code == 0 and f"resumed from step {step}" in out, out + err
-  assert_same_end(tmp_path, uninterrupted)
+  if name == "SIGTERM":
+    code, out, err = runs.finish(runs.start_training(tmp_path))
+    assert code == 0 and f"resumed from step {step}" in out, out + err
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_ctrl_c_before_the_first_step_says_so(tmp_path):
+  process = runs.start_training(tmp_path)
+  assert runs.wait_for((tmp_path / "lock").exists, process)
+  process.send_signal(signal.SIGINT)
+  code, out, err = runs.finish(process)
+  assert code == 130 and "Traceback" not in err, out + err
+  assert err.splitlines()[-1].startswith("train: stopped by Ctrl-C; the same command goes on")
 
 
 def test_changed_config_is_refused_by_name(uninterrupted):
@@ -119,6 +136,101 @@ def test_explosion_stops_with_the_last_good_state_saved(tmp_path):
   arrays = runs.checkpoint_arrays(tmp_path, good)
   assert arrays["['step']"] == good
   assert all((array == array).all() for array in arrays.values())  # no NaN
+
+
+def quick_config(**fields):
+  """Two layers on synthetic data, a checkpoint every step."""
+  quick = {**runs.TWO_LAYERS, "num_steps": 4, "optim.warmup_steps": 1, "log.tensorboard": False}
+  quick |= {"checkpoint.save_every_steps": 1, "checkpoint.keep_last": 9, "log.log_every_steps": 1}
+  return small_config(**quick | fields)
+
+
+@pytest.mark.parametrize("save_every", [1, 9])
+def test_an_update_that_is_not_finite_is_not_saved(tmp_path, save_every):
+  """The loss and the gradient of step 2 are finite, its update is not."""
+  fields = {"optim.learning_rate": 3.4e38, "optim.weight_decay": 3.0}
+  config = quick_config(**fields, **{"checkpoint.save_every_steps": save_every})
+  with pytest.raises((train.NonFiniteError, checkpoint.NotFiniteError)) as error:
+    train.train(config, tmp_path)
+  assert "the state after step 2 must be finite to be saved" in str(error.value)
+  assert checkpoint_steps(tmp_path) == [1][: save_every == 1]
+  end = "is that of step 1" if save_every == 1 else f"there is no checkpoint in {tmp_path} yet"
+  assert str(error.value).endswith(end)
+
+
+def test_points_of_the_validation_curve_share_their_subset(tmp_path):
+  """With a learning rate of 0 they are equal, while the whole set has another loss."""
+  still = {"optim.learning_rate": 0.0, "optim.final_learning_rate": 0.0, "balance.methods": ()}
+  fields = {"log.eval_every_steps": 1, "log.eval_batches": 1}
+  train.train(quick_config(**still, **fields), tmp_path)
+  rows = [row for row in metrics.read_metrics(tmp_path) if "validation_loss" in row]
+  assert [row["step"] for row in rows] == [1, 2, 3, 4]
+  [curve] = {row["validation_loss"] for row in rows}
+  assert ["whole_validation_loss" in row for row in rows] == [False, False, False, True]
+  assert rows[-1]["whole_validation_loss"] != curve
+  assert abs(rows[-1]["whole_validation_loss"] - curve) < 0.5
+
+
+def test_an_evaluation_that_fails_comes_after_the_save(tmp_path, monkeypatch):
+  """And the next run makes up for it."""
+  config = quick_config(**{"log.eval_every_steps": 2})
+
+  def fail(*_):
+    raise RuntimeError("out of memory")
+
+  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+    patch.setattr(perplexity, "validation_nats", fail)
+    train.train(config, tmp_path)
+  assert checkpoint_steps(tmp_path) == [1, 2]
+  assert train.train(config, tmp_path) == 4
+  rows = metrics.read_metrics(tmp_path)
+  kinds = [(row["step"], "validation_loss" in row) for row in rows]
+  assert kinds == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+
+
+def test_a_run_goes_on_from_an_older_checkpoint(tmp_path):
+  """The newest is damaged; what came after the older one is kept aside."""
+  config = quick_config()
+  assert train.train(config, tmp_path) == 4
+  whole = runs.checkpoint_arrays(tmp_path, 4)
+  before = (tmp_path / "metrics.jsonl").read_bytes()
+  files = [path for path in (tmp_path / "checkpoints" / "4").rglob("d/*")]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 4] ^= 1  # the last third of such a file is not read
+  largest.write_bytes(content)
+  with pytest.raises(ValueError, match=r"checkpoint 4 in .* --resume_from=STEP.*\(here: 1, 2, 3\)"):
+    train.train(config, tmp_path)
+  with pytest.raises(ValueError, match=r"\(1, 2, 3, 4\), got 7"):
+    train.train(config, tmp_path, resume_from=7)
+  with pytest.raises(ValueError, match=r"num_steps \(2\) must be at least .* reached \(3\)"):
+    train.train(quick_config(num_steps=2), tmp_path, True, resume_from=3)
+  assert train.train(config, tmp_path, resume_from=2) == 4
+  runs.assert_bitwise_equal(runs.checkpoint_arrays(tmp_path, 4), whole)
+  aside = tmp_path / "checkpoints_after_step_2"
+  assert sorted(path.name for path in aside.iterdir()) == ["3", "4", "metrics.jsonl"]
+  assert (aside / "metrics.jsonl").read_bytes() == before
+  assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [1, 2, 3, 4, 4]
+
+
+def test_weights_of_another_run_are_not_forgotten(tmp_path, monkeypatch):
+  """A run that was stopped before its first step goes on with them, though they are not named."""
+  config = quick_config(num_steps=2)
+  assert train.train(config, tmp_path / "a") == 2
+  still = {"optim.learning_rate": 0.0, "optim.final_learning_rate": 0.0, "balance.methods": ()}
+  config = quick_config(num_steps=2, seed=7, **still)
+
+  def fail(*_):
+    raise RuntimeError("killed")
+
+  with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+    patch.setattr(train, "stop_signals", fail)
+    train.train(config, tmp_path / "b", init_from=tmp_path / "a")
+  assert checkpoint_steps(tmp_path / "b") == [0] and not (tmp_path / "b" / "config.json").exists()
+  assert train.train(config, tmp_path / "b") == 2
+  a, b = (runs.checkpoint_arrays(tmp_path / name, 2) for name in ("a", "b"))
+  weights = [path for path in a if "params" in path]
+  runs.assert_bitwise_equal({p: a[p] for p in weights}, {p: b[p] for p in weights})
 
 
 def test_run_without_validation_data(tmp_path):
@@ -150,11 +262,53 @@ def test_a_run_goes_on_with_its_experts_on_other_devices(tmp_path):
   np.testing.assert_array_equal(counts, expected_counts)
 
 
+@pytest.mark.parametrize("name", ["", "  ", "back\\slash"])
+def test_a_workdir_that_cannot_be_is_refused(tmp_path, monkeypatch, name):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="workdir"):
+    train.train(small_config(**runs.TWO_LAYERS), name)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_with_brackets_resumes(tmp_path):
+  (tmp_path / "text").mkdir()
+  for i in range(4):
+    (tmp_path / "text" / f"{i}.txt").write_text(f"{i} is a number; " * 60)
+  workdir = tmp_path / "lr=[3e-3]" / "[0:1]"
+  fields = {**runs.TWO_LAYERS, "model.vocab_size": 300, "checkpoint.save_every_steps": 1}
+  fields |= {"optim.warmup_steps": 1, "data.train_globs": (f"{tmp_path}/text/*.txt",)}
+  fields |= {"data.validation_globs": (f"{tmp_path}/text/*.txt",), "log.tensorboard": True}
+  assert train.train(small_config(**fields, num_steps=2), workdir) == 2
+  assert train.train(small_config(**fields, num_steps=3), workdir, allow_config_change=True) == 3
+  assert checkpoint_steps(workdir) == [2, 3]
+  assert checkpoint.load_run(workdir).step == 3
+
+
 def test_a_glob_that_matches_nothing_leaves_no_workdir(tmp_path):
   config = small_config(**runs.TWO_LAYERS, **{"data.validation_globs": (f"{tmp_path}/*.txt",)})
   with pytest.raises(ValueError, match=r"data.validation_globs must match a file; .*/\*.txt"):
     train.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_failed_leaves_the_workdir_to_a_corrected_one(tmp_path, monkeypatch):
+  """Whether there is a checkpoint or not."""
+  fields = {**runs.TWO_LAYERS, "checkpoint.save_every_steps": 1, "optim.warmup_steps": 1}
+  first, second = small_config(**fields, num_steps=2), small_config(**fields, num_steps=3)
+
+  def fail(*_):
+    raise ValueError("this kernel cannot be compiled")
+
+  for config, wrong in ((first, {"seed": 9, "model.hidden_size": 48}), (second, {"batch_size": 8})):
+    resumes = (tmp_path / "config.json").exists()
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="cannot be compiled"):
+      patch.setattr(train_step, "make_train_step", fail)
+      failing = small_config(**fields | wrong, num_steps=3)
+      train.train(failing, tmp_path, allow_config_change=resumes)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json")} == before
+    assert train.train(config, tmp_path, allow_config_change=resumes) == config.num_steps
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 0
 
 
 @pytest.mark.slow
@@ -165,7 +319,7 @@ def test_a_run_that_failed_at_its_first_step_keeps_the_weights_it_started_with(t
   exploding = small_config(**fields, seed=7, **{"loss.z_loss_weight": 1e38})
   with pytest.raises(train.NonFiniteError, match="at step 1; the state after step 0 is saved"):
     train.train(exploding, tmp_path / "b", init_from=tmp_path / "a")
-  assert train.train(small_config(**fields, seed=7), tmp_path / "b", allow_config_change=True) == 2
+  assert train.train(small_config(**fields, seed=7), tmp_path / "b") == 2  # nothing was trained yet
   # At warm-up's first step the learning rate is 0: nothing moves.
   a, b = (runs.checkpoint_arrays(tmp_path / name, step) for name, step in (("a", 2), ("b", 1)))
   weights = [path for path in a if "params" in str(path)]

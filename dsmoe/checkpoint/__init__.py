@@ -1,27 +1,28 @@
 """A run's checkpoints: saving, resuming, loading for use; `slices` handles parts of arrays."""
 
 from dsmoe.checkpoint.checkpointer import (
-  CHECKPOINTS,
-  CONFIG_FILE,
   Checkpointer,
-  check_whole,
+  NotFiniteError,
   find_step,
-  load_config,
-  record_config,
   restore_weights,
-  step_folder,
 )
+from dsmoe.checkpoint.contents import CHECKPOINTS, check_path, step_folder
 from dsmoe.checkpoint.loading import LoadedRun, load_run
+from dsmoe.checkpoint.lock import owned
+from dsmoe.checkpoint.run_config import CONFIG_FILE, check_config, load_config, record_config
 
 __all__ = [
   "CHECKPOINTS",
   "CONFIG_FILE",
   "Checkpointer",
   "LoadedRun",
-  "check_whole",
+  "NotFiniteError",
+  "check_config",
+  "check_path",
   "find_step",
   "load_config",
   "load_run",
+  "owned",
   "record_config",
   "restore_weights",
   "step_folder",

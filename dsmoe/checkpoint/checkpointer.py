@@ -1,50 +1,63 @@
 """Checkpoints through orbax: asynchronous, atomic, keep-last-n and keep-every-n.
 
-A checkpoint holds the whole train state (parameters, optimizer, router bias, step) and the
-data position. The resolved config lies beside them as config.json.
+A checkpoint holds the whole train state (parameters, optimizer, router bias, step), the data
+position, and checksums of both, which are compared when it is read. The resolved config lies beside
+the checkpoints as config.json.
 """
 
-import contextlib
-import functools
 import json
+import zlib
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dsmoe import config as config_lib
-from dsmoe.config import CheckpointConfig, Config
+from dsmoe.checkpoint import contents, integrity
+from dsmoe.config import CheckpointConfig
 from dsmoe.training.train_step import TrainState
-
-CONFIG_FILE = "config.json"
-CHECKPOINTS = "checkpoints"
 
 
 def _manager(workdir: epath.PathLike, options: ocp.CheckpointManagerOptions):
   return ocp.CheckpointManager(
-    epath.Path(workdir).resolve() / CHECKPOINTS,
+    contents.folder(workdir),
     options=options,
-    item_names=("state", "data"),
+    item_names=("state", "data", "checksums"),
   )
+
+
+class NotFiniteError(ValueError):
+  """A state with NaN or infinity was to be saved."""
 
 
 class Checkpointer:
   """Saves and restores a run's checkpoints; a context manager."""
 
   def __init__(self, workdir: epath.PathLike, config: CheckpointConfig):
+    self._workdir = workdir
     self._manager = _manager(
       workdir,
       ocp.CheckpointManagerOptions(
         max_to_keep=config.keep_last,
         keep_period=config.keep_every_steps or None,
         enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,  # of saves that were killed
       ),
     )
 
-  def latest_step(self) -> int | None:
-    """Returns the newest complete checkpoint's step, or None."""
-    return self._manager.latest_step()
+  def find_step(self, step: int | None = None) -> int | None:
+    """Returns `step`, or that of the newest complete checkpoint, None if there is none.
+
+    Raises:
+      ValueError: when there is no checkpoint of `step`.
+    """
+    steps = self._manager.all_steps()
+    if step is not None and step not in steps:
+      raise ValueError(
+        f"resume_from must be the step of a checkpoint in {self._workdir} ({_listed(steps)}), "
+        f"got {step}"
+      )
+    return step if step is not None else self._manager.latest_step()
 
   def save(self, state: TrainState, next_batch: int) -> None:
     """Starts saving in the background; does nothing when there is a checkpoint of this step.
@@ -52,13 +65,32 @@ class Checkpointer:
     Args:
       state: as the train step returned it.
       next_batch: global index of the first batch not yet trained on.
+
+    Raises:
+      NotFiniteError: when a number of the state is not finite; nothing is saved.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
+    measured = integrity.measure(state._asdict())
+    if broken := [name for name, (_, finite) in measured.items() if not finite]:
+      newest = self._manager.latest_step()
+      raise NotFiniteError(
+        f"the state after step {step} must be finite to be saved, {len(broken)} of its "
+        f"{len(measured)} arrays are not ({broken[0]} first); "
+        + (
+          f"the newest checkpoint in {self._workdir} is that of step {newest}"
+          if newest is not None
+          else f"there is no checkpoint in {self._workdir} yet"
+        )
+      )
+    position = {"next_batch": next_batch}
+    checksums = {"data": _json_checksum(position)}
+    checksums |= {name: checksum for name, (checksum, _) in measured.items()}
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state._asdict()),
-      data=ocp.args.JsonSave({"next_batch": next_batch}),
+      data=ocp.args.JsonSave(position),
+      checksums=ocp.args.JsonSave(checksums),
     )
     self._manager.save(step, args=items)
 
@@ -69,13 +101,38 @@ class Checkpointer:
       The state and the index of the next batch.
 
     Raises:
-      ValueError: when the checkpoint's arrays are not those of the model.
+      ValueError: when the checkpoint is damaged, or its arrays are not those of the model.
     """
-    items = ocp.args.Composite(
-      state=ocp.args.StandardRestore(abstract._asdict()), data=ocp.args.JsonRestore()
-    )
-    restored = self._manager.restore(step, args=items)
+    items = {"state": ocp.args.StandardRestore(abstract._asdict()), "data": ocp.args.JsonRestore()}
+    restored = _read(self._manager, self._workdir, step, items)
     return TrainState(**restored["state"]), int(restored["data"]["next_batch"])
+
+  def set_later_aside(self, step: int) -> epath.Path | None:
+    """Moves the checkpoints after `step` out of a run that goes on from there.
+
+    Returns:
+      The new folder beside `checkpoints` that holds them; None when there are none.
+    """
+    later = [found for found in self._manager.all_steps() if found > step]
+    if not later:
+      return None
+    folder = contents.folder(self._workdir)
+    aside = folder.with_name(f"{folder.name}_after_step_{step}")
+    number = 0
+    while aside.exists():
+      number += 1
+      aside = folder.with_name(f"{folder.name}_after_step_{step}.{number}")
+    if jax.process_index() == 0:
+      aside.mkdir()
+      for found in sorted(later, reverse=True):
+        (folder / str(found)).rename(aside / str(found))
+    ocp.multihost.sync_global_processes("dsmoe:set_later_aside")
+    self._manager.reload()
+    return aside
+
+  def delete(self, step: int) -> None:
+    """Deletes a checkpoint."""
+    self._manager.delete(step)
 
   def wait(self) -> None:
     """Blocks until every checkpoint whose saving was started is on disk."""
@@ -87,64 +144,6 @@ class Checkpointer:
   def __exit__(self, *_):
     self._manager.wait_until_finished()
     self._manager.close()
-
-
-def record_config(workdir: epath.PathLike, config: Config, step: int, allow_change: bool) -> None:
-  """Writes config.json, or compares the config with the one in the workdir.
-
-  Args:
-    workdir: the run's.
-    config: the run's.
-    step: of the checkpoint that the run resumes from; 0 for a new run.
-    allow_change: whether a run may resume with a changed config; the old one is then kept as
-      config.before_step_<step>.json.
-
-  Raises:
-    ValueError: for a changed config without `allow_change`, naming every difference.
-  """
-  path = epath.Path(workdir) / CONFIG_FILE
-  path.parent.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(config_lib.to_dict(config), indent=2)
-  if path.exists():
-    old = json.loads(path.read_text())
-    changed = config_lib.differences(old, config_lib.to_dict(config))
-    if not changed:
-      return
-    if not allow_change:
-      raise ValueError(
-        f"{path} differs from this run's config: {'; '.join(changed)}. Pass "
-        "--allow_config_change to resume with the new one, or another --workdir"
-      )
-    aside = path.with_name(f"config.before_step_{step}.json")
-    number = 1
-    while aside.exists():
-      aside = path.with_name(f"config.before_step_{step}.{number}.json")
-      number += 1
-    aside.write_text(path.read_text())
-  if jax.process_index() == 0:
-    temporary = path.with_name(CONFIG_FILE + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def load_config(workdir: epath.PathLike) -> Config:
-  """Reads a run's config.json.
-
-  Raises:
-    ValueError: when there is none, or it is not a valid config.
-  """
-  path = epath.Path(workdir) / CONFIG_FILE
-  if not path.exists():
-    raise ValueError(f"a run's workdir must hold {CONFIG_FILE}, got {epath.Path(workdir)}")
-  try:
-    return config_lib.from_dict(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
-    raise ValueError(f"{path}: {error}") from error
-
-
-def step_folder(workdir: epath.PathLike, step: int) -> epath.Path:
-  """Returns the folder of a step's checkpoint."""
-  return epath.Path(workdir).resolve() / CHECKPOINTS / str(step)
 
 
 def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
@@ -159,34 +158,6 @@ def find_step(workdir: epath.PathLike, step: int | None = None) -> int:
   if step is None or step not in steps:
     raise ValueError(f"step must be one of the checkpoints in {workdir} ({steps}), got {step}")
   return step
-
-
-def _saved(workdir: epath.PathLike, step: int) -> dict[str, Any]:
-  """Returns the tree of a checkpoint's state; its leaves have a `shape`."""
-  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-    return handler.metadata(step_folder(workdir, step) / "state").tree
-
-
-def _check_shapes(workdir: epath.PathLike, step: int, wanted: Any) -> None:
-  """Raises ValueError naming the first array that the checkpoint lacks or has in another shape."""
-  name_of = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-  saved = {name_of(path): x.shape for path, x in jax.tree.leaves_with_path(_saved(workdir, step))}
-  for path, leaf in jax.tree.leaves_with_path(wanted):
-    found = saved.get(name_of(path))
-    if found is None or tuple(found) != leaf.shape:
-      raise ValueError(
-        f"checkpoint {step} in {workdir} must hold the arrays of the model: {name_of(path)} has "
-        f"the shape {list(leaf.shape)} there, got {found and list(found)}"
-      )
-
-
-def check_whole(workdir: epath.PathLike, step: int) -> None:
-  """Raises ValueError when the checkpoint holds weights only, as imported ones do."""
-  if "opt_state" not in _saved(workdir, step):
-    raise ValueError(
-      f"checkpoint {step} must hold the optimizer's state for a run to resume from it, that in "
-      f"{workdir} holds weights only: name it as --init_from and another folder as --workdir"
-    )
 
 
 def restore_weights(
@@ -207,16 +178,42 @@ def restore_weights(
   """
   step = find_step(workdir, step)
   wanted = {"params": params, "router_bias": router_bias}
-  _check_shapes(workdir, step, wanted)
+  if other := contents.other_arrays(workdir, step, wanted, all_of_them=False):
+    raise ValueError(f"checkpoint {step} in {workdir} must hold the arrays of the model: {other}")
+  items = {
+    "state": ocp.args.PyTreeRestore(
+      wanted,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+      partial_restore=True,
+    )
+  }
   with _manager(workdir, ocp.CheckpointManagerOptions(create=False)) as manager:
-    restored = manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.PyTreeRestore(
-          wanted,
-          restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-          partial_restore=True,
-        )
-      ),
-    )["state"]
-  return restored["params"], restored["router_bias"], step
+    state = _read(manager, workdir, step, items)["state"]
+  return state["params"], state["router_bias"], step
+
+
+def _listed(steps: Any) -> str:
+  return ", ".join(map(str, sorted(steps))) or "none"
+
+
+def _json_checksum(value: Any) -> str:
+  return f"json {zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def _read(
+  manager: ocp.CheckpointManager, workdir: epath.PathLike, step: int, items: dict[str, Any]
+) -> Any:
+  """Returns the items of a checkpoint after comparing their checksums, if it has any.
+
+  Raises:
+    ValueError: whatever is wrong, naming the checkpoint.
+  """
+  checksums = contents.saved_checksums(workdir, step)
+  with contents.named_damage(workdir, step):
+    restored = manager.restore(step, args=ocp.args.Composite(**items))
+    if checksums:
+      for name, (checksum, _) in integrity.measure(restored["state"]).items():
+        contents.compare_checksum(name, checksums, checksum)
+      if "data" in items:
+        contents.compare_checksum("data", checksums, _json_checksum(restored["data"]))
+    return restored

@@ -12,7 +12,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from dsmoe import platforms
-from dsmoe.checkpoint import checkpointer
+from dsmoe.checkpoint import checkpointer, run_config
 from dsmoe.config import Config
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.parallel import mesh as mesh_lib
@@ -70,7 +70,7 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
     ValueError: when `workdir` holds no run or no such checkpoint.
   """
   workdir = epath.Path(workdir)
-  config = checkpointer.load_config(workdir)
+  config = run_config.load_config(workdir)
   config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1, expert=1))
   unusable = platforms.unusable_kernels(config.model.kernels)
   for field, reason in unusable.items():

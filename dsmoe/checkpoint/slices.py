@@ -17,7 +17,7 @@ import json
 import math
 import pathlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,10 +26,12 @@ import tensorstore as ts
 from etils import epath
 
 from dsmoe import checkpoint
+from dsmoe.checkpoint import contents, integrity
 
 Path = tuple[str, ...]  # of a leaf: ("params", "moe_layers", "mlp", "router")
 _DICT_KEY = 2  # orbax's number for a key of a dict
 _CACHE_BYTES = 32 << 20  # what OCDBT keeps in memory beside a chunk
+_BLOCK_BYTES = 64 << 20  # of an array, read at once for its checksum
 _HANDLERS = {
   "state": "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
 }
@@ -122,6 +124,32 @@ class Arrays:
         context = ts.Context({"cache_pool": cache})
         self._newest = path, ts.open(self._specs[path], open=True, context=context).result()
       return self._newest[1]
+
+
+def check_arrays(
+  workdir: epath.PathLike, step: int, arrays: Arrays, shapes: Mapping[Path, tuple[int, ...]]
+) -> None:
+  """Reads the arrays of a step once and compares their checksums, if the checkpoint has any.
+
+  Raises:
+    ValueError: naming the checkpoint and the first array that is damaged.
+  """
+  checksums = contents.saved_checksums(workdir, step)
+  with contents.named_damage(workdir, step):
+    for path, shape in shapes.items() if checksums else ():
+      found = integrity.checksum_of_blocks(_blocks(arrays[path], shape))
+      contents.compare_checksum(".".join(path), checksums, found)
+
+
+def _blocks(array: ts.TensorStore, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+  """Yields an array in row-major order: matrix by matrix, and large matrices by their rows."""
+  if len(shape) < 2:
+    yield array.read().result()
+    return
+  rows = max(_BLOCK_BYTES // (shape[-1] * array.dtype.numpy_dtype.itemsize), 1)
+  for index in np.ndindex(shape[:-2]):
+    for first in range(0, shape[-2], rows):
+      yield array[(*index, slice(first, min(first + rows, shape[-2])))].read().result()
 
 
 def identity(workdir: epath.PathLike, step: int) -> str:

@@ -94,6 +94,7 @@ def import_folder(
     ValueError: see `loading.load_pretrained` and `Staging`.
   """
   folder, workdir = _on_disk(folder), _on_disk(workdir)
+  checkpoint.check_path(workdir)
   staging.check_absent(workdir)
   own = {f.name: getattr(base.model, f.name) for f in dataclasses.fields(ModelConfig)}
   own = {k: v for k, v in own.items() if k not in FIELDS and not k.startswith("rope_")}
@@ -149,7 +150,7 @@ def import_folder(
     sizes = {name: stored[name].num_bytes for name in order}
     staging.run(stage, sizes, make, lambda: None, "import")  # tensorstore flushes every chunk
     slices.write_metadata(step_folder, shapes)
-    checkpoint.record_config(epath.Path(stage.folder), config, STEP, allow_change=True)
+    checkpoint.record_config(epath.Path(stage.folder), config, STEP)
     text.copy(folder, stage.folder / "data")
     stage.finish()
   return opened.account
@@ -203,6 +204,7 @@ def export_workdir(
   hf_config = config_to_hf(config.model)
   step = checkpoint.find_step(workdir, step)
   arrays = slices.open_step(workdir, step, leaf_shapes(config.model))
+  slices.check_arrays(workdir, step, arrays, leaf_shapes(config.model))
   slots = loading.layout(*loading.shapes_of(config.model)[1:], config.model)
   # A tied head is left out, though MTP layers have theirs.
   copies = {n: o for n, o in loading.copies_of(config.model).items() if n != "lm_head.weight"}

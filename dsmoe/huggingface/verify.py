@@ -66,7 +66,9 @@ def open_source(path: str | pathlib.Path) -> Source:
       lambda name: slots[name].to_ours(opened.read(name).astype(np.float32, copy=False)),
     )
   config = dataclasses.replace(checkpoint.load_config(path).model, **exact)
-  arrays = slices.open_step(path, checkpoint.find_step(path), leaf_shapes(config))
+  step = checkpoint.find_step(path)
+  arrays = slices.open_step(path, step, leaf_shapes(config))
+  slices.check_arrays(path, step, arrays, leaf_shapes(config))
   slots = loading.layout(*loading.shapes_of(config)[1:], config)
 
   def read(name: str) -> np.ndarray:

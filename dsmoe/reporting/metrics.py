@@ -113,8 +113,8 @@ class MetricsWriter:
   def __init__(self, workdir: epath.PathLike, tensorboard: bool, start_step: int = 0):
     """Opens the files and keeps their lines up to `start_step`.
 
-    If there are later lines, or half a line of a killed run, the old file is kept as
-    metrics.jsonl.before_step_<start_step>, with a number if that exists already.
+    Later lines, which a resumed run writes again, and half a line of a killed run are removed, and
+    so are the copies that killed runs and earlier versions left beside the file.
 
     Args:
       workdir: on disk or gs://; created if absent. An object store cannot append, so there
@@ -205,7 +205,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: for any other line that is no JSON object with an integer "step".
+    ValueError: for any other line that is no JSON object with an integer "step", naming it.
   """
   return list(iter_metrics(workdir))
 
@@ -245,14 +245,17 @@ def _lines(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         if not isinstance(row, dict) or type(row.get("step")) is not int:
           raise ValueError("no object with an integer step")
       except ValueError as error:
-        if not line.endswith(b"\n"):  # only the last line can lack its end
+        if not any(rest.strip() for rest in file):  # the last one, whether or not it was ended
           return
-        raise ValueError(f"{path}, line {number}: {error}, got {line[:80]!r}") from error
+        raise ValueError(
+          f"{path}, line {number} must be a JSON object with a step, it is damaged ({error}; "
+          f"{line[:80]!r}): delete that line, or the file if its curves are not needed"
+        ) from error
       yield line, row
 
 
 def _cut(path: epath.Path, start_step: int) -> None:
-  """Keeps only whole lines up to start_step, and a copy of the old file if lines are removed."""
+  """Keeps only whole lines up to start_step, and deletes what killed runs left beside the file."""
   if not path.exists():
     return
   temporary = path.with_name(f"{path.name}.tmp")
@@ -260,18 +263,10 @@ def _cut(path: epath.Path, start_step: int) -> None:
     for line, row in _lines(path):
       if row["step"] <= start_step:
         file.write(line.rstrip(b"\n") + b"\n")
-  if temporary.stat().length == path.stat().length:
-    temporary.unlink()
-    return
-  aside = path.with_name(f"{path.name}.before_step_{start_step}")
-  number = 0
-  while aside.exists():
-    number += 1
-    aside = path.with_name(f"{path.name}.before_step_{start_step}.{number}")
-  half = path.with_name(f"{aside.name}.tmp")
-  _copy(path, half)
-  half.replace(aside)
   temporary.replace(path)
+  for left in path.parent.iterdir():
+    if left.name.startswith((f"{path.name}.before_step_", f"{path.name}.tmp")):
+      left.unlink()
 
 
 def _is_remote(path: epath.Path) -> bool:

@@ -20,6 +20,8 @@ from dsmoe.reporting import metrics
 _DOTS_PER_INCH = 110
 _MAX_POINTS = 256  # even
 _SMOOTHED_POINTS = 40  # a loss of at least so many points is drawn with its running mean
+# Points of validation, drawn larger and never averaged.
+_MARKS = {"validation_loss": "o--", "whole_validation_loss": "D"}
 _WIDE = ("expert_counts", "router_bias")  # [L, E] in each line: averaged while they are read
 
 
@@ -117,6 +119,9 @@ def _running_mean(value_T, reach: int) -> np.ndarray:
 def _draw_losses(run: _Run) -> figure.Figure | None:
   main = [("loss", "train loss, all terms"), ("cross_entropy", "train cross-entropy")]
   main += [("validation_loss", "validation loss")]
+  (curve, whole) = (run.series(name) for name in _MARKS)
+  if whole is not None and (curve is None or whole[1][-1] != curve[1][-1]):
+    main += [("whole_validation_loss", "validation loss, whole set")]
   panels = [_Panel("Loss", "nats per token", "free", main)]
   for name, title, label in (
     ("mtp_loss", "Multi-token prediction loss", "nats per token"),
@@ -176,10 +181,10 @@ def _draw_lines(run: _Run, panels: list[_Panel]) -> figure.Figure | None:
   for ax, (title, label, scale, lines) in zip(axes, found):
     palette = matplotlib.colormaps["viridis"](np.linspace(0, 0.95, len(lines)))
     for i, (name, legend, step_T, value_T) in enumerate(lines):
-      style = "o--" if name == "validation_loss" else _style(step_T)
+      style = _MARKS.get(name) or _style(step_T)
       value_T = value_T * 100 if name == "mfu" else value_T
       color = f"C{i}" if len(lines) <= 10 else palette[i]
-      if scale == "free" and len(value_T) >= _SMOOTHED_POINTS and name != "validation_loss":
+      if scale == "free" and len(value_T) >= _SMOOTHED_POINTS and name not in _MARKS:
         ax.plot(step_T, value_T, color=color, linewidth=0.8, alpha=0.3)
         value_T = _running_mean(value_T, len(value_T) // 20)
         legend += f", mean of {2 * (len(value_T) // 20) + 1} points"

@@ -57,15 +57,16 @@ class Progress:
 
     Args:
       step: optimizer steps made so far.
-      metrics: any of loss, validation_loss, validation_bits_per_byte, tokens_per_sec, mfu (a
-        fraction of 1, or None), gflops_per_sec and step_secs, which gives the time left.
+      metrics: any of loss, validation_loss, validation_bits_per_byte, the same two of the whole set
+        (whole_...), tokens_per_sec, mfu (a fraction of 1, or None), gflops_per_sec and step_secs,
+        which gives the time left.
     """
     steps_left = self._total_steps - step
     parts = _parts(metrics, steps_left)
     if parts and (self._bar is None or "validation_loss" in metrics):
       self.print("  ".join([f"step {step}/{self._total_steps}", *parts]))
     if self._bar is not None:
-      self._latest |= {k: v for k, v in metrics.items() if not k.startswith("validation")}
+      self._latest |= {k: v for k, v in metrics.items() if "validation" not in k}
       text = "  ".join(_parts(self._latest, steps_left))
       self._bar.update(self._task, completed=step, text=text)
 
@@ -95,6 +96,9 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     if row.get("validation_loss") is not None and row["validation_loss"] < best_loss:
       best_loss, best_step = row["validation_loss"], row["step"]
 
+  if last.get("whole_validation_loss") == last.get("validation_loss"):  # the curve is of all of it
+    for name in ("validation_loss", "validation_bits_per_byte"):
+      last.pop(name, None)
   pairs = []
   for name, label, form in (
     ("step", "steps", "{:,}"),
@@ -102,6 +106,8 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     ("loss", "train loss", "{:.4f}"),
     ("cross_entropy", "train cross-entropy (nats/token)", "{:.4f}"),
     ("mtp_loss", "MTP loss (nats/token)", "{:.4f}"),
+    ("whole_validation_loss", "validation loss, whole set (nats/token)", "{:.4f}"),
+    ("whole_validation_bits_per_byte", "validation bits per byte, whole set", "{:.4f}"),
     ("validation_loss", "validation loss (nats/token)", "{:.4f}"),
     ("validation_bits_per_byte", "validation bits per byte", "{:.4f}"),
   ):
@@ -149,10 +155,14 @@ def _parts(metrics: Mapping[str, Any], steps_left: int) -> list[str]:
     ("loss", "loss {:.4f}"),
     ("validation_loss", "validation loss {:.4f}"),
     ("validation_bits_per_byte", "{:.4f} bits/byte"),
+    ("whole_validation_loss", "whole set {:.4f}"),
+    ("whole_validation_bits_per_byte", "{:.4f} bits/byte"),
     ("tokens_per_sec", "{:,.0f} tokens/s"),
     ("mfu", "MFU {:.1%}"),
   ):
-    if metrics.get(name) is not None:
+    curve = name.removeprefix("whole_")
+    said = curve != name and metrics.get(curve) == metrics.get(name)  # the curve is of all of it
+    if metrics.get(name) is not None and not said:
       parts.append(form.format(metrics[name]))
   if metrics.get("mfu") is None and metrics.get("gflops_per_sec") is not None:
     parts.append(f"{metrics['gflops_per_sec']:,.1f} GFLOP/s")

@@ -60,13 +60,18 @@ def _initial_state(config: Config) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state, router_bias)
 
 
+def state_shapes(config: Config) -> TrainState:
+  """Returns the state as ShapeDtypeStructs, without shardings."""
+  return jax.eval_shape(lambda: _initial_state(config))
+
+
 def state_shardings(config: Config, mesh) -> TrainState:
   """Returns the NamedSharding of every leaf of the state.
 
   Raises:
     ValueError: when a parameter does not divide over the mesh.
   """
-  shapes = jax.eval_shape(lambda: _initial_state(config))
+  shapes = state_shapes(config)
   parameters.check_divisible(shapes.params, mesh)
   specs = parameters.specs(shapes.params)
   # Optimizer moments are trees like the parameters; its counters are replicated.
@@ -89,7 +94,7 @@ def init_state(config: Config, mesh) -> TrainState:
 
 def abstract_state(config: Config, mesh) -> TrainState:
   """Returns the state as ShapeDtypeStructs with shardings, for restoring into."""
-  shapes = jax.eval_shape(lambda: _initial_state(config))
+  shapes = state_shapes(config)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,

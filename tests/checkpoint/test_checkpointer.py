@@ -1,4 +1,4 @@
-"""Tests of dsmoe/checkpoint/checkpointer.py: round trips, other meshes, what is kept, changed configs."""
+"""Tests of dsmoe/checkpoint/checkpointer.py: round trips, other meshes, what is kept."""
 
 import dataclasses
 import functools
@@ -7,10 +7,10 @@ import pathlib
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from dsmoe import checkpoint
-from dsmoe import config as config_lib
 from dsmoe.config import CheckpointConfig
 from dsmoe.training import train_step
 from tests.helpers import assert_close, mesh_of, random_batch, small_config
@@ -56,7 +56,7 @@ def test_round_trip_is_bitwise(tmp_path):
   save(tmp_path, state, 7)
   abstract = train_step.abstract_state(config, mesh)
   with checkpoint.Checkpointer(tmp_path, KEEP_ALL) as checkpoints:
-    assert checkpoints.latest_step() == 2
+    assert checkpoints.find_step() == 2
     restored, next_batch = checkpoints.restore(abstract, 2)
   assert next_batch == 7
   assert_bitwise_equal(by_path(restored), by_path(state))
@@ -110,8 +110,11 @@ def test_changed_model_does_not_restore(tmp_path):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"model.hidden_size": 48}, r"kv_a_proj has the shape \[1, 48, 24\] there, got \[1, 40, 24\]"),
-    ({"model.q_lora_rank": None}, r"q_proj has the shape .* there, got None"),
+    (
+      {"model.hidden_size": 48},
+      r"kv_a_proj must have the shape \[1, 48, 24\], it has \[1, 40, 24\]",
+    ),
+    ({"model.q_lora_rank": None}, r"it must hold params\..*q_proj \[.*\], and does not"),
   ],
 )
 def test_weights_of_another_model_are_refused_by_name(tmp_path, change, message):
@@ -121,32 +124,140 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path, change, message)
     checkpoint.restore_weights(tmp_path, other.params, other.router_bias)
 
 
-def test_broken_config_is_named(tmp_path):
-  path = tmp_path / "config.json"
-  for text in ("{,", "3", "{}"):
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"^{path}: "):
-      checkpoint.load_config(tmp_path)
+def small_state(step, value=1.0):
+  tree = {"w": np.linspace(1, 2, 3000, dtype=np.float32).reshape(30, 100), "b": np.full(3, value)}
+  tree["b"] = tree["b"].astype(np.float32)
+  moments = {"mu": np.ones((30, 100), np.float32) / 3}
+  bias = {"moe": np.arange(12, dtype=np.float32).reshape(2, 6) / 7}
+  return train_step.TrainState(np.array(step, np.int32), tree, moments, bias)
 
 
-def test_config_is_recorded_and_changes_refused(tmp_path):
-  config = config_of_two_layers()
-  checkpoint.record_config(tmp_path, config, 0, False)
-  assert checkpoint.load_config(tmp_path) == config
-  checkpoint.record_config(tmp_path, config, 5, False)
+def files(folder):
+  return sorted(path for path in folder.rglob("*") if path.is_file())
 
-  changed = config_of_two_layers(**{"optim.learning_rate": 0.5, "seed": 3})
-  with pytest.raises(ValueError) as error:
-    checkpoint.record_config(tmp_path, changed, 5, False)
-  assert "optim.learning_rate: 0.001 -> 0.5; seed: 0 -> 3" in str(error.value)
-  assert checkpoint.load_config(tmp_path) == config
 
-  checkpoint.record_config(tmp_path, changed, 5, True)
-  assert checkpoint.load_config(tmp_path) == changed
-  checkpoint.record_config(tmp_path, config, 5, True)
-  asides = [tmp_path / f"config.before_step_5{n}.json" for n in ("", ".1")]
-  old = [config_lib.from_dict(json.loads(path.read_text())) for path in asides]
-  assert old == [config, changed]
+def readers(workdir, step):
+  """Returns functions that read a checkpoint with the optimizer's state and without it."""
+  state = small_state(step)
+
+  def resume():
+    with checkpoint.Checkpointer(workdir, KEEP_ALL) as checkpoints:
+      return by_path(checkpoints.restore(state, step)[0]._asdict())
+
+  def load():
+    params, bias, _ = checkpoint.restore_weights(workdir, state.params, state.router_bias, step)
+    return by_path({"params": params, "router_bias": bias})
+
+  return resume, load
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_named(tmp_path):
+  """Wherever it is: what is read without an error is what was saved."""
+  for step in (2, 5):
+    save(tmp_path, small_state(step), step)
+  folder = tmp_path / "checkpoints" / "5"
+  saved = by_path(small_state(5)._asdict())
+  refused = set()
+  for path in files(folder):
+    whole = path.read_bytes()
+    size = len(whole)
+    for place in sorted({0, size // 3, size // 2, size - 1} & {*range(size)}):
+      path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+      for read in readers(tmp_path, 5):
+        try:
+          arrays = read()
+          assert_bitwise_equal(arrays, {name: saved[name] for name in arrays})
+        except ValueError as error:
+          message = str(error)
+          assert message.startswith(f"checkpoint 5 in {tmp_path} must be whole, it cannot be read")
+          assert "\n" not in message and message.endswith("--step=STEP (here: 2)"), message
+          refused.add((path, place))
+    path.write_bytes(whole)
+  largest = max(files(folder), key=lambda path: path.stat().st_size)
+  assert (largest, largest.stat().st_size // 2) in refused
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "absent"])
+def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path, damage):
+  save(tmp_path, small_state(5), 5)
+  folder = tmp_path / "checkpoints" / "5"
+  refused = set()
+  for path in files(folder):
+    whole = path.read_bytes()
+    damaged = {"cut": whole[: len(whole) // 2], "empty": b"", "zeros": bytes(len(whole))}
+    path.unlink() if damage == "absent" else path.write_bytes(damaged[damage])
+    try:
+      assert_bitwise_equal(readers(tmp_path, 5)[0](), by_path(small_state(5)._asdict()))
+    except ValueError as error:
+      assert "--resume_from=STEP" in str(error) and "\n" not in str(error)
+      refused.add(path)
+    path.write_bytes(whole)
+  assert max(files(folder), key=lambda path: path.stat().st_size) in refused
+
+
+def test_another_data_position_is_named(tmp_path):
+  save(tmp_path, small_state(5), 50)
+  [path] = (tmp_path / "checkpoints" / "5" / "data").glob("metadata")
+  path.write_text(path.read_text().replace("50", "51"))
+  with pytest.raises(ValueError, match="the checksum of data must be json"):
+    readers(tmp_path, 5)[0]()
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path):
+  """As the version before them wrote it."""
+  state = small_state(5)
+  items = ocp.args.Composite(
+    state=ocp.args.StandardSave(state._asdict()), data=ocp.args.JsonSave({"next_batch": 7})
+  )
+  folder = (tmp_path / "checkpoints").resolve()
+  with ocp.CheckpointManager(folder, item_names=("state", "data")) as manager:
+    manager.save(5, args=items)
+  with checkpoint.Checkpointer(tmp_path, KEEP_ALL) as checkpoints:
+    restored, next_batch = checkpoints.restore(state, 5)
+  assert next_batch == 7
+  assert_bitwise_equal(by_path(restored), by_path(state))
+  params, _, _ = checkpoint.restore_weights(tmp_path, state.params, state.router_bias)
+  assert_bitwise_equal(by_path(params), by_path(state.params))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, value):
+  save(tmp_path, small_state(2), 2)
+  with checkpoint.Checkpointer(tmp_path, KEEP_ALL) as checkpoints:
+    message = r"1 of its 5 arrays are not \(params.b first\); the newest .* is that of step 2"
+    with pytest.raises(checkpoint.NotFiniteError, match=message):
+      checkpoints.save(small_state(5, value), 5)
+    assert checkpoints.find_step() == 2
+
+
+def test_later_checkpoints_are_set_aside(tmp_path):
+  for step in (2, 5, 7):
+    save(tmp_path, small_state(step), step)
+  with checkpoint.Checkpointer(tmp_path, KEEP_ALL) as checkpoints:
+    with pytest.raises(ValueError, match=r"resume_from must be .* \(2, 5, 7\), got 4"):
+      checkpoints.find_step(4)
+    assert checkpoints.find_step(2) == 2
+    assert checkpoints.set_later_aside(7) is None
+    aside = checkpoints.set_later_aside(2)
+    assert sorted(path.name for path in aside.iterdir()) == ["5", "7"]
+    assert checkpoints.find_step() == 2
+    checkpoints.save(small_state(5), 5)
+    checkpoints.wait()
+    again = checkpoints.set_later_aside(2)
+  assert aside.name == "checkpoints_after_step_2" and again.name == "checkpoints_after_step_2.1"
+  assert [path.name for path in again.iterdir()] == ["5"]
+  assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_run(tmp_path):
+  save(tmp_path, small_state(2), 2)
+  left = tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp"
+  (left / "state.orbax-checkpoint-tmp").mkdir(parents=True)
+  (left / "state.orbax-checkpoint-tmp" / "d").write_text("half")
+  with checkpoint.Checkpointer(tmp_path, KEEP_ALL) as checkpoints:
+    assert checkpoints.find_step() == 2
+    checkpoints.save(small_state(4), 4)
+  assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
 
 
 def test_absent_runs_and_steps_are_refused(tmp_path):

@@ -28,7 +28,7 @@ def workdir(tmp_path_factory):
     **{"model.vocab_size": VOCAB, "data.train_globs": (f"{corpus}/a/*.txt",)},
     **{"mesh.data": 1},
   )
-  checkpoint.record_config(folder, config, 0, False)
+  checkpoint.record_config(folder, config, 0)
   records.prepare(config.data, VOCAB, folder / "data")
   state = train_step.init_state(config, mesh_of(1))
   with checkpoint.Checkpointer(folder, KEEP_ALL) as checkpoints:

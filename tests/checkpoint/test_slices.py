@@ -9,8 +9,9 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from dsmoe import checkpoint
+from dsmoe import checkpoint, config
 from dsmoe.checkpoint import slices
+from dsmoe.training import train_step
 
 STEP = 3
 RNG = np.random.default_rng(0)
@@ -106,6 +107,31 @@ def test_absent_arrays_and_other_shapes_are_named(tmp_path, save):
     slices.open_step(tmp_path, STEP, {("params", "absent"): (5, 6)})
   with pytest.raises(ValueError, match=r"array params\.w in .* must have the shape .*got \[5, 6\]"):
     slices.open_step(tmp_path, STEP, {("params", "w"): (6, 5)})
+
+
+@pytest.mark.parametrize("block_bytes", [1, 50, 1 << 20])
+def test_arrays_of_a_run_are_compared_with_their_checksums(tmp_path, monkeypatch, block_bytes):
+  """Read by slices; a checkpoint without checksums passes."""
+  monkeypatch.setattr(slices, "_BLOCK_BYTES", block_bytes)
+  state = train_step.TrainState(
+    np.array(STEP, np.int32), **{"opt_state": {}, "router_bias": {}} | nested(LEAVES)
+  )
+  with checkpoint.Checkpointer(tmp_path, config.CheckpointConfig(1, 1, 0)) as checkpoints:
+    checkpoints.save(state, 0)
+
+  def check():
+    arrays = slices.open_step(tmp_path, STEP, SHAPES)
+    slices.check_arrays(tmp_path, STEP, arrays, SHAPES)
+
+  check()
+  path = epath.Path(tmp_path) / "checkpoints" / str(STEP) / "checksums" / "metadata"
+  sums = json.loads(path.read_text())
+  name = "params.moe.w_up"
+  path.write_text(json.dumps(sums | {name: "bfloat16 00000000"}))
+  with pytest.raises(ValueError, match=f"checkpoint 3 in .*the checksum of {name} must be"):
+    check()
+  path.parent.rmtree()
+  check()
 
 
 def test_a_missing_chunk_is_an_error(tmp_path):

@@ -275,7 +275,7 @@ def save_run(workdir, config, seed=0):
   )
   state = jax.tree.map(jax.numpy.asarray, state)
   with checkpoint.Checkpointer(workdir, config.checkpoint) as checkpointer:
-    checkpoint.record_config(workdir, config, 0, False)
+    checkpoint.record_config(workdir, config, 0)
     checkpointer.save(state, 0)
   return params, router_bias
 

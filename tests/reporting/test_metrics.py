@@ -180,23 +180,16 @@ def _names(workdir):
   return sorted(path.name for path in workdir.iterdir())
 
 
-def test_resume_sets_later_lines_aside(tmp_path):
+def test_resume_removes_later_lines_and_what_killed_runs_left(tmp_path):
   _write(tmp_path, [10, 20, 30])
-  before = (tmp_path / "metrics.jsonl").read_bytes()
+  for name in ("before_step_20", "before_step_20.1", "before_step_5.tmp", "tmp"):
+    (tmp_path / f"metrics.jsonl.{name}").write_text('{"step": 30}\n')
+  (tmp_path / "metrics.jsonl.mine").write_text("kept")
   _write(tmp_path, [30, 40], start_step=20)
   assert _steps(tmp_path) == [10, 20, 30, 40]
-  assert (tmp_path / "metrics.jsonl.before_step_20").read_bytes() == before
-
-  second = (tmp_path / "metrics.jsonl").read_bytes()
-  _write(tmp_path, [], start_step=20)  # the same step again: what was set aside stays
+  _write(tmp_path, [], start_step=20)
   assert _steps(tmp_path) == [10, 20]
-  assert (tmp_path / "metrics.jsonl.before_step_20").read_bytes() == before
-  assert (tmp_path / "metrics.jsonl.before_step_20.1").read_bytes() == second
-  assert _names(tmp_path) == [
-    "metrics.jsonl",
-    "metrics.jsonl.before_step_20",
-    "metrics.jsonl.before_step_20.1",
-  ]
+  assert _names(tmp_path) == ["metrics.jsonl", "metrics.jsonl.mine"]
 
 
 def test_resume_from_the_last_line_changes_nothing(tmp_path):
@@ -207,29 +200,32 @@ def test_resume_from_the_last_line_changes_nothing(tmp_path):
   assert _names(tmp_path) == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("after", [b"", b"\n", b"\n\n", b"\r\n", b"\x00\x00\x00", b"\xff\xfe"])
 @pytest.mark.parametrize("kept", [1, 12, -2, -1])
-def test_a_line_cut_by_a_kill_is_left_out_and_kept_aside(tmp_path, kept):
+def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path, kept, after):
+  """Also if something follows it: the end of a line, or what a disk gave out for it."""
   _write(tmp_path, [10, 20])
   path = tmp_path / "metrics.jsonl"
   first, second = path.read_bytes().splitlines(keepends=True)
-  path.write_bytes(first + second[:kept])
-  whole = kept == -1  # only the end of the line is missing
+  path.write_bytes(first + second[:kept] + after)
+  whole = kept == -1 and not after.strip()  # only the end of the line is missing
   assert _steps(tmp_path) == ([10, 20] if whole else [10])
   _write(tmp_path, [30], start_step=20)
   assert _steps(tmp_path) == ([10, 20, 30] if whole else [10, 30])
-  aside = tmp_path / "metrics.jsonl.before_step_20"
-  assert aside.read_bytes() == first + second[:kept]
+  assert _names(tmp_path) == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("broken", ['{"step": 2', '{"loss": 1.0}', "[2]", '{"step": null}', ""])
-def test_a_broken_line_elsewhere_is_an_error(tmp_path, broken):
-  text = f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n'
-  (tmp_path / "metrics.jsonl").write_text(text)
-  with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-    metrics.read_metrics(tmp_path)
-  with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-    metrics.MetricsWriter(tmp_path, tensorboard=False, start_step=1)
-  assert (tmp_path / "metrics.jsonl").read_text() == text
+@pytest.mark.parametrize(
+  "broken", [b'{"step": 2', b'{"loss": 1.0}', b"[2]", b'{"step": null}', b"", b"\x00", b'{"\xff"}']
+)
+def test_a_broken_line_elsewhere_is_named_with_what_to_do(tmp_path, broken):
+  text = b'{"step": 1}\n' + broken + b'\n{"step": 3}\n'
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(text)
+  for read in (metrics.read_metrics, lambda w: metrics.MetricsWriter(w, False, start_step=1)):
+    with pytest.raises(ValueError, match=rf"^{path}, line 2 must be .*: delete that line"):
+      read(tmp_path)
+  assert path.read_bytes() == text
 
 
 def test_no_file_is_an_error(tmp_path):
@@ -249,7 +245,6 @@ def test_a_store_that_cannot_append_gets_whole_files(tmp_path, monkeypatch):
   writer.write(40, {})
   writer.close()
   assert _steps(tmp_path) == [10, 20, 30, 40]
-  assert (tmp_path / "metrics.jsonl.before_step_20").exists()
 
 
 def test_remote_paths_are_told_by_their_scheme():

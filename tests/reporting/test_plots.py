@@ -46,6 +46,16 @@ def test_every_plot_is_drawn(tmp_path, num_steps, L, E, mfu):
   _check(plots.draw(tmp_path), ALL)
 
 
+def test_the_whole_validation_set_is_a_point_beside_the_curve(tmp_path):
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(1, {"validation_loss": 3.0})
+    writer.write(2, {"validation_loss": 2.0, "whole_validation_loss": 2.5})
+  [ax] = plots._draw_losses(plots._Run(metrics.read_metrics(tmp_path))).axes
+  lines = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
+  assert lines == {"validation loss": [3.0, 2.0], "validation loss, whole set": [2.5]}
+  assert ax.lines[1].get_linestyle() == "None" and ax.lines[1].get_marker() == "D"
+
+
 def test_plots_without_data_are_left_out(tmp_path):
   with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
     assert plots.draw(tmp_path) == []

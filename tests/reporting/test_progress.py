@@ -76,6 +76,40 @@ def test_summary_takes_last_values_medians_and_the_best_validation():
   assert progress.summary([]) == []
 
 
+def test_the_whole_set_is_no_point_of_the_validation_curve():
+  """Here the curve's subset is easier than the whole set, so that its best looks better."""
+  curve = {"validation_loss": 4.774, "validation_bits_per_byte": 2.0}
+  whole = {"whole_validation_loss": 4.833, "whole_validation_bits_per_byte": 2.1}
+  rows = [{"step": 400} | curve, {"step": 500} | curve | {"validation_loss": 4.9} | whole]
+  assert progress.summary(rows) == [
+    ("steps", "500"),
+    ("validation loss, whole set (nats/token)", "4.8330"),
+    ("validation bits per byte, whole set", "2.1000"),
+    ("validation loss (nats/token)", "4.9000"),
+    ("validation bits per byte", "2.0000"),
+    ("best validation loss", "4.7740 at step 400"),
+  ]
+  every = {"validation_loss": 4.833, "validation_bits_per_byte": 2.1} | whole
+  assert progress.summary([{"step": 500} | every]) == [
+    ("steps", "500"),
+    ("validation loss, whole set (nats/token)", "4.8330"),
+    ("validation bits per byte, whole set", "2.1000"),
+    ("best validation loss", "4.8330 at step 500"),
+  ]
+
+
+def test_the_whole_set_is_said_once(capsys):
+  figures = {"validation_loss": 2.0, "validation_bits_per_byte": 1.0}
+  whole = {f"whole_{name}": value for name, value in figures.items()}
+  with progress.Progress(total_steps=9) as display:
+    display.update(9, figures | whole)
+    display.update(9, figures | whole | {"whole_validation_loss": 2.5})
+  assert capsys.readouterr().out.splitlines() == [
+    "step 9/9  validation loss 2.0000  1.0000 bits/byte",
+    "step 9/9  validation loss 2.0000  1.0000 bits/byte  whole set 2.5000",
+  ]
+
+
 def test_final_table_is_plain_off_a_terminal(capsys):
   rows = [("parameters", "1,234"), ("note", "[red]kept as it is[/red]")]
   table = progress.final_table(rows, title="a run")

@@ -1,0 +1,110 @@
+"""Tests of dsmoe/checkpoint/lock.py: one owner of a workdir, on disk and in an object store."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dsmoe.checkpoint import lock
+
+HOLD = """
+import sys, time
+from dsmoe.checkpoint import lock
+with lock.owned(sys.argv[1]):
+  print("owned", flush=True)
+  time.sleep(600)
+"""
+
+
+def test_one_owner_and_the_next_after_its_end(tmp_path):
+  workdir = tmp_path / "new" / "run"
+  with lock.owned(workdir) as check:
+    check()
+    refusal = f"{workdir} must have one run .* in use by process {os.getpid()} on .* since 20.* UTC"
+    with pytest.raises(ValueError, match=refusal), lock.owned(workdir):
+      pass
+    check()
+    with lock.owned(tmp_path / "other"):
+      pass
+  with pytest.raises(RuntimeError), lock.owned(workdir):
+    raise RuntimeError
+  with lock.owned(workdir):
+    pass
+
+
+def test_a_killed_owner_leaves_the_workdir_free(tmp_path):
+  command = [sys.executable, "-c", HOLD, str(tmp_path)]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "owned\n"
+    with pytest.raises(ValueError, match=f"in use by process {process.pid}"):
+      with lock.owned(tmp_path):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with lock.owned(tmp_path):
+      pass
+
+
+@pytest.fixture
+def quick(monkeypatch):
+  """Leases that go stale in half a second."""
+  for name, seconds in (("_RENEWAL_SECS", 0.05), ("_STALE_SECS", 0.5), ("_SETTLE_SECS", 0.1)):
+    monkeypatch.setattr(lock, name, seconds)
+
+
+def test_a_lease_is_refused_while_it_is_renewed(tmp_path, quick):
+  with lock._lease(tmp_path) as check:
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+      with lock._lease(tmp_path):
+        pass
+    check()
+  assert list(tmp_path.iterdir()) == []
+  with lock._lease(tmp_path):
+    pass
+
+
+def test_a_lease_of_a_killed_owner_goes_stale(tmp_path, quick, capsys):
+  (tmp_path / "lock").write_text('{"owner": "process 7 on h", "token": "t", "renewed": 5}')
+  start = time.monotonic()
+  with lock._lease(tmp_path):
+    assert time.monotonic() - start >= 0.5
+  assert "names process 7 on h: waiting for" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"token": 3}'])
+def test_a_damaged_lease_goes_stale_too(tmp_path, quick, text):
+  (tmp_path / "lock").write_text(text)
+  with lock._lease(tmp_path) as check:
+    check()
+
+
+def test_of_two_that_start_at_once_one_owns(tmp_path, quick):
+  outcomes = []
+
+  def start():
+    try:
+      with lock._lease(tmp_path):
+        outcomes.append("owner")
+        time.sleep(1.5)
+    except ValueError:
+      outcomes.append("refused")
+
+  threads = [threading.Thread(target=start) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert sorted(outcomes) == ["owner", "refused", "refused", "refused"]
+
+
+def test_an_owner_that_stood_still_learns_that_it_is_none(tmp_path, quick):
+  with lock._lease(tmp_path) as check:
+    (tmp_path / "lock").write_text('{"owner": "process 7 on h", "token": "t"}')
+    time.sleep(0.3)
+    with pytest.raises(ValueError, match="in use by process 7 on h"):
+      check()
+  assert (tmp_path / "lock").exists()  # the other's
