@@ -106,7 +106,7 @@ def record_config(workdir: epath.PathLike, config: Config, step: int, allow_chan
   path.parent.mkdir(parents=True, exist_ok=True)
   text = json.dumps(config_lib.to_dict(config), indent=2)
   if path.exists():
-    old = json.loads(path.read_text())
+    old = config_lib.with_defaults(json.loads(path.read_text()))
     changed = config_lib.differences(old, config_lib.to_dict(config))
     if not changed:
       return

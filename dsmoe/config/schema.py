@@ -265,6 +265,7 @@ class DataConfig:
   cross_document_attention: bool
   fim_rate: float
   seed: int
+  skip_null_rows: bool = False
 
   def __post_init__(self):
     require(len(self.train_globs) > 0, "data.train_globs must name at least one source, got ()")
