@@ -3,6 +3,7 @@
 python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
 """
 
+import functools
 import math
 import signal
 import time
@@ -45,8 +46,8 @@ class NonFiniteError(RuntimeError):
   """A loss or gradient was not finite; the last good state has been saved."""
 
 
-def step_line(step: int, host_metrics: dict, router_bias, tokens_per_step: int) -> dict:
-  """Turns a step's fetched metrics into a line of metrics.jsonl."""
+def step_line(host_metrics: dict, router_bias, tokens: int) -> dict:
+  """Turns a step's fetched metrics, after `tokens` of training, into a line of metrics.jsonl."""
   losses = host_metrics["losses"]
   line = {
     "loss": losses.total,
@@ -56,7 +57,7 @@ def step_line(step: int, host_metrics: dict, router_bias, tokens_per_step: int) 
     "balance_loss": losses.balance_loss,
     "learning_rate": host_metrics["learning_rate"],
     "grad_norm": host_metrics["grad_norm"],
-    "tokens": step * tokens_per_step,
+    "tokens": tokens,
   }
   for name, norm in host_metrics["grad_norms"].items():
     line[f"grad_norm/{name}"] = norm
@@ -144,17 +145,22 @@ def train(
 
   # --- state: restored, or new
   if resumes:
-    state, next_batch = checkpoints.restore(abstract, first)
+    state, saved = checkpoints.restore(abstract, first)
+    config_then = functools.partial(checkpoint.config_of_step, workdir, first)
+    position = data.position_from_dict(saved, config_then)
     print(f"resumed from step {first}")
   else:
-    state, next_batch = train_step.init_state(config, mesh), 0
+    state, position = train_step.init_state(config, mesh), data.first_position(config.data)
     if weights is not None:
       state = state._replace(params=weights[0], router_bias=weights[1])
       print(f"weights of step {weights[2]} of {init_from}")
 
   # --- batches
   processes = (jax.process_index(), jax.process_count())
-  batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, next_batch)
+  batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, position)
+
+  def position_after(step: int) -> data.Position:
+    return position.advance(config.data, (step - first) * config.batch_size)
 
   # --- metrics and progress
   S = config.data.sequence_length
@@ -187,7 +193,7 @@ def train(
       step_metrics = jax.device_get(step_metrics)
       if not step_metrics["finite"]:
         # The state returned is the one before this step.
-        checkpoints.save(state, step - 1)
+        checkpoints.save(state, position_after(step - 1).to_dict())
         raise NonFiniteError(
           f"loss ({step_metrics['losses'].total}) and gradient norm ({step_metrics['grad_norm']}) "
           f"must be finite, at step {step}; the state after step {step - 1} is saved in {workdir}"
@@ -195,7 +201,7 @@ def train(
 
       # --- log
       if step % config.log.log_every_steps == 0 or is_last:
-        line = step_line(step, step_metrics, state.router_bias, tokens_per_step)
+        line = step_line(step_metrics, state.router_bias, position_after(step).tokens)
         if "expert_counts" in line:
           running.add(line["expert_counts"])
           line |= running.statistics()
@@ -224,7 +230,7 @@ def train(
       if step % config.checkpoint.save_every_steps == 0 or is_last or signals:
         start = time.perf_counter()
         writer.flush()
-        checkpoints.save(state, step)
+        checkpoints.save(state, position_after(step).to_dict())
         saved = step
         logged_time += time.perf_counter() - start
       if signals:

@@ -46,27 +46,27 @@ class Checkpointer:
     """Returns the newest complete checkpoint's step, or None."""
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, next_batch: int) -> None:
+  def save(self, state: TrainState, position: Any) -> None:
     """Starts saving in the background; does nothing when there is a checkpoint of this step.
 
     Args:
       state: as the train step returned it.
-      next_batch: global index of the first batch not yet trained on.
+      position: the place in the training data, as values of JSON.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state._asdict()),
-      data=ocp.args.JsonSave({"next_batch": next_batch}),
+      data=ocp.args.JsonSave(position),
     )
     self._manager.save(step, args=items)
 
-  def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, int]:
+  def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, Any]:
     """Reads a checkpoint into the shardings of `abstract`; it may be written by any mesh.
 
     Returns:
-      The state and the index of the next batch.
+      The state and the position that was saved with it.
 
     Raises:
       ValueError: when the checkpoint's arrays are not those of the model.
@@ -75,7 +75,7 @@ class Checkpointer:
       state=ocp.args.StandardRestore(abstract._asdict()), data=ocp.args.JsonRestore()
     )
     restored = self._manager.restore(step, args=items)
-    return TrainState(**restored["state"]), int(restored["data"]["next_batch"])
+    return TrainState(**restored["state"]), restored["data"]
 
   def wait(self) -> None:
     """Blocks until every checkpoint whose saving was started is on disk."""
@@ -127,19 +127,29 @@ def record_config(workdir: epath.PathLike, config: Config, step: int, allow_chan
     temporary.replace(path)
 
 
-def load_config(workdir: epath.PathLike) -> Config:
-  """Reads a run's config.json.
+def load_config(workdir: epath.PathLike, name: str = CONFIG_FILE) -> Config:
+  """Reads a run's config.json, or an older one that was kept under another name.
 
   Raises:
     ValueError: when there is none, or it is not a valid config.
   """
-  path = epath.Path(workdir) / CONFIG_FILE
+  path = epath.Path(workdir) / name
   if not path.exists():
-    raise ValueError(f"a run's workdir must hold {CONFIG_FILE}, got {epath.Path(workdir)}")
+    raise ValueError(f"a run's workdir must hold {name}, got {epath.Path(workdir)}")
   try:
     return config_lib.from_dict(json.loads(path.read_text()))
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path}: {error}") from error
+
+
+def config_of_step(workdir: epath.PathLike, step: int) -> Config:
+  """Reads the config of the run that saved a checkpoint, which may have been changed since.
+
+  Raises:
+    ValueError: when there is none, or it is not a valid config.
+  """
+  aside = epath.Path(workdir) / f"config.before_step_{step}.json"
+  return load_config(workdir, aside.name if aside.exists() else CONFIG_FILE)
 
 
 def step_folder(workdir: epath.PathLike, step: int) -> epath.Path:

@@ -5,12 +5,14 @@ dsmoe/data/batches.py describes the arrays of a row. S is the number of tokens o
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from dsmoe.config import DataConfig
 from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.data.position import rows_of_sources
 from dsmoe.data.records import PreparedData
 from dsmoe.data.shards import Documents
 
@@ -99,14 +101,20 @@ def fill_in_the_middle(
 
 
 class TrainRows:
-  """The endless rows of one source, by index.
+  """The endless rows of one source, by index; row 0 begins with the token `first_token`.
 
   An epoch's order takes about 40 bytes per document; at most four epochs are in memory.
   """
 
   def __init__(
-    self, paths: Sequence[epath.Path], prepared: PreparedData, config: DataConfig, source: int
+    self,
+    paths: Sequence[epath.Path],
+    prepared: PreparedData,
+    config: DataConfig,
+    source: int,
+    first_token: int = 0,
   ):
+    self._first_token = first_token  # negative where the first rows are never asked for
     self._documents = Documents(paths)
     self._lengths = self._documents.lengths
     self._config, self._entropy = config, (config.seed, source)
@@ -123,7 +131,7 @@ class TrainRows:
 
   def __getitem__(self, index: int) -> PackedRow:
     S = self._config.sequence_length
-    position, needed, pieces = index * S, S + 1, []
+    position, needed, pieces = self._first_token + index * S, S + 1, []
     while needed:
       epoch, offset = divmod(position, self._epoch_tokens)
       ends = self._plan(epoch)[2]
@@ -150,6 +158,22 @@ class TrainRows:
     read = functools.partial(self._documents.read, document)
     entropy = (*self._entropy, epoch, document)
     return fill_in_the_middle(read, int(self._lengths[document]), self._marks, entropy, start, stop)
+
+
+class MixedRows:
+  """The endless rows of several sources, by index, in the order of `rows_of_sources`."""
+
+  def __init__(self, sources: Sequence[Any], weights: Sequence[float]):
+    self._sources, self._weights = sources, weights
+
+  def __len__(self) -> int:
+    return ENDLESS
+
+  def __getitem__(self, index: int) -> PackedRow:
+    before = rows_of_sources(index, self._weights)
+    after = rows_of_sources(index + 1, self._weights)
+    (source,) = [i for i, (a, b) in enumerate(zip(before, after)) if a != b]
+    return self._sources[source][before[source]]
 
 
 class ValidationRows:

@@ -10,10 +10,10 @@ unfinished preparation, which is continued, or made again when its inputs have c
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from absl import logging
 from etils import epath
 from rich.console import Console
 from rich.progress import Progress
@@ -172,7 +172,7 @@ def _known_hashes(cache: epath.Path) -> dict[str, list]:
       return found["files"]
   except (ValueError, AttributeError):
     pass
-  _say(
+  logging.warning(
     f"{cache} is damaged or of an old version: it is made again, every source file is read again"
   )
   return {}
@@ -216,7 +216,7 @@ def _claim(
     _refuse(directory, found)
   _check_text(by_name, config)
   if made:
-    _say(
+    logging.warning(
       f"{directory} holds an unfinished preparation from other sources or settings, which is made "
       f"again: {found[0]}"
     )
@@ -285,9 +285,9 @@ def _make(
         manifest["shards"] |= shards_lib.make(tokenizer, pieces, directory, prefix, advance)
         progress.update(task, completed=size)
   for what, count in faults.most_common(_MAX_DIFFERENCES):
-    _say(f"{what}: {count}")
+    logging.warning(f"{what}: {count}")
   if len(faults) > _MAX_DIFFERENCES:
-    _say(f"and the like in {len(faults) - _MAX_DIFFERENCES} more files")
+    logging.warning(f"and the like in {len(faults) - _MAX_DIFFERENCES} more files")
   return manifest | {"manifest_sha256": folder.json_sha256(manifest)}
 
 
@@ -326,7 +326,3 @@ def _checked_shards(path: epath.Path) -> dict[str, dict[str, Any]]:
         f"as in {path.name}, it has {len(lengths)} of {lengths.sum()}; {shards_lib.mend(file)}"
       )
   return manifest["shards"]
-
-
-def _say(sentence: str) -> None:
-  print(sentence, file=sys.stderr)

@@ -200,7 +200,7 @@ def make_sources(folder):
   )
 
 
-def test_what_a_failed_preparation_left_is_made_again(tmp_path, monkeypatch, capsys):
+def test_what_a_failed_preparation_left_is_made_again(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(shards, "SHARD_BYTES", 300)
   config = make_sources(tmp_path)
   good = (tmp_path / "a.jsonl").read_text()
@@ -214,7 +214,7 @@ def test_what_a_failed_preparation_left_is_made_again(tmp_path, monkeypatch, cap
   assert "train-0-00001.arrayrecord" in left  # of text that is about to change
   (tmp_path / "a.jsonl").write_text(good)
   batches.prepare(config, VOCAB, tmp_path / "cache")
-  assert "unfinished preparation from other sources" in capsys.readouterr().err
+  assert "unfinished preparation from other sources" in caplog.text
   assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 
 
@@ -277,19 +277,19 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["hashes.json", "inputs.json"])
 @pytest.mark.parametrize("is_finished", [True, False])
-def test_damaged_files_that_are_made_again(tmp_path, damage, name, is_finished, capsys):
+def test_damaged_files_that_are_made_again(tmp_path, damage, name, is_finished, caplog):
   config, cache = make_sources(tmp_path), tmp_path / "cache"
   batches.prepare(config, VOCAB, cache)
   whole = contents(cache)
   if not is_finished:
     (cache / "manifest.json").unlink()
   (cache / name).write_bytes(DAMAGES[damage]((cache / name).read_bytes()))
-  capsys.readouterr()
+  caplog.clear()
   batches.prepare(config, VOCAB, cache)
   if is_finished and name == "inputs.json":  # the manifest has the inputs too
     (cache / name).write_bytes(whole[name])
   else:
-    assert "made again" in capsys.readouterr().err
+    assert "made again" in caplog.text
   assert contents(cache) == whole
 
 
@@ -406,14 +406,14 @@ def test_the_data_of_older_versions_is_used(tmp_path):
     batches.prepare(config, VOCAB - 1, tmp_path / "cache")
 
 
-def test_rows_and_bytes_passed_over_are_said(tmp_path, capsys):
+def test_rows_and_bytes_passed_over_are_said(tmp_path, caplog):
   config = make_sources(tmp_path)
   with (tmp_path / "a.jsonl").open("ab") as file:
     file.write(b'\n{"text": "\xff"}\n{"text": null}\n{}')
   config = dataclasses.replace(config, skip_null_rows=True)
   batches.prepare(config, VOCAB, tmp_path / "cache")
-  said = capsys.readouterr().err
-  assert "a.jsonl: places that are not UTF-8, read as U+FFFD: 1\n" in said
-  assert "a.jsonl: rows without 'text', passed over: 2\n" in said
+  said = caplog.messages
+  assert "a.jsonl: places that are not UTF-8, read as U+FFFD: 1" in said
+  assert "a.jsonl: rows without 'text', passed over: 2" in said
   with pytest.raises(ValueError, match="skip_null_rows: True -> "):
     batches.prepare(dataclasses.replace(config, skip_null_rows=False), VOCAB, tmp_path / "cache")
