@@ -4,6 +4,7 @@ python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
 """
 
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -50,8 +51,8 @@ class NonFiniteError(RuntimeError):
   """A loss or gradient was not finite; the last good state has been saved."""
 
 
-def step_line(step: int, host_metrics: dict, router_bias, tokens_per_step: int) -> dict:
-  """Turns a step's fetched metrics into a line of metrics.jsonl."""
+def step_line(host_metrics: dict, router_bias, tokens: int) -> dict:
+  """Turns a step's fetched metrics, after `tokens` of training, into a line of metrics.jsonl."""
   losses = host_metrics["losses"]
   line = {
     "loss": losses.total,
@@ -61,7 +62,7 @@ def step_line(step: int, host_metrics: dict, router_bias, tokens_per_step: int) 
     "balance_loss": losses.balance_loss,
     "learning_rate": host_metrics["learning_rate"],
     "grad_norm": host_metrics["grad_norm"],
-    "tokens": step * tokens_per_step,
+    "tokens": tokens,
   }
   for name, norm in host_metrics["grad_norms"].items():
     line[f"grad_norm/{name}"] = norm
@@ -196,21 +197,26 @@ def _train(
 
   # --- state: restored, or new
   if resumes:
-    state, next_batch = checkpoints.restore(abstract, first)
+    state, saved = checkpoints.restore(abstract, first)
+    config_then = functools.partial(checkpoint.config_of_step, workdir, first)
+    position = data.position_from_dict(saved, config_then)
     print(f"resumed from step {first}")
     if (aside := checkpoints.set_later_aside(first)) is not None:
       if (workdir / metrics.METRICS_FILE).exists():
         (workdir / metrics.METRICS_FILE).copy(aside / metrics.METRICS_FILE)
       print(f"later checkpoints and metrics are kept in {aside}")
   else:
-    state, next_batch = train_step.init_state(config, mesh), 0
+    state, position = train_step.init_state(config, mesh), data.first_position(config.data)
     if weights is not None:
       state = state._replace(params=weights[0], router_bias=weights[1])
       print(f"weights of step {weights[2]} of {init_from}")
 
   # --- batches
   processes = (jax.process_index(), jax.process_count())
-  batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, next_batch)
+  batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, position)
+
+  def position_after(step: int) -> data.Position:
+    return position.advance(config.data, (step - first) * config.batch_size)
 
   # --- metrics and progress
   S = config.data.sequence_length
@@ -254,7 +260,7 @@ def _train(
     if weights is not None:
       if checkpoints.find_step() == 0:
         checkpoints.delete(0)
-      checkpoints.save(state, next_batch)
+      checkpoints.save(state, position.to_dict())
     if evaluates(first) and first not in validated:
       evaluate(state, first)
 
@@ -275,7 +281,7 @@ def _train(
         # The state returned is the one before this step.
         last_good = f"the state after step {step - 1} is saved in {workdir}"
         try:
-          checkpoints.save(state, step - 1)
+          checkpoints.save(state, position_after(step - 1).to_dict())
         except checkpoint.NotFiniteError as error:
           last_good = str(error)
         raise NonFiniteError(
@@ -285,7 +291,7 @@ def _train(
 
       # --- log
       if step % config.log.log_every_steps == 0 or is_last:
-        line = step_line(step, step_metrics, state.router_bias, tokens_per_step)
+        line = step_line(step_metrics, state.router_bias, position_after(step).tokens)
         if "expert_counts" in line:
           running.add(line["expert_counts"])
           line |= running.statistics()
@@ -304,7 +310,7 @@ def _train(
         start = time.perf_counter()
         check_owner()
         writer.flush()
-        checkpoints.save(state, step)
+        checkpoints.save(state, position_after(step).to_dict())
         saved = step
         logged_time += time.perf_counter() - start
       if signals:

@@ -127,7 +127,8 @@ def get_config() -> config_dict.ConfigDict:
   d.train_globs = ("stdlib",)
   d.train_weights = (1.0,)  # for each glob, the share of sequences drawn from it
   d.validation_globs = ("stdlib",)
-  d.text_field = "text"  # the field of .jsonl and .parquet files that is read
+  d.text_field = "text"  # the field of JSON and Parquet rows that is read; "a.b": b within a
+  d.skip_null_rows = False  # True: rows without that field are passed over and counted
   d.tokenizer = ""  # a tokenizer.json; "": train byte-level BPE of vocab_size on the training text
   d.cache_dir = ""  # folder of the tokenised text; "": <workdir>/data
   d.sequence_length = 512

@@ -233,6 +233,44 @@ def test_weights_of_another_run_are_not_forgotten(tmp_path, monkeypatch):
   runs.assert_bitwise_equal({p: a[p] for p in weights}, {p: b[p] for p in weights})
 
 
+def test_a_changed_batch_size_goes_on_at_the_next_row(tmp_path, monkeypatch):
+  """The rows themselves are compared in tests/data/test_batches.py."""
+  starts = []
+  read = train.data.train_iterator
+
+  def recorded(prepared, config, batch_size, process_index, process_count, position):
+    starts.append((batch_size, config.sequence_length, position.sequences, position.tokens))
+    return read(prepared, config, batch_size, process_index, process_count, position)
+
+  monkeypatch.setattr(train.data, "train_iterator", recorded)
+  S = small_config().data.sequence_length
+  for batch_size, length, last in ((16, S, 2), (8, S, 3), (32, S, 5), (16, S // 2, 6)):
+    config = small_config(
+      **runs.TWO_LAYERS,
+      **{"batch_size": batch_size, "data.sequence_length": length, "num_steps": last},
+      **{"data.validation_globs": (), "log.log_every_steps": 1},
+      **{"optim.warmup_steps": 1},
+    )
+    assert train.train(config, tmp_path, allow_config_change=True) == last
+  expected = [(16, S, 0, 0), (8, S, 32, 32 * S), (32, S, 40, 40 * S), (16, S // 2, 104, 104 * S)]
+  assert starts == expected
+  tokens = [row["tokens"] for row in metrics.read_metrics(tmp_path)]
+  assert tokens == [16 * S, 32 * S, 40 * S, 72 * S, 104 * S, 112 * S]
+
+
+def test_a_run_that_counted_batches_goes_on_at_the_same_row(tmp_path, monkeypatch):
+  """Older versions saved the number of batches beside a checkpoint."""
+  values = runs.TWO_LAYERS | {"batch_size": 16, "data.validation_globs": (), "num_steps": 2}
+  values |= {"optim.warmup_steps": 1}
+  with monkeypatch.context() as patch:
+    patch.setattr(train.data.Position, "to_dict", lambda position: {"next_batch": 2})
+    train.train(small_config(**values), tmp_path)
+  changed = small_config(**values | {"batch_size": 8, "num_steps": 3})
+  train.train(changed, tmp_path, allow_config_change=True)
+  [saved] = (tmp_path / "checkpoints" / "3" / "data").rglob("metadata")
+  assert json.loads(saved.read_text())["sequences"] == 2 * 16 + 8
+
+
 def test_run_without_validation_data(tmp_path):
   config = small_config(**runs.TWO_LAYERS, **{"num_steps": 3, "data.validation_globs": ()})
   assert train.train(config, tmp_path) == 3

@@ -9,7 +9,13 @@ from dsmoe.checkpoint.checkpointer import (
 from dsmoe.checkpoint.contents import CHECKPOINTS, check_path, step_folder
 from dsmoe.checkpoint.loading import LoadedRun, load_run
 from dsmoe.checkpoint.lock import owned
-from dsmoe.checkpoint.run_config import CONFIG_FILE, check_config, load_config, record_config
+from dsmoe.checkpoint.run_config import (
+  CONFIG_FILE,
+  check_config,
+  config_of_step,
+  load_config,
+  record_config,
+)
 
 __all__ = [
   "CHECKPOINTS",
@@ -19,6 +25,7 @@ __all__ = [
   "NotFiniteError",
   "check_config",
   "check_path",
+  "config_of_step",
   "find_step",
   "load_config",
   "load_run",

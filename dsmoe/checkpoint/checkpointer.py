@@ -59,12 +59,12 @@ class Checkpointer:
       )
     return step if step is not None else self._manager.latest_step()
 
-  def save(self, state: TrainState, next_batch: int) -> None:
+  def save(self, state: TrainState, position: Any) -> None:
     """Starts saving in the background; does nothing when there is a checkpoint of this step.
 
     Args:
       state: as the train step returned it.
-      next_batch: global index of the first batch not yet trained on.
+      position: the place in the training data, as values of JSON.
 
     Raises:
       NotFiniteError: when a number of the state is not finite; nothing is saved.
@@ -84,7 +84,6 @@ class Checkpointer:
           else f"there is no checkpoint in {self._workdir} yet"
         )
       )
-    position = {"next_batch": next_batch}
     checksums = {"data": _json_checksum(position)}
     checksums |= {name: checksum for name, (checksum, _) in measured.items()}
     items = ocp.args.Composite(
@@ -94,18 +93,18 @@ class Checkpointer:
     )
     self._manager.save(step, args=items)
 
-  def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, int]:
+  def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, Any]:
     """Reads a checkpoint into the shardings of `abstract`; it may be written by any mesh.
 
     Returns:
-      The state and the index of the next batch.
+      The state and the position that was saved with it.
 
     Raises:
       ValueError: when the checkpoint is damaged, or its arrays are not those of the model.
     """
     items = {"state": ocp.args.StandardRestore(abstract._asdict()), "data": ocp.args.JsonRestore()}
     restored = _read(self._manager, self._workdir, step, items)
-    return TrainState(**restored["state"]), int(restored["data"]["next_batch"])
+    return TrainState(**restored["state"]), restored["data"]
 
   def set_later_aside(self, step: int) -> epath.Path | None:
     """Moves the checkpoints after `step` out of a run that goes on from there.

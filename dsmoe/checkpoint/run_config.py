@@ -16,20 +16,30 @@ from dsmoe.training import train_step
 CONFIG_FILE = "config.json"
 
 
-def load_config(workdir: epath.PathLike) -> Config:
-  """Reads a run's config.json.
+def load_config(workdir: epath.PathLike, name: str = CONFIG_FILE) -> Config:
+  """Reads a run's config.json, or an older one that was kept under another name.
 
   Raises:
     ValueError: when there is none, or it is not a valid config.
   """
-  path = epath.Path(workdir) / CONFIG_FILE
+  path = epath.Path(workdir) / name
   saved = _saved(path)
   if saved is None:
-    raise ValueError(f"a run's workdir must hold {CONFIG_FILE}, got {epath.Path(workdir)}")
+    raise ValueError(f"a run's workdir must hold {name}, got {epath.Path(workdir)}")
   try:
     return config_lib.from_dict(saved)
   except (ValueError, TypeError) as error:
     raise ValueError(f"{path}: {error}") from error
+
+
+def config_of_step(workdir: epath.PathLike, step: int) -> Config:
+  """Reads the config of the run that saved a checkpoint, which may have been changed since.
+
+  Raises:
+    ValueError: when there is none, or it is not a valid config.
+  """
+  aside = epath.Path(workdir) / f"config.before_step_{step}.json"
+  return load_config(workdir, aside.name if aside.exists() else CONFIG_FILE)
 
 
 def check_config(
@@ -100,14 +110,14 @@ def record_config(workdir: epath.PathLike, config: Config, step: int) -> None:
 
 
 def _saved(path: epath.Path) -> dict[str, Any] | None:
-  """Returns what config.json holds, None if it does not exist."""
+  """Returns what config.json holds, with defaults for newer fields; None if it does not exist."""
   if not path.exists():
     return None
   try:
     saved = json.loads(path.read_text())
     if not isinstance(saved, dict):
       raise ValueError(f"it holds {type(saved).__name__}")
-    return saved
+    return config_lib.with_defaults(saved)
   except ValueError as error:
     raise ValueError(
       f"{path}: it must be the JSON object that a run wrote, it is damaged ({error}); put a copy in "

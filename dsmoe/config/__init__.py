@@ -1,6 +1,6 @@
 """Experiment configs as frozen dataclasses: types, rules, conversion from dicts and JSON."""
 
-from dsmoe.config.build import differences, from_config_dict, from_dict, to_dict
+from dsmoe.config.build import differences, from_config_dict, from_dict, to_dict, with_defaults
 from dsmoe.config.schema import (
   BalanceConfig,
   CheckpointConfig,
@@ -31,4 +31,5 @@ __all__ = [
   "from_config_dict",
   "from_dict",
   "to_dict",
+  "with_defaults",
 ]

@@ -37,6 +37,25 @@ def to_dict(config: Any) -> dict[str, Any]:
   return dataclasses.asdict(config)
 
 
+def with_defaults(values: Mapping[str, Any], cls: type = Config) -> dict[str, Any]:
+  """Adds the fields that have a default to a saved config from before they existed.
+
+  Args:
+    values: nested dicts, of any version.
+    cls: the dataclass of these values; used when the function calls itself on a group.
+  """
+  result = dict(values)
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    if field.name not in result and field.default is not dataclasses.MISSING:
+      default = field.default
+      result[field.name] = to_dict(default) if dataclasses.is_dataclass(default) else default
+    elif isinstance(group := result.get(field.name), Mapping):
+      if dataclasses.is_dataclass(hint := hints[field.name]):
+        result[field.name] = with_defaults(group, typing.cast(type, hint))
+  return result
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
   """Lists the fields in which two configs, given as nested dicts, differ.
 

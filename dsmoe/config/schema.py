@@ -270,6 +270,7 @@ class DataConfig:
   cross_document_attention: bool
   fim_rate: float
   seed: int
+  skip_null_rows: bool = False
 
   def __post_init__(self):
     numbers(self)

@@ -2,8 +2,8 @@
 
 `prepare` (dsmoe/data/records.py) stores every document's tokens, ended by the end-of-document id,
 and its length. Lengths and a seed determine which tokens of which documents any row holds. The
-position of the input is therefore one number, the global batches consumed, whatever the number of
-processes.
+position of the input is therefore a few numbers, the rows and tokens consumed, whatever the number
+of processes; see dsmoe/data/position.py.
 
 Rows. A source is an endless stream of tokens: epoch after epoch, each with every document once in
 a new order. Row r has the S tokens from r * S on as `tokens` and those from r * S + 1 on as
@@ -23,10 +23,15 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import logging
 
 from dsmoe.config import DataConfig
 from dsmoe.data import sources
-from dsmoe.data.packing import SyntheticRows, TrainRows, ValidationRows, pack
+from dsmoe.data.packing import MixedRows, SyntheticRows, TrainRows, ValidationRows, pack
+from dsmoe.data.position import Position as Position
+from dsmoe.data.position import first_position as first_position
+from dsmoe.data.position import position_from_dict as position_from_dict
+from dsmoe.data.position import rows_of_sources
 from dsmoe.data.records import SYNTHETIC_VALIDATION_ROWS, PreparedData
 from dsmoe.data.records import prepare as prepare
 
@@ -42,21 +47,23 @@ def train_iterator(
   batch_size: int,
   process_index: int = 0,
   process_count: int = 1,
-  start_batch: int = 0,
+  position: Position | None = None,
 ) -> Iterator[Batch]:
-  """Reads an endless stream of training batches, from any batch on.
+  """Reads an endless stream of training batches, from any row on.
 
   Global batch n is the same whatever the number of processes; process p has its rows
   p * B .. (p + 1) * B - 1, so that the processes' rows joined in order are the global batch.
 
+  A warning names a source that has fewer tokens than its share of one batch.
+
   Args:
     prepared: from `prepare` with the same `config`.
-    config: mixture weights (grain rounds their ratios, by less than 1%), sequence length S,
+    config: mixture weights (their ratios are rounded by less than 1%), sequence length S,
       attention, fill-in-the-middle, seed.
     batch_size: rows of a global batch.
     process_index: this process, in [0, process_count).
     process_count: divides `batch_size`; B = batch_size / process_count.
-    start_batch: the first global batch to return; earlier ones are not computed.
+    position: what was consumed before; it is not computed again. None for nothing.
 
   Returns:
     An iterator over batches [B, S]; see the module's docstring.
@@ -65,20 +72,22 @@ def train_iterator(
     ValueError: if the numbers do not fit, or the tokenizer lacks the fill-in-the-middle marks.
   """
   local_size = _local_size(batch_size, process_index, process_count)
-  if start_batch < 0:
-    raise ValueError(f"start_batch must be at least 0, got {start_batch}")
   if config.seed < 0:
     raise ValueError(f"data.seed must be at least 0, got {config.seed}")
+  _warn_of_small_sources(prepared, config, batch_size)
+  position = position or first_position(config)
+  rows_before = rows_of_sources(position.sequences, config.train_weights)
+  tokens_before = position.tokens_of_sources(config.train_globs)
+  S = config.sequence_length
   rows = [
-    grain.MapDataset.source(
-      TrainRows(paths, prepared, config, source)
-      if paths
-      else SyntheticRows(prepared.vocab_size, config.sequence_length, (config.seed, source))
-    )
+    # Row `rows_before` begins with the first token that was not consumed.
+    TrainRows(paths, prepared, config, source, tokens_before[source] - rows_before[source] * S)
+    if paths
+    else SyntheticRows(prepared.vocab_size, S, (config.seed, source))
     for source, paths in enumerate(prepared.train)
   ]
-  mixture = grain.MapDataset.mix(rows, config.train_weights)
-  batches = mixture.batch(local_size)[process_index::process_count][start_batch:]
+  mixture = grain.MapDataset.source(MixedRows(rows, config.train_weights))[position.sequences :]
+  batches = mixture.batch(local_size)[process_index::process_count]
   options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_PREFETCH_BATCHES)
   return iter(batches.to_iter_dataset(options))
 
@@ -119,6 +128,20 @@ def validation_batches(
     start = first + process_index * local_size
     batch = [rows[i] if i < len(rows) else padding for i in range(start, start + local_size)]
     yield {name: np.stack([row[name] for row in batch]) for name in padding}
+
+
+def _warn_of_small_sources(prepared: PreparedData, config: DataConfig, batch_size: int) -> None:
+  for source, paths in enumerate(prepared.train):
+    share = config.train_weights[source] / sum(config.train_weights)
+    wanted, tokens = (
+      round(share * batch_size * config.sequence_length),
+      prepared.train_tokens[source],
+    )
+    if paths and tokens < wanted:
+      logging.warning(
+        "every batch repeats text: %r has %d tokens, and its share of a batch is %d",
+        *(config.train_globs[source], tokens, wanted),
+      )
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:

@@ -5,18 +5,19 @@ dsmoe/data/batches.py describes the arrays of a row. S is the number of tokens o
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from array_record.python import array_record_data_source
 from etils import epath
 
 from dsmoe.config import DataConfig
 from dsmoe.data import tokenizer as tokenizer_lib
-from dsmoe.data.records import PreparedData, lengths_path
+from dsmoe.data.position import rows_of_sources
+from dsmoe.data.records import PreparedData
+from dsmoe.data.shards import Documents
 
 PackedRow = dict[str, np.ndarray]
 
-_DOCUMENTS_IN_MEMORY = 16  # neighbouring rows share long documents
 # Rows of a stream without end. grain adds to and multiplies lengths, which must stay below 2**63.
 ENDLESS = 2**48
 
@@ -61,37 +62,61 @@ def pack(
 
 
 def fill_in_the_middle(
-  tokens: np.ndarray, marks: tuple[int, int, int], entropy: Sequence[int]
+  read: Callable[[int, int], np.ndarray],
+  length: int,
+  marks: tuple[int, int, int],
+  entropy: Sequence[int],
+  start: int,
+  stop: int,
 ) -> np.ndarray:
   """Turns a document into prefix mark, prefix, suffix mark, suffix, middle mark, middle, end.
 
   Args:
-    tokens: [n + 1] ids, the last one the end of the document, which stays last.
+    read: reads the document's tokens from one place up to another.
+    length: of the document in tokens, n + 1; the last one is its end, which stays last.
     marks: ids of the prefix, suffix and middle marks.
     entropy: non-negative numbers that decide where to split.
+    start, stop: which of the n + 4 resulting ids are wanted.
 
   Returns:
-    [n + 4] ids.
+    [stop - start] ids, uint32.
 
   Source: arXiv:2207.14255, section 3 (PSM). Splits lie between tokens, not characters, so that a
   document's length is known without tokenising it again.
   """
-  text, end = tokens[:-1], tokens[-1:]
-  a, b = np.sort(_random(entropy, 2) % np.uint64(len(text) + 1))
-  prefix, suffix, middle = (np.array([mark], tokens.dtype) for mark in marks)
-  return np.concatenate([prefix, text[:a], suffix, text[b:], middle, text[a:b], end])
+  n = length - 1
+  a, b = np.sort(_random(entropy, 2) % np.uint64(n + 1)).tolist()
+  parts: list[np.ndarray] = []
+  position = 0
+  for mark, begin, end in ((marks[0], 0, a), (marks[1], b, n), (marks[2], a, b), (None, n, n + 1)):
+    if mark is not None:
+      if start <= position < stop:
+        parts.append(np.array([mark], np.uint32))
+      position += 1
+    low, high = max(start - position, 0), min(stop - position, end - begin)
+    if low < high:
+      parts.append(read(begin + low, begin + high))
+    position += end - begin
+  return np.concatenate([*parts, np.zeros(0, np.uint32)])
 
 
 class TrainRows:
-  """The endless rows of one source, by index; documents that were read are cached.
+  """The endless rows of one source, by index; row 0 begins with the token `first_token`.
 
   An epoch's order takes about 40 bytes per document; at most four epochs are in memory.
   """
 
   def __init__(
-    self, paths: Sequence[epath.Path], prepared: PreparedData, config: DataConfig, source: int
+    self,
+    paths: Sequence[epath.Path],
+    prepared: PreparedData,
+    config: DataConfig,
+    source: int,
+    first_token: int = 0,
   ):
-    self._records, self._lengths = _open(paths)
+    self._first_token = first_token  # negative where the first rows are never asked for
+    self._documents = Documents(paths)
+    self._lengths = self._documents.lengths
     self._config, self._entropy = config, (config.seed, source)
     # The same number of documents every epoch, so that every epoch has as many tokens.
     self._num_fim = round(config.fim_rate * len(self._lengths))
@@ -100,18 +125,17 @@ class TrainRows:
       self._marks = tokenizer_lib.fim_ids(prepared.tokenizer)
     self._epoch_tokens = int(self._lengths.sum()) + 3 * self._num_fim
     self._plan = functools.lru_cache(4)(self._compute_plan)
-    self._document = functools.lru_cache(_DOCUMENTS_IN_MEMORY)(self._read_document)
 
   def __len__(self) -> int:
     return ENDLESS
 
   def __getitem__(self, index: int) -> PackedRow:
     S = self._config.sequence_length
-    position, needed, pieces = index * S, S + 1, []
+    position, needed, pieces = self._first_token + index * S, S + 1, []
     while needed:
       epoch, offset = divmod(position, self._epoch_tokens)
       ends = self._plan(epoch)[2]
-      pieces += _cut(functools.partial(self._document, epoch), ends, offset, needed)
+      pieces += _cut(functools.partial(self._read, epoch), ends, offset, needed)
       taken = min(needed, self._epoch_tokens - offset)
       position, needed = position + taken, needed - taken
     return pack(pieces, S, self._config.cross_document_attention)
@@ -125,13 +149,31 @@ class TrainRows:
     is_fim[np.argsort(random[N:], kind="stable")[: self._num_fim]] = True
     return order, is_fim, np.cumsum((self._lengths + 3 * is_fim)[order])
 
-  def _read_document(self, epoch: int, rank: int) -> np.ndarray:
+  def _read(self, epoch: int, rank: int, start: int, stop: int) -> np.ndarray:
+    """Returns some tokens of a document of an epoch's order."""
     order, is_fim, _ = self._plan(epoch)
     document = int(order[rank])
-    tokens = np.frombuffer(self._records[document], "<u4")
     if not is_fim[document]:
-      return tokens
-    return fill_in_the_middle(tokens, self._marks, (*self._entropy, epoch, document))
+      return self._documents.read(document, start, stop)
+    read = functools.partial(self._documents.read, document)
+    entropy = (*self._entropy, epoch, document)
+    return fill_in_the_middle(read, int(self._lengths[document]), self._marks, entropy, start, stop)
+
+
+class MixedRows:
+  """The endless rows of several sources, by index, in the order of `rows_of_sources`."""
+
+  def __init__(self, sources: Sequence[Any], weights: Sequence[float]):
+    self._sources, self._weights = sources, weights
+
+  def __len__(self) -> int:
+    return ENDLESS
+
+  def __getitem__(self, index: int) -> PackedRow:
+    before = rows_of_sources(index, self._weights)
+    after = rows_of_sources(index + 1, self._weights)
+    (source,) = [i for i, (a, b) in enumerate(zip(before, after)) if a != b]
+    return self._sources[source][before[source]]
 
 
 class ValidationRows:
@@ -139,22 +181,21 @@ class ValidationRows:
 
   def __init__(self, prepared: PreparedData, config: DataConfig):
     assert prepared.tokenizer is not None
-    self._records, lengths = _open(prepared.validation)
+    self._documents = Documents(prepared.validation)
     self._start = np.array([tokenizer_lib.eos_id(prepared.tokenizer)], np.uint32)
-    self._ends = np.cumsum(np.concatenate([[1], lengths]))
+    self._ends = np.cumsum(np.concatenate([[1], self._documents.lengths]))
     self._config = config
-    self._document = functools.lru_cache(_DOCUMENTS_IN_MEMORY)(self._read_document)
 
   def __len__(self) -> int:
     return -(-(int(self._ends[-1]) - 1) // self._config.sequence_length)
 
   def __getitem__(self, index: int) -> PackedRow:
     S = self._config.sequence_length
-    pieces = _cut(self._document, self._ends, index * S, S + 1)
+    pieces = _cut(self._read, self._ends, index * S, S + 1)
     return pack(pieces, S, self._config.cross_document_attention, first_token_weight=1.0)
 
-  def _read_document(self, rank: int) -> np.ndarray:
-    return self._start if rank == 0 else np.frombuffer(self._records[rank - 1], "<u4")
+  def _read(self, rank: int, start: int, stop: int) -> np.ndarray:
+    return self._start[start:stop] if rank == 0 else self._documents.read(rank - 1, start, stop)
 
 
 class SyntheticRows:
@@ -190,21 +231,21 @@ def _random(entropy: Sequence[int], n: int) -> np.ndarray:
   return np.random.Philox(np.random.SeedSequence(tuple(entropy))).random_raw(n)
 
 
-def _open(paths: Sequence[epath.Path]) -> tuple[Sequence[bytes], np.ndarray]:
-  """Opens ArrayRecord files as one sequence; returns it and the documents' lengths, int64."""
-  lengths = np.concatenate([np.load(lengths_path(path)) for path in paths]).astype(np.int64)
-  return array_record_data_source.ArrayRecordDataSource([str(p) for p in paths]), lengths
-
-
 def _cut(
-  document: Callable[[int], np.ndarray], ends: np.ndarray, position: int, count: int
+  read: Callable[[int, int, int], np.ndarray], ends: np.ndarray, position: int, count: int
 ) -> list[np.ndarray]:
-  """Returns up to `count` tokens from `position` of joined documents, one piece a document."""
+  """Returns up to `count` tokens from `position` of joined documents, one piece a document.
+
+  Args:
+    read: returns the tokens of a document from one place up to another.
+    ends: where each document ends in the joined ones.
+    position, count: the tokens that are wanted.
+  """
   rank = int(np.searchsorted(ends, position, side="right"))
   pieces = []
   while count and rank < len(ends):
-    left = int(ends[rank]) - position
-    piece = document(rank)[-left:][:count]
-    pieces.append(piece)
-    position, count, rank = position + len(piece), count - len(piece), rank + 1
+    start = position - (int(ends[rank - 1]) if rank else 0)
+    taken = min(int(ends[rank]) - position, count)
+    pieces.append(read(rank, start, start + taken))
+    position, count, rank = position + taken, count - taken, rank + 1
   return pieces

@@ -1,37 +1,36 @@
 """Tokenises text once and stores it: ArrayRecord files, the tokenizer and a manifest.
 
-One record is one document: little-endian uint32 ids, ended by the end-of-document id. Beside each
-`x.arrayrecord` is `x.lengths.npy`, its documents' lengths in tokens (int32). Other files:
-`inputs.json` (sources and settings, written first), `tokenizer.json`, `manifest.json` (all files
-with hashes, written last) and `hashes.json` (hashes of source files that need not be read again).
+Each document is ended by the end-of-document id; dsmoe/data/shards.py describes the ArrayRecord
+files. Other files: `inputs.json` (sources and settings, written first), `tokenizer.json`,
+`manifest.json` (all files with hashes, written last) and `hashes.json` (hashes of source files that
+need not be read again). While the manifest is missing, the folder holds an
+unfinished preparation, which is continued, or made again when its inputs have changed.
 """
 
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
-import numpy as np
-from array_record.python import array_record_module
+from absl import logging
 from etils import epath
 from rich.console import Console
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
 from dsmoe.config import DataConfig, differences
-from dsmoe.data import sources
+from dsmoe.data import files, folder, sources
+from dsmoe.data import shards as shards_lib
 from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.data.files import Faults
 
 SYNTHETIC_VALIDATION_ROWS = 64
 
-_SHARD_BYTES = 64 << 20  # text in one ArrayRecord file; an interruption loses at most one file
-_ENCODE_BYTES = 1 << 20  # text encoded at once
 _SAMPLE_BYTES = 50 << 20  # text a tokenizer is trained on
 _MAX_DIFFERENCES = 8  # lines in an error message
+_READING = 2  # counts up when the same files give other documents than before
+_MADE = ("tokenizer.json", "*.arrayrecord", "*.lengths.npy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,8 @@ def prepare(config: DataConfig, vocab_size: int, directory: epath.PathLike) -> P
   """Tokenises the corpus into `directory`, or checks that what is there was made from it.
 
   After an interruption, complete files are kept and the others are written. A file gets its name
-  when it is complete, so several processes may do this at the same time. Nothing is overwritten.
+  when it is complete, so several processes may do this at the same time. Complete data is never
+  overwritten; an unfinished preparation whose sources or settings have changed since is.
 
   Args:
     config: the globs, text field and tokenizer, and for synthetic validation the sequence length.
@@ -73,21 +73,31 @@ def prepare(config: DataConfig, vocab_size: int, directory: epath.PathLike) -> P
     directory: a local directory, because ArrayRecord reads no others; created if it is absent.
 
   Raises:
-    ValueError: if a glob matches nothing, a file does not have its suffix's format, the tokenizer
-      does not fit, or `directory` holds data made from other sources or settings (naming them).
+    ValueError: if a glob matches nothing, a file cannot be read or is damaged, the tokenizer does
+      not fit, or `directory` holds data made from other sources or settings (naming them).
   """
-  directory = epath.Path(directory)
+  directory = epath.Path(directory).expanduser()
   if "://" in directory.as_posix():
     raise ValueError(f"data.cache_dir must be a local directory, got {directory}")
   by_name = find_sources(config)
   directory.mkdir(parents=True, exist_ok=True)
-  inputs = _inputs(config, vocab_size, by_name, directory)
-  _claim(directory, inputs, by_name)
-  tokenizer = _tokenizer(config, vocab_size, by_name, directory)
   path = directory / "manifest.json"
-  if not path.exists():
-    _write_json(path, _make(inputs, tokenizer, by_name, config.text_field, directory))
-  shards = _checked_shards(path)
+  with contextlib.closing(folder.Lock(directory)) as lock:
+    if lock.is_exclusive:
+      folder.delete_temporary(directory)
+    inputs = _inputs(config, vocab_size, by_name, directory)
+    if path.exists():
+      shards = _checked_shards(path)
+      found = differences(_comparable(folder.read_json(path)["inputs"]), _comparable(inputs))
+      if found:
+        _refuse(directory, found)
+    else:
+      _claim(directory, inputs, by_name, config, lock.is_exclusive)
+    lock.share()
+    tokenizer = _tokenizer(config, vocab_size, by_name, directory)
+    if not path.exists():
+      folder.write_json(path, _make(inputs, tokenizer, by_name, config, directory))
+      shards = _checked_shards(path)
 
   def total(prefix: str, key: str) -> int:
     return sum(shard[key] for name, shard in shards.items() if name.startswith(f"{prefix}-"))
@@ -112,11 +122,6 @@ def prepare(config: DataConfig, vocab_size: int, directory: epath.PathLike) -> P
   )
 
 
-def lengths_path(path: epath.Path) -> epath.Path:
-  """Returns where the lengths of an ArrayRecord file's documents are."""
-  return path.with_suffix(".lengths.npy")
-
-
 def find_sources(config: DataConfig) -> dict[str, sources.Source]:
   """Finds every file of the config's globs, by "train-<i>" and "validation-<i>".
 
@@ -137,11 +142,11 @@ def _inputs(
 ) -> dict[str, Any]:
   """Returns a description of the sources and settings that the data depends on."""
   cache = directory / "hashes.json"
-  old = json.loads(cache.read_text()) if cache.exists() else {}
-  known = dict(old)
+  known = _known_hashes(cache)
+  before = dict(known)
   hashes = {name: sources.sha256s(source, known) for name, source in by_name.items()}
-  if known != old:
-    _write_json(cache, known)
+  if known != before:
+    folder.write_json(cache, {"files": known, "sha256": folder.json_sha256(known)})
   if config.tokenizer:
     tokenizer_lib.load_tokenizer(config.tokenizer, vocab_size)
     tokenizer: dict[str, Any] = {"sha256": sources.file_sha256(epath.Path(config.tokenizer))}
@@ -150,28 +155,92 @@ def _inputs(
   return {
     "tokenizer": tokenizer if any(hashes.values()) else {},
     "text_field": config.text_field,
-    "shard_bytes": _SHARD_BYTES,
+    **({"skip_null_rows": True} if config.skip_null_rows else {}),
+    "shard_bytes": shards_lib.SHARD_BYTES,
+    "reading": _READING,
     "sources": {n: {"glob": s.name, "sha256": hashes[n]} for n, s in by_name.items()},
   }
 
 
+def _known_hashes(cache: epath.Path) -> dict[str, list]:
+  """Reads the hashes of files from before; a damaged file only means that they are made again."""
+  if not cache.exists():
+    return {}
+  try:
+    found = folder.read_json(cache)
+    if found.get("sha256") == folder.json_sha256(found.get("files")):
+      return found["files"]
+  except (ValueError, AttributeError):
+    pass
+  logging.warning(
+    f"{cache} is damaged or of an old version: it is made again, every source file is read again"
+  )
+  return {}
+
+
+def _comparable(inputs: dict[str, Any]) -> dict[str, Any]:
+  """Returns inputs without the version of reading: complete data is used whatever it was."""
+  return {key: value for key, value in inputs.items() if key != "reading"}
+
+
+def _refuse(directory: epath.Path, found: list[str]) -> NoReturn:
+  more = [f"and {len(found) - _MAX_DIFFERENCES} more"] if len(found) > _MAX_DIFFERENCES else []
+  raise ValueError(
+    f"{directory} holds data made from other sources or settings and is not overwritten; name "
+    "another data.cache_dir, or restore:\n  " + "\n  ".join(found[:_MAX_DIFFERENCES] + more)
+  )
+
+
 def _claim(
-  directory: epath.Path, inputs: dict[str, Any], by_name: Mapping[str, sources.Source]
+  directory: epath.Path,
+  inputs: dict[str, Any],
+  by_name: Mapping[str, sources.Source],
+  config: DataConfig,
+  is_alone: bool,
 ) -> None:
-  """Writes inputs.json, or checks that what the directory holds was made from the same."""
+  """Writes inputs.json, unless an unfinished preparation from the same inputs is there."""
   path = directory / "inputs.json"
-  if not (directory / "tokenizer.json").exists() and not (directory / "manifest.json").exists():
-    for name, source in by_name.items():
-      if source.files and next(sources.documents(source, inputs["text_field"]), None) is None:
-        raise ValueError(f"every source must have text; {source.name!r} ({name}) has none")
-    _write_json(path, inputs)
-  found = differences(json.loads(path.read_text()), inputs)
-  if found:
-    more = [f"and {len(found) - _MAX_DIFFERENCES} more"] if len(found) > _MAX_DIFFERENCES else []
+  try:
+    found = differences(folder.read_json(path) if path.exists() else {}, inputs)
+  except (ValueError, AttributeError, TypeError):
+    found = [f"{path} is damaged"]
+  if not found:
+    return
+  made = [path for pattern in _MADE for path in directory.glob(pattern)]
+  if made and not path.exists():
     raise ValueError(
-      f"{directory} holds data made from other sources or settings and is not overwritten; name "
-      "another data.cache_dir, or restore:\n  " + "\n  ".join(found[:_MAX_DIFFERENCES] + more)
+      f"{directory} holds {made[0].name} and no inputs.json, so it is unknown what that was made "
+      "from; delete it, or name another data.cache_dir"
     )
+  if made and not is_alone:  # another process may be at work on them
+    _refuse(directory, found)
+  _check_text(by_name, config)
+  if made:
+    logging.warning(
+      f"{directory} holds an unfinished preparation from other sources or settings, which is made "
+      f"again: {found[0]}"
+    )
+    for file in made:
+      file.unlink(missing_ok=True)
+  folder.write_json(path, inputs)
+
+
+def _check_text(by_name: Mapping[str, sources.Source], config: DataConfig) -> None:
+  """Reads the validation text, and the beginning of each training file, before any work is done.
+
+  Raises:
+    ValueError: if a file cannot be read, or a source is empty or white space only.
+  """
+  for name, source in sorted(by_name.items(), key=lambda item: item[0].startswith("train")):
+    is_train, is_empty, has_text = name.startswith("train"), True, not source.files
+    for file, path in source.files:
+      for piece in files.read(file, path, config, Faults()):
+        is_empty, has_text = False, has_text or not piece.text.isspace()
+        if has_text and is_train:
+          break
+    if not has_text:
+      what = "has none" if is_empty else "has none but white space"
+      raise ValueError(f"every source must have text; {source.name!r} ({name}) {what}")
 
 
 def _tokenizer(
@@ -187,9 +256,9 @@ def _tokenizer(
       text = epath.Path(config.tokenizer).read_text(encoding="utf-8")
     else:
       train = [source for name, source in text_sources.items() if name.startswith("train-")]
-      texts = sources.sample(train, config.text_field, _SAMPLE_BYTES)
+      texts = sources.sample(train, config, _SAMPLE_BYTES)
       text = tokenizer_lib.train_tokenizer(texts, vocab_size).to_str(pretty=True)
-    with _whole(path) as temporary:
+    with folder.whole(path) as temporary:
       temporary.write_text(text, encoding="utf-8")
   return tokenizer_lib.load_tokenizer(path, vocab_size)
 
@@ -198,100 +267,62 @@ def _make(
   inputs: dict[str, Any],
   tokenizer: Tokenizer | None,
   by_name: Mapping[str, sources.Source],
-  text_field: str,
+  config: DataConfig,
   directory: epath.Path,
 ) -> dict[str, Any]:
   """Writes the ArrayRecord files that are missing; returns the manifest."""
   manifest: dict[str, Any] = {"inputs": inputs, "shards": {}}
+  faults = Faults()
   if tokenizer is not None:
     manifest["tokenizer_sha256"] = sources.file_sha256(directory / "tokenizer.json")
     with Progress(console=Console(stderr=True)) as progress:
-      for prefix, source in by_name.items():  # "synthetic" has no documents
+      # Validation first: it is short, and what is wrong with it shows at once.
+      for prefix, source in sorted(by_name.items(), key=lambda item: item[0].startswith("train")):
         size = sum(path.stat().length for _, path in source.files)
         task = progress.add_task(f"tokenising {prefix}", total=size)
-        texts = sources.documents(source, text_field)
+        pieces = sources.documents(source, config, faults)
         advance = functools.partial(progress.advance, task)
-        manifest["shards"] |= _make_shards(tokenizer, texts, directory, prefix, advance)
+        manifest["shards"] |= shards_lib.make(tokenizer, pieces, directory, prefix, advance)
         progress.update(task, completed=size)
-  return manifest | {"manifest_sha256": _json_sha256(manifest)}
-
-
-def _make_shards(
-  tokenizer: Tokenizer,
-  texts: Iterable[str],
-  directory: epath.Path,
-  prefix: str,
-  advance: Callable[[int], None],
-) -> dict[str, dict[str, Any]]:
-  """Writes documents into ArrayRecord files, unless they are there; returns facts by name."""
-  encoder = tokenizer_lib.text_only(tokenizer)
-  shards = {}
-  for i, group in enumerate(sources.groups(texts, _SHARD_BYTES)):
-    path = directory / f"{prefix}-{i:05d}.arrayrecord"
-    if not path.exists():
-      _write_shard(encoder, group, path, advance)
-    lengths = np.load(lengths_path(path))
-    shards[path.name] = {
-      "documents": len(lengths),
-      "bytes": sources.num_bytes(group),
-      "tokens": int(lengths.sum(dtype=np.int64)),
-      "size": path.stat().length,
-      "sha256": sources.file_sha256(path),
-    }
-  return shards
-
-
-def _write_shard(
-  encoder: Tokenizer, texts: list[str], path: epath.Path, advance: Callable[[int], None]
-) -> None:
-  """Writes one ArrayRecord file and its lengths; the former gets its name last."""
-  lengths = []
-  with _whole(path) as temporary:
-    # One record a group: documents are read one by one, in any order.
-    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-    for group in sources.groups(texts, _ENCODE_BYTES):
-      for tokens in tokenizer_lib.encode_documents(encoder, group):
-        writer.write(tokens.astype("<u4").tobytes())
-        lengths.append(len(tokens))
-      advance(sources.num_bytes(group))
-    writer.close()
-    with _whole(lengths_path(path)) as other, other.open("wb") as f:
-      np.save(f, np.array(lengths, np.int32))
+  for what, count in faults.most_common(_MAX_DIFFERENCES):
+    logging.warning(f"{what}: {count}")
+  if len(faults) > _MAX_DIFFERENCES:
+    logging.warning(f"and the like in {len(faults) - _MAX_DIFFERENCES} more files")
+  return manifest | {"manifest_sha256": folder.json_sha256(manifest)}
 
 
 def _checked_shards(path: epath.Path) -> dict[str, dict[str, Any]]:
-  """Reads the manifest's shards, checking that it is whole and the files are there."""
-  manifest = json.loads(path.read_text())
-  said = manifest.pop("manifest_sha256")
-  if said != _json_sha256(manifest):
-    raise ValueError(f"manifest_sha256 must be that of the manifest; in {path} it is not: {said}")
+  """Reads the manifest's shards, checking that it is whole and the files are those it names.
+
+  The records carry checksums of their own, which are checked when they are read.
+  """
+  manifest = folder.read_json(path)
+  said = manifest.pop("manifest_sha256", None) if isinstance(manifest, dict) else None
+  if said != folder.json_sha256(manifest):
+    raise ValueError(
+      f"{path} must have the manifest_sha256 of what it holds, got {said}; delete it, and "
+      "the next start makes it again"
+    )
   if "tokenizer_sha256" in manifest:
-    said, found = manifest["tokenizer_sha256"], sources.file_sha256(path.parent / "tokenizer.json")
+    file = path.parent / "tokenizer.json"
+    said = manifest["tokenizer_sha256"]
+    found = sources.file_sha256(file) if file.exists() else "none"
     if said != found:
-      raise ValueError(f"{path.parent}/tokenizer.json changed: SHA-256 {said} -> {found}")
+      raise ValueError(
+        f"{file} changed: SHA-256 {said} -> {found}; restore it, or delete {path.parent}, which is "
+        "then made again"
+      )
   for name, shard in manifest["shards"].items():
     file = path.parent / name
     found = file.stat().length if file.exists() else "none"
     if found != shard["size"]:
-      raise ValueError(f"{file} must have {shard['size']} bytes, as in {path.name}; it has {found}")
+      raise ValueError(
+        f"{file} must have {shard['size']} bytes, as in {path.name}, it has {found}; {shards_lib.mend(file)}"
+      )
+    lengths = shards_lib.load_lengths(file)
+    if (len(lengths), int(lengths.sum())) != (shard["documents"], shard["tokens"]):
+      raise ValueError(
+        f"{shards_lib.lengths_path(file)} must have {shard['documents']} documents of {shard['tokens']} tokens, "
+        f"as in {path.name}, it has {len(lengths)} of {lengths.sum()}; {shards_lib.mend(file)}"
+      )
   return manifest["shards"]
-
-
-def _json_sha256(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-  with _whole(path) as temporary:
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
-@contextlib.contextmanager
-def _whole(path: epath.Path) -> Iterator[epath.Path]:
-  """Gives a temporary file that becomes `path` at the end, or goes if something is raised."""
-  temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-  try:
-    yield temporary
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)

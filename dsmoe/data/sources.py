@@ -1,25 +1,27 @@
-"""Reads text from files or from the Python standard library.
+"""Finds the files of a source and reads their documents one after the other.
 
-A source is the set of files that one entry of `data.train_globs` or `data.validation_globs` names.
-A text file is one document; in .jsonl files each line is one, in .parquet files each row. Everything
-is streamed.
+A source is the set of files that one entry of `data.train_globs` or `data.validation_globs` names,
+or the Python standard library. A text file is one document; in JSON and Parquet each row is one, as
+dsmoe/data/files.py reads them. Everything is streamed.
 """
 
 import dataclasses
 import glob
 import hashlib
-import json
+import itertools
 import lzma
+import re
 import sysconfig
 import time
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import pyarrow.parquet as pq
 from etils import epath
 
 from dsmoe.config import DataConfig
+from dsmoe.data import files
+from dsmoe.data.files import Faults, Piece
 
 STDLIB = "stdlib"
 SYNTHETIC = "synthetic"
@@ -34,7 +36,8 @@ _STDLIB_EXCLUDED = frozenset(
 _STDLIB_SPLIT = "37"
 _STDLIB_VALIDATION_PERCENT = 7
 _READ_BYTES = 1 << 20
-_WILDCARDS = frozenset("*?[")
+_WILDCARDS, _GROUPS = frozenset("*?"), frozenset("[{")
+_COMPRESSION_RATIO = 4  # of text, roughly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,8 @@ def find_source(name: str, is_train: bool) -> Source:
   """Finds the files of one entry of `data.train_globs` or `data.validation_globs`.
 
   Args:
-    name: a glob, local or gs:// (`**` descends, on disk only), or "stdlib", or "synthetic".
+    name: a glob, local or gs://, or "stdlib", or "synthetic". `**` descends, on disk only; `~` is
+      the home folder; `{a,b}` stands for a and b. A name with [ or { that exists is taken as it is.
     is_train: whether to find the training or the validation part of "stdlib", the only source
       that is split.
 
@@ -64,18 +68,19 @@ def find_source(name: str, is_train: bool) -> Source:
     return Source(name, ())
   if name == STDLIB:
     root = epath.Path(sysconfig.get_paths()["stdlib"])
-    names = [
+    names = {
       file
       for file in _glob(root, "**/*.py")
       if _is_program(file) and stdlib_is_train(file) == is_train
-    ]
+    }
   else:
-    root, pattern = _split_glob(name)
-    names = _glob(root, pattern)
+    root, names = _find(name)
   found = tuple((file, root / file) for file in sorted(names) if (root / file).is_file())
   if not found:
     field = "train_globs" if is_train else "validation_globs"
-    raise ValueError(f"every glob of data.{field} must match a file; {name!r} matches none")
+    is_folder = any((root / file).is_dir() for file in names)
+    what = "is a folder, whose files are named by /*" if is_folder else "matches none"
+    raise ValueError(f"every glob of data.{field} must match a file; {name!r} {what}")
   return Source(name, found)
 
 
@@ -93,13 +98,32 @@ def _is_program(file: str) -> bool:
   return not base.startswith("_sysconfigdata")  # the build's own paths and flags
 
 
-def _split_glob(name: str) -> tuple[epath.Path, str]:
-  """Splits a glob into the folder before its first wildcard and the rest, at least the file."""
-  path = epath.Path(name)
-  root = path.parent
-  while any(set(part) & _WILDCARDS for part in root.parts):
-    root = root.parent
-  return root, path.relative_to(root).as_posix()
+def _find(name: str) -> tuple[epath.Path, set[str]]:
+  """Returns the folder before a glob's first wildcard, and the names in it that match."""
+  path = epath.Path(name).expanduser()
+  root, *folders = (*reversed(path.parents), path) if path.parent != path else (path,)
+  depth = 0
+  while depth < len(folders) - 1 and _is_literal(folders[depth]):
+    root, depth = folders[depth], depth + 1
+  if root == path.parent and _is_literal(path):
+    return root, {path.name}
+  pattern = path.relative_to(root).as_posix()
+  return root, {file for each in _alternatives(pattern) for file in _glob(root, each)}
+
+
+def _is_literal(path: epath.Path) -> bool:
+  """Returns whether a path's last part is a name and no pattern; [ and { may stand in names."""
+  part = frozenset(path.name)
+  return not part & _WILDCARDS and (not part & _GROUPS or path.exists())
+
+
+def _alternatives(pattern: str) -> list[str]:
+  """Expands the first {a,b} of a pattern, and so on; groups may stand in groups."""
+  match = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+  if match is None:
+    return [pattern]
+  before, after = pattern[: match.start()], pattern[match.end() :]
+  return [p for choice in match[1].split(",") for p in _alternatives(before + choice + after)]
 
 
 def _glob(root: epath.Path, pattern: str) -> list[str]:
@@ -109,60 +133,19 @@ def _glob(root: epath.Path, pattern: str) -> list[str]:
   return glob.glob(pattern, root_dir=root, recursive=True)  # epath refuses "**"
 
 
-def documents(source: Source, text_field: str) -> Iterator[str]:
-  """Reads a source's documents in order, without the empty ones.
-
-  Bytes that are not UTF-8 become U+FFFD.
+def documents(source: Source, config: DataConfig, faults: Faults | None = None) -> Iterator[Piece]:
+  """Reads a source's documents in order, without the empty ones, each as one or more pieces.
 
   Args:
     source: files; not "synthetic".
-    text_field: the key (.jsonl) or column (.parquet) of the text.
+    config: the text's field, and what is done with rows without it; see `files.read`.
+    faults: counts what was passed over or replaced.
 
   Raises:
-    ValueError: naming file and row, for a row that is not JSON or whose text is not a string.
+    ValueError: naming the file, for one that cannot be read.
   """
   for file, path in source.files:
-    if path.suffix == ".jsonl":
-      texts = _read_jsonl(file, path, text_field)
-    elif path.suffix == ".parquet":
-      texts = _read_parquet(file, path, text_field)
-    else:
-      texts = iter([path.read_bytes().decode("utf-8", errors="replace")])
-    yield from (text for text in texts if text)
-
-
-def _read_jsonl(file: str, path: epath.Path, text_field: str) -> Iterator[str]:
-  with path.open("rb") as f:
-    for number, line in enumerate(f, start=1):
-      if not line.strip():
-        continue
-      try:
-        row = json.loads(line.decode("utf-8", errors="replace"))
-      except json.JSONDecodeError as error:
-        raise ValueError(f"every line must be JSON; {file}:{number} is not: {error}") from error
-      text = row.get(text_field) if isinstance(row, dict) else None
-      yield _checked(text, f"{file}:{number}", text_field)
-
-
-def _read_parquet(file: str, path: epath.Path, text_field: str) -> Iterator[str]:
-  with path.open("rb") as f, pq.ParquetFile(f) as table:
-    if text_field not in table.schema_arrow.names:
-      raise ValueError(
-        f"data.text_field must be a column; {text_field!r} is not one of {file}'s columns "
-        f"{', '.join(table.schema_arrow.names)}"
-      )
-    number = 0
-    for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-      for text in batch.column(0).to_pylist():
-        yield _checked(text, f"{file} row {number}", text_field)
-        number += 1
-
-
-def _checked(text: object, where: str, text_field: str) -> str:
-  if not isinstance(text, str):
-    raise ValueError(f"data.text_field {text_field!r} must be a string; at {where} it is {text!r}")
-  # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
-  return text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")
+    yield from files.read(file, path, config, Faults() if faults is None else faults)
 
 
 def sha256s(source: Source, known: dict[str, list]) -> dict[str, str]:
@@ -197,50 +180,61 @@ def file_sha256(path: epath.Path) -> str:
   return digest.hexdigest()
 
 
-def sample(sources: Iterable[Source], text_field: str, limit_bytes: int) -> Iterator[str]:
+def sample(sources: Iterable[Source], config: DataConfig, limit_bytes: int) -> Iterator[str]:
   """Yields about `limit_bytes` of text, spread evenly over the sources, the same every time."""
   sources = list(sources)
-  size = sum(path.stat().length for source in sources for _, path in source.files)
+  size = sum(_text_bytes(path) for source in sources for _, path in source.files)
   share = min(1.0, limit_bytes / max(size, 1))
   left = limit_bytes
   for i, source in enumerate(sources):
-    for j, text in enumerate(documents(source, text_field)):
+    for j, piece in enumerate(documents(source, config)):
       if zlib.crc32(f"{i}:{j}".encode()) < share * 2**32:
-        yield text[:left]
-        left -= len(text.encode())
+        yield piece.text[:left]
+        left -= num_bytes(piece)
         if left <= 0:
           return
 
 
-def groups(texts: Iterable[str], limit_bytes: int) -> Iterator[list[str]]:
-  """Cuts a stream of documents wherever `limit_bytes` of text have come together."""
-  group, size = [], 0
-  for text in texts:
-    group.append(text)
-    size += len(text.encode())
-    if size >= limit_bytes:
-      yield group
-      group, size = [], 0
-  if group:
-    yield group
+def _text_bytes(path: epath.Path) -> int:
+  """Returns a file's bytes of text, roughly where it is compressed."""
+  is_compressed = path.suffix.lower() in (*files.COMPRESSED_SUFFIXES, *files.PARQUET_SUFFIXES)
+  return path.stat().length * (_COMPRESSION_RATIO if is_compressed else 1)
 
 
-def num_bytes(texts: Iterable[str]) -> int:
+def groups(pieces: Iterable[Piece], limit_bytes: int) -> Iterator[Iterator[Piece]]:
+  """Cuts a stream of documents wherever `limit_bytes` of text have come together.
+
+  Each group must be read to its end before the next one is taken.
+  """
+
+  def numbered() -> Iterator[tuple[int, Piece]]:
+    number, size = 0, 0
+    for piece in pieces:
+      yield number, piece
+      size += num_bytes(piece)
+      if piece.is_end and size >= limit_bytes:
+        number, size = number + 1, 0
+
+  for _, group in itertools.groupby(numbered(), key=lambda pair: pair[0]):
+    yield (piece for _, piece in group)
+
+
+def num_bytes(piece: Piece) -> int:
   """Counts UTF-8 bytes."""
-  return sum(len(text.encode()) for text in texts)
+  return len(piece.text.encode())
 
 
-def validation_documents(config: DataConfig) -> Iterator[str]:
+def validation_documents(config: DataConfig) -> Iterator[Piece]:
   """Reads the held-out documents in the order of `data.validation_globs`."""
   for name in config.validation_globs:
-    yield from documents(find_source(name, is_train=False), config.text_field)
+    yield from documents(find_source(name, is_train=False), config)
 
 
-def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
+def compressed_bits_per_byte(pieces: Iterable[Piece]) -> dict[str, float]:
   """Compresses documents, joined without separator, as a yardstick for a language model.
 
   Args:
-    texts: the held-out documents, for instance `validation_documents(config)`.
+    pieces: the held-out documents, for instance `validation_documents(config)`.
 
   Returns:
     {"gzip": ..., "xz": ...}: compressed bits for each UTF-8 byte, at preset 9.
@@ -254,8 +248,8 @@ def compressed_bits_per_byte(texts: Iterable[str]) -> dict[str, float]:
   }
   sizes = dict.fromkeys(compressors, 0)
   text_bytes = 0
-  for text in texts:
-    data = text.encode()
+  for piece in pieces:
+    data = piece.text.encode()
     text_bytes += len(data)
     for name, compressor in compressors.items():
       sizes[name] += len(compressor.compress(data))

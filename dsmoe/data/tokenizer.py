@@ -135,17 +135,17 @@ def text_only(tokenizer: Tokenizer) -> Tokenizer:
   return copy
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], end: int) -> list[np.ndarray]:
   """Encodes whole documents, each ended by the end-of-document token.
 
   Args:
     tokenizer: used as it is; see `text_only`.
     texts: the documents, valid Unicode.
+    end: from `eos_id`.
 
   Returns:
-    For each document a uint32 array of its ids and `eos_id`, without the tokens that a tokenizer's
+    For each document a uint32 array of its ids and `end`, without the tokens that a tokenizer's
     template adds at the beginning.
   """
-  end = eos_id(tokenizer)
   encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
   return [np.array([*encoding.ids, end], np.uint32) for encoding in encodings]

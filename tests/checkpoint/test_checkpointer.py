@@ -44,9 +44,9 @@ def by_path(tree):
   return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(tree)}
 
 
-def save(workdir, state, next_batch):
+def save(workdir, state, position):
   with checkpoint.Checkpointer(workdir, KEEP_ALL) as checkpoints:
-    checkpoints.save(state, next_batch)
+    checkpoints.save(state, position)
 
 
 def test_round_trip_is_bitwise(tmp_path):
@@ -57,8 +57,8 @@ def test_round_trip_is_bitwise(tmp_path):
   abstract = train_step.abstract_state(config, mesh)
   with checkpoint.Checkpointer(tmp_path, KEEP_ALL) as checkpoints:
     assert checkpoints.find_step() == 2
-    restored, next_batch = checkpoints.restore(abstract, 2)
-  assert next_batch == 7
+    restored, position = checkpoints.restore(abstract, 2)
+  assert position == 7
   assert_bitwise_equal(by_path(restored), by_path(state))
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding, b.sharding), restored, abstract)
@@ -95,7 +95,16 @@ def test_what_is_kept(tmp_path, keep_last, keep_every, expected):
   names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
   assert sorted(map(int, names)) == expected
   metadata = list((tmp_path / "checkpoints" / "7" / "data").rglob("metadata"))
-  assert [json.loads(path.read_text()) for path in metadata] == [{"next_batch": 7}]
+  assert [json.loads(path.read_text()) for path in metadata] == [7]
+
+
+def test_the_config_of_a_step(tmp_path):
+  """Of the run that saved it, however often the config was changed after it."""
+  for batch_size, step in ((8, 0), (4, 20), (2, 20), (16, 30)):
+    config = config_of_two_layers(batch_size=batch_size)
+    checkpoint.record_config(tmp_path, config, step, True)
+  steps = {step: checkpoint.config_of_step(tmp_path, step).batch_size for step in (20, 30, 40)}
+  assert steps == {20: 8, 30: 2, 40: 16}
 
 
 def test_changed_model_does_not_restore(tmp_path):
@@ -213,8 +222,8 @@ def test_a_checkpoint_without_checksums_is_read(tmp_path):
   with ocp.CheckpointManager(folder, item_names=("state", "data")) as manager:
     manager.save(5, args=items)
   with checkpoint.Checkpointer(tmp_path, KEEP_ALL) as checkpoints:
-    restored, next_batch = checkpoints.restore(state, 5)
-  assert next_batch == 7
+    restored, position = checkpoints.restore(state, 5)
+  assert position == {"next_batch": 7}
   assert_bitwise_equal(by_path(restored), by_path(state))
   params, _, _ = checkpoint.restore_weights(tmp_path, state.params, state.router_bias)
   assert_bitwise_equal(by_path(params), by_path(state.params))

@@ -327,6 +327,16 @@ def test_differences():
   assert "seed: (absent) -> 5" in lines and "loss.z_loss_weight: 0.001 -> (absent)" in lines
 
 
+def test_fields_that_a_saved_config_does_not_have_yet():
+  new = _values()
+  old = json.loads(json.dumps(new))
+  del old["data"]["skip_null_rows"], old["model"]["kernels"]["tuned"], old["model"]["rope_scaling"]
+  del old["seed"]
+  lines = config_lib.differences(config_lib.with_defaults(old), new)
+  assert [line.split(":")[0] for line in lines] == ["model.rope_scaling", "seed"]
+  assert "skip_null_rows" not in old["data"]
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_converts(name):
   c = importlib.import_module(f"experiments.{name}").get_config()

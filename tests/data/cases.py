@@ -7,6 +7,7 @@ import numpy as np
 from array_record.python import array_record_data_source
 
 from dsmoe import config as config_lib
+from dsmoe.data import sources
 from experiments import base
 
 VOCAB = 300
@@ -42,6 +43,18 @@ def text_config(folder, **values):
     sequence_length=16,
   )
   return data_config(**{**defaults, **values})
+
+
+def whole_texts(source, **values):
+  """Reads a source's documents and joins the pieces of each."""
+  texts, text = [], ""
+  for piece in sources.documents(source, data_config(**values)):
+    text += piece.text
+    if piece.is_end:
+      texts.append(text)
+      text = ""
+  assert not text
+  return texts
 
 
 def texts_of(folder, name):

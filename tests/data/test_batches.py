@@ -39,6 +39,12 @@ def take(iterator, count):
   return list(itertools.islice(iterator, count))
 
 
+def from_batch(prepared, config, batch_size, number, *processes):
+  """Reads on from where `number` batches were consumed."""
+  position = batches.first_position(config).advance(config, number * batch_size)
+  return batches.train_iterator(prepared, config, batch_size, *(processes or (0, 1)), position)
+
+
 def rows_of_source(prepared, config, source, count):
   rows = packing.TrainRows(prepared.train[source], prepared, config, source)
   return [rows[i] for i in range(count)]
@@ -116,10 +122,7 @@ def test_any_number_of_processes_from_any_batch(prepared, folder, fim_rate):
       assert batch[name].shape == (8, 16)
       assert batch[name].dtype == (np.float32 if name == "weights" else np.int32)
   for count, start in itertools.product((1, 2, 4), (0, 5)):
-    parts = [
-      take(batches.train_iterator(prepared, config, 8, p, count, start_batch=start), 7)
-      for p in range(count)
-    ]
+    parts = [take(from_batch(prepared, config, 8, start, p, count), 7) for p in range(count)]
     for i in range(7):
       joined = {name: np.concatenate([part[i][name] for part in parts]) for name in NAMES}
       assert_equal(joined, made[start + i])
@@ -127,8 +130,8 @@ def test_any_number_of_processes_from_any_batch(prepared, folder, fim_rate):
 
 def test_far_away_batches_are_cheap_and_seeds_matter(prepared, folder):
   config = text_config(folder)
-  far = take(batches.train_iterator(prepared, config, 4, start_batch=10**9), 2)
-  assert_equal(far[1], next(batches.train_iterator(prepared, config, 4, start_batch=10**9 + 1)))
+  far = take(from_batch(prepared, config, 4, 10**9), 2)
+  assert_equal(far[1], next(from_batch(prepared, config, 4, 10**9 + 1)))
   a = next(batches.train_iterator(prepared, config, 4))
   b = next(batches.train_iterator(prepared, dataclasses.replace(config, seed=1), 4))
   assert (a["tokens"] != b["tokens"]).any()
@@ -155,7 +158,7 @@ def test_synthetic(tmp_path):
   prepared = batches.prepare(config, 1000, tmp_path)
   assert prepared.tokenizer is None
   made = take(batches.train_iterator(prepared, config, 4), 3)
-  assert_equal(made[2], next(batches.train_iterator(prepared, config, 4, start_batch=2)))
+  assert_equal(made[2], next(from_batch(prepared, config, 4, 2)))
   rows = np.concatenate([batch["tokens"] for batch in made])
   assert len({row.tobytes() for row in rows}) == 12
   assert 0 <= rows.min() and 900 < rows.max() < 1000
@@ -212,7 +215,86 @@ def test_iterator_errors(prepared, folder):
       read(prepared, config, 8, 0, 3)
     with pytest.raises(ValueError, match=r"process_index \(2\) .* process_count \(2\)"):
       read(prepared, config, 8, 2, 2)
-  with pytest.raises(ValueError, match="start_batch must be at least 0, got -1"):
-    batches.train_iterator(prepared, config, 8, start_batch=-1)
   with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
     batches.train_iterator(prepared, dataclasses.replace(config, seed=-1), 8)
+
+
+def flat(tensors, name="tokens"):
+  return np.concatenate([batch[name].reshape(-1) for batch in tensors])
+
+
+@pytest.mark.parametrize("fim_rate", [0.0, 0.4])
+def test_a_changed_batch_size_goes_on_at_the_next_row(prepared, folder, fim_rate):
+  config = text_config(folder, fim_rate=fim_rate)
+  expected = take(batches.train_iterator(prepared, config, 1), 8 * 3 + 4 * 5 + 16 * 2 + 2)
+  position, found = batches.first_position(config), []
+  for batch_size, count in ((8, 3), (4, 5), (16, 2), (2, 1)):
+    found += take(batches.train_iterator(prepared, config, batch_size, 0, 1, position), count)
+    position = position.advance(config, batch_size * count)
+  assert position.sequences == len(expected) and position.tokens == 16 * len(expected)
+  for name in NAMES:
+    np.testing.assert_array_equal(flat(found, name), flat(expected, name))
+
+
+def tokens_by_source(prepared, position, config, count):
+  """Reads rows from a position on; returns each source's tokens, told apart by their text."""
+  found = ([], [])
+  rows = [packing.TrainRows(prepared.train[s], prepared, config, s) for s in (0, 1)]
+  S = config.sequence_length
+  streams = [np.concatenate([r[i]["tokens"] for i in range(400)]) for r in rows]
+  places = position.tokens_of_sources(config.train_globs)
+  for batch in take(batches.train_iterator(prepared, config, 1, 0, 1, position), count):
+    row = batch["tokens"][0]
+    (source,) = [s for s in (0, 1) if (streams[s][places[s] : places[s] + S] == row).all()]
+    found[source].append(row)
+    places[source] += S
+  return found, places
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"sequence_length": 24},
+    {"sequence_length": 5},
+    {"train_weights": (1.0, 2.0)},
+    {"sequence_length": 7, "train_weights": (1.0, 1.0)},
+  ],
+)
+def test_other_changes_go_on_at_the_next_token_of_every_source(prepared, folder, change):
+  """`tokens_by_source` finds each row where the source's stream goes on, or fails."""
+  config = text_config(folder)
+  position = batches.first_position(config)
+  for values in ({}, change, {}, change):
+    now = dataclasses.replace(config, **values)
+    found, places = tokens_by_source(prepared, position, now, 23)
+    assert all(len(rows) > 4 for rows in found)
+    before = position
+    position = position.advance(now, 23)
+    assert position.tokens_of_sources(now.train_globs) == places
+    assert position.tokens - before.tokens == 23 * now.sequence_length
+    assert position.sequences - before.sequences == 23
+
+
+def test_a_changed_length_of_synthetic_rows(tmp_path):
+  config = data_config(train_globs=("synthetic",), validation_globs=(), sequence_length=32)
+  prepared = batches.prepare(config, 1000, tmp_path)
+  position = batches.first_position(config).advance(config, 6)
+  shorter = dataclasses.replace(config, sequence_length=8)
+  batch = next(batches.train_iterator(prepared, shorter, 2, 0, 1, position))
+  rows = packing.SyntheticRows(1000, 8, (config.seed, 0))
+  np.testing.assert_array_equal(batch["tokens"], [rows[6]["tokens"], rows[7]["tokens"]])
+
+
+def test_a_source_smaller_than_its_share_of_a_batch_is_said(prepared, folder, caplog):
+  config = text_config(folder)
+  tokens = prepared.train_tokens
+  assert tokens[0] > 3 * 16 and tokens[1] > 16
+  with caplog.at_level("WARNING", logger="absl"):
+    batches.train_iterator(prepared, config, 4)
+    assert not caplog.messages
+    batches.train_iterator(prepared, config, 1024)
+  assert len(caplog.messages) == 2
+  assert caplog.messages[0] == (
+    f"every batch repeats text: {config.train_globs[0]!r} has {tokens[0]} tokens, and its share of "
+    f"a batch is {768 * 16}"
+  )

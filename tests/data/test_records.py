@@ -4,12 +4,15 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsmoe.data import batches, records
+from dsmoe.data import batches, encoding, shards
+from dsmoe.data import folder as folder_lib
 from dsmoe.data import tokenizer as tokenizer_lib
 from tests.data import cases
 from tests.data.cases import EOS, VOCAB, data_config, text_config, texts_of, token_documents, words
@@ -61,7 +64,10 @@ def test_manifest(folder, prepared):
       r"'text' must be a string; at a.jsonl:2 it is None",
     ),
     ("a.jsonl", '{"text": "x"}\n["y"]', r"'text' must be a string; at a.jsonl:2 it is None"),
-    ("a.txt", "", r"must have text; .*a.txt' \(train-0\) has none"),
+    ("a.txt", "", r"must have text; .*a.txt' \(train-0\) has none$"),
+    ("a.txt", " \n\u3000\t" * 9, r"a.txt' \(train-0\) has none but white space"),
+    ("a.jsonl", '{"text": ""}\n{"text": " "}', r"\(train-0\) has none but white space"),
+    ("a.jsonl", '{"text": "  "}\n' * 2000 + "[", r"must be JSON; a.jsonl:2001"),
   ],
 )
 def test_errors_in_sources(tmp_path, name, text, message):
@@ -98,8 +104,8 @@ def contents(directory):
 
 
 def test_interrupted_and_uninterrupted_runs_leave_the_same_bytes(folder, tmp_path, monkeypatch):
-  monkeypatch.setattr(records, "_SHARD_BYTES", 300)
-  monkeypatch.setattr(records, "_ENCODE_BYTES", 100)
+  monkeypatch.setattr(shards, "SHARD_BYTES", 300)
+  monkeypatch.setattr(encoding, "_BATCH_CHARS", 100)
   config = text_config(folder)
   batches.prepare(config, VOCAB, tmp_path / "whole")
   whole = contents(tmp_path / "whole")
@@ -123,7 +129,6 @@ def test_interrupted_and_uninterrupted_runs_leave_the_same_bytes(folder, tmp_pat
   (tmp_path / "killed" / "train-0-00003.arrayrecord.x.tmp").write_bytes(b"of a process killed hard")
   monkeypatch.setattr(tokenizer_lib, "encode_documents", encode)
   batches.prepare(config, VOCAB, tmp_path / "killed")
-  (tmp_path / "killed" / "train-0-00003.arrayrecord.x.tmp").unlink()
   assert contents(tmp_path / "killed") == whole
 
 
@@ -169,7 +174,9 @@ def test_anything_else_than_before_is_an_error(tmp_path):
   shard = tmp_path / "cache" / "train-0-00000.arrayrecord"
   shard.write_bytes(shard.read_bytes()[:-1])
   before = contents(tmp_path / "cache")
-  refused(r"train-0-00000.arrayrecord must have \d+ bytes")
+  refused(
+    r"train-0-00000.arrayrecord must have \d+ bytes.*delete train-0-00000.arrayrecord and man"
+  )
 
 
 def test_a_given_tokenizer(folder, prepared, tmp_path):
@@ -181,3 +188,232 @@ def test_a_given_tokenizer(folder, prepared, tmp_path):
     batches.prepare(text_config(folder, tokenizer=path), size - 1, tmp_path / "small")
   with pytest.raises(ValueError, match=r"tokenizer.json, got absent.json"):
     batches.prepare(text_config(folder, tokenizer="absent.json"), VOCAB, tmp_path / "none")
+
+
+def make_sources(folder):
+  """Writes a training and a validation file of JSON lines; returns a config of them."""
+  for name, count in (("a", 40), ("v", 3)):
+    rows = [json.dumps({"text": words(f"{name}{i}", 20)}) for i in range(count)]
+    (folder / f"{name}.jsonl").write_text("\n".join(rows))
+  return data_config(
+    train_globs=(f"{folder}/a.jsonl",), validation_globs=(f"{folder}/v.jsonl",), sequence_length=16
+  )
+
+
+def test_what_a_failed_preparation_left_is_made_again(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(shards, "SHARD_BYTES", 300)
+  config = make_sources(tmp_path)
+  good = (tmp_path / "a.jsonl").read_text()
+  batches.prepare(config, VOCAB, tmp_path / "whole")
+  (tmp_path / "a.jsonl").write_text(good.replace(words("a5", 20)[:9], "other") + '\n{"text": 3}')
+  tokenizer = str(tmp_path / "whole" / "tokenizer.json")
+  given = dataclasses.replace(config, tokenizer=tokenizer)
+  with pytest.raises(ValueError, match=r"must be a string; at a.jsonl:41 it is 3"):
+    batches.prepare(given, VOCAB, tmp_path / "cache")
+  left = contents(tmp_path / "cache")
+  assert "train-0-00001.arrayrecord" in left  # of text that is about to change
+  (tmp_path / "a.jsonl").write_text(good)
+  batches.prepare(config, VOCAB, tmp_path / "cache")
+  assert "unfinished preparation from other sources" in caplog.text
+  assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_validation_is_read_before_anything_is_made(tmp_path):
+  config = make_sources(tmp_path)
+  with (tmp_path / "v.jsonl").open("a") as file:
+    file.write('\n{"text": 3}')
+  with pytest.raises(ValueError, match=r"must be a string; at v.jsonl:4 it is 3"):
+    batches.prepare(config, VOCAB, tmp_path / "cache")
+  assert set(contents(tmp_path / "cache")) == set()
+
+
+def test_every_training_file_is_opened_before_anything_is_made(tmp_path):
+  config = make_sources(tmp_path)
+  (tmp_path / "b.csv").write_text("id,text")
+  config = dataclasses.replace(config, train_globs=(f"{tmp_path}/[ab].*",))
+  with pytest.raises(ValueError, match=r"b.csv is a CSV table"):
+    batches.prepare(config, VOCAB, tmp_path / "cache")
+  assert set(contents(tmp_path / "cache")) == set()
+
+
+def test_another_process_at_work_is_left_alone(tmp_path):
+  config = make_sources(tmp_path)
+  batches.prepare(config, VOCAB, tmp_path / "cache")
+  (tmp_path / "cache" / "manifest.json").unlink()
+  (tmp_path / "cache" / "x.arrayrecord.1.tmp").write_bytes(b"being written")
+  before = contents(tmp_path / "cache")
+  lock = folder_lib.Lock(tmp_path / "cache")
+  assert lock.is_exclusive
+  lock.share()
+  with pytest.raises(ValueError, match="not overwritten"):
+    batches.prepare(config, VOCAB - 1, tmp_path / "cache")
+  assert contents(tmp_path / "cache") == before
+  batches.prepare(config, VOCAB, tmp_path / "cache")  # the same data may be made by both
+  lock.close()
+  (tmp_path / "cache" / "manifest.json").unlink()
+  batches.prepare(config, VOCAB - 1, tmp_path / "cache")
+  assert "x.arrayrecord.1.tmp" not in contents(tmp_path / "cache")
+
+
+def test_a_folder_of_something_else_is_not_touched(tmp_path):
+  config = make_sources(tmp_path)
+  (tmp_path / "cache").mkdir()
+  (tmp_path / "cache" / "tokenizer.json").write_text("someone's")
+  with pytest.raises(ValueError, match=r"cache holds tokenizer.json and no inputs.json"):
+    batches.prepare(config, VOCAB, tmp_path / "cache")
+  assert contents(tmp_path / "cache") == {"tokenizer.json": b"someone's"}
+
+
+DAMAGES = {
+  "cut": lambda data: data[: len(data) // 2],
+  "empty": lambda data: b"",
+  "zeros": lambda data: bytes(len(data)),
+  "garbage": lambda data: b"\xff\x00garbage" * 9,
+  "other JSON": lambda data: b"[1, 2]",
+  "flipped digit": lambda data: re.sub(rb"\d", lambda m: b"%d" % ((int(m[0]) + 1) % 10), data),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["hashes.json", "inputs.json"])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_damaged_files_that_are_made_again(tmp_path, damage, name, is_finished, caplog):
+  config, cache = make_sources(tmp_path), tmp_path / "cache"
+  batches.prepare(config, VOCAB, cache)
+  whole = contents(cache)
+  if not is_finished:
+    (cache / "manifest.json").unlink()
+  (cache / name).write_bytes(DAMAGES[damage]((cache / name).read_bytes()))
+  caplog.clear()
+  batches.prepare(config, VOCAB, cache)
+  if is_finished and name == "inputs.json":  # the manifest has the inputs too
+    (cache / name).write_bytes(whole[name])
+  else:
+    assert "made again" in caplog.text
+  assert contents(cache) == whole
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+  "name",
+  ["manifest.json", "tokenizer.json", "train-0-00000.lengths.npy", "train-0-00000.arrayrecord"],
+)
+def test_damaged_files_are_named_with_what_to_do(tmp_path, damage, name):
+  config, cache = make_sources(tmp_path), tmp_path / "cache"
+  batches.prepare(config, VOCAB, cache)
+  whole = contents(cache)
+  (cache / name).write_bytes(DAMAGES[damage](whole[name]))
+  if name.endswith("lengths.npy") and damage == "flipped digit":
+    return  # the header may then say the same in other words
+  with pytest.raises(ValueError, match=re.escape(name)) as caught:
+    prepared = batches.prepare(config, VOCAB, cache)
+    shards.Documents(prepared.train[0]).read(0, 0, 1)  # records are checked when they are read
+  advice = str(caught.value).rpartition("; ")[2]
+  if name == "tokenizer.json":
+    assert advice.startswith("restore it, or delete ")
+    for path in cache.iterdir():
+      path.unlink()
+  elif name == "manifest.json":
+    assert advice == "delete it, and the next start makes it again"
+    (cache / name).unlink()
+  else:
+    shard = "train-0-00000.arrayrecord"
+    assert advice == f"delete {shard} and manifest.json, and the next start makes both again"
+    (cache / shard).unlink()
+    (cache / "manifest.json").unlink()
+  batches.prepare(config, VOCAB, cache)
+  assert contents(cache) == whole
+
+
+@pytest.mark.parametrize("is_validation", [False, True])
+def test_a_flipped_bit_is_noticed_when_it_is_read(tmp_path, is_validation):
+  config = make_sources(tmp_path)
+  prepared = batches.prepare(config, VOCAB, tmp_path / "cache")
+  path = (prepared.validation if is_validation else prepared.train[0])[0]
+  data, expected, noticed = path.read_bytes(), token_documents([path]), 0
+  end = sum(len(document) * 4 for document in expected)
+  for place in range(100, end, end // 23):
+    path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+    batches.prepare(config, VOCAB, tmp_path / "cache")
+    try:
+      documents = shards.Documents([path])
+      found = [documents.read(i, 0, 10**9).tolist() for i in range(len(documents.lengths))]
+      assert found == expected  # between records
+    except ValueError as error:
+      assert re.search(
+        rf"{path.name} is damaged: .*delete {path.name} and manifest.json", str(error)
+      )
+      noticed += 1
+  assert noticed > 15
+
+
+def test_lengths_that_do_not_fit_the_records(tmp_path):
+  config = make_sources(tmp_path)
+  prepared = batches.prepare(config, VOCAB, tmp_path / "cache")
+  (path,) = prepared.train[0]
+  lengths = np.load(shards.lengths_path(path))
+  wrong = lengths.copy()
+  wrong[3], wrong[4] = wrong[3] + 1, wrong[4] - 1  # the sum stays
+  np.save(shards.lengths_path(path), wrong)
+  prepared = batches.prepare(config, VOCAB, tmp_path / "cache")
+  documents = shards.Documents([path])
+  with pytest.raises(
+    ValueError, match=r"train-0-00000.arrayrecord has \d+ tokens, but the lengths"
+  ):
+    documents.read(3, 0, 1)
+  wrong[3] += 1
+  np.save(shards.lengths_path(path), wrong)
+  with pytest.raises(ValueError, match=r"lengths.npy must have 40 documents of \d+ tokens, as in"):
+    batches.prepare(config, VOCAB, tmp_path / "cache")
+  np.save(shards.lengths_path(path), lengths[:-1])
+  with pytest.raises(
+    ValueError, match=r"beside .*train-0-00000.arrayrecord and .* must be those of their 40"
+  ):
+    shards.Documents([path])
+
+
+@pytest.mark.parametrize("record_tokens", [1, 3, 16])
+def test_long_documents_are_several_records(tmp_path, monkeypatch, record_tokens):
+  config = make_sources(tmp_path)
+  plain = batches.prepare(config, VOCAB, tmp_path / "plain")
+  expected = token_documents(plain.train[0])
+  monkeypatch.setattr(shards, "RECORD_TOKENS", record_tokens)
+  small = batches.prepare(config, VOCAB, tmp_path / "small")
+  assert max(map(len, token_documents(small.train[0]))) <= record_tokens
+  for paths in (small.train[0], plain.train[0]):  # the latter as older versions wrote all
+    documents = shards.Documents(paths)
+    assert documents.lengths.tolist() == [len(document) for document in expected]
+    for i, document in enumerate(expected):
+      for start, stop in ((0, 10**9), (0, 1), (2, 17), (len(document) - 1, len(document)), (5, 5)):
+        assert documents.read(i, start, stop).tolist() == document[start:stop]
+
+
+def test_the_data_of_older_versions_is_used(tmp_path):
+  """Their inputs have no version of reading, their lengths are int32."""
+  config = make_sources(tmp_path)
+  prepared = batches.prepare(config, VOCAB, tmp_path / "cache")
+  for path in (*prepared.train[0], *prepared.validation):
+    np.save(shards.lengths_path(path), shards.load_lengths(path).astype(np.int32))
+  manifest = json.loads(prepared.manifest.read_text())
+  del manifest["inputs"]["reading"], manifest["manifest_sha256"]
+  text = json.dumps(manifest, sort_keys=True)
+  manifest["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+  prepared.manifest.write_text(json.dumps(manifest))
+  (tmp_path / "cache" / "inputs.json").write_text(json.dumps(manifest["inputs"]))
+  again = batches.prepare(config, VOCAB, tmp_path / "cache")
+  assert again.train_tokens == prepared.train_tokens
+  with pytest.raises(ValueError, match="not overwritten"):
+    batches.prepare(config, VOCAB - 1, tmp_path / "cache")
+
+
+def test_rows_and_bytes_passed_over_are_said(tmp_path, caplog):
+  config = make_sources(tmp_path)
+  with (tmp_path / "a.jsonl").open("ab") as file:
+    file.write(b'\n{"text": "\xff"}\n{"text": null}\n{}')
+  config = dataclasses.replace(config, skip_null_rows=True)
+  batches.prepare(config, VOCAB, tmp_path / "cache")
+  said = caplog.messages
+  assert "a.jsonl: places that are not UTF-8, read as U+FFFD: 1" in said
+  assert "a.jsonl: rows without 'text', passed over: 2" in said
+  with pytest.raises(ValueError, match="skip_null_rows: True -> "):
+    batches.prepare(dataclasses.replace(config, skip_null_rows=False), VOCAB, tmp_path / "cache")

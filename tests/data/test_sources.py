@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dsmoe.data import sources
+from dsmoe.data import files, sources
 from tests.data import cases
-from tests.data.cases import text_config, texts_of
+from tests.data.cases import data_config, text_config, texts_of, whole_texts
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,14 @@ def test_text_jsonl_and_parquet_give_the_same_documents(folder, tmp_path):
   pq.write_table(pa.table({"id": range(len(texts)), "body": texts}), tmp_path / "rows.parquet")
   for name in (f"{folder}/a/*.txt", f"{tmp_path}/*.jsonl", f"{tmp_path}/rows.parquet"):
     source = sources.find_source(name, is_train=True)
-    assert list(sources.documents(source, "body")) == texts
+    assert whole_texts(source, text_field="body") == texts
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
   (tmp_path / "a.txt").write_bytes(b"ab\xff\xfecd\r\n")
   (tmp_path / "b.jsonl").write_bytes(b'{"text": "ab\xff"}\n{"text": "\\ud800x"}\n')
   source = sources.find_source(f"{tmp_path}/*", is_train=True)
-  texts = list(sources.documents(source, "text"))
+  texts = whole_texts(source)
   assert texts[:2] == ["ab\ufffd\ufffdcd\r\n", "ab\ufffd"]
   assert texts[2].endswith("x") and texts[2].encode()  # half a surrogate pair is gone
 
@@ -45,6 +45,66 @@ def test_globs_descend_and_are_sorted(tmp_path):
     (tmp_path / name).write_text(name)
   source = sources.find_source(f"{tmp_path}/**/*.txt", is_train=True)
   assert [name for name, _ in source.files] == ["b/a.txt", "b/c/d.txt", "z.txt"]
+
+
+@pytest.mark.parametrize(
+  "pattern, names",
+  [
+    ("{x}.txt", ["{x}.txt"]),  # names that exist are taken as they are
+    ("d[1].txt", ["d[1].txt"]),
+    ("[e]/f*.txt", ["f[1].txt"]),
+    ("[e]/f[1].txt", ["f[1].txt"]),
+    ("{g,h}/*.txt", ["*.txt", "g.txt"]),
+    ("{g,h}/g*", ["g.txt"]),
+    ("*.{txt,md}", ["a.md", "a.txt", "b.md", "d1.txt", "d[1].txt", "{x}.txt"]),
+    ("{a,b}.{md,txt}", ["a.md", "a.txt", "b.md"]),
+    ("{a.{txt,md},d1.txt}", ["a.md", "a.txt", "d1.txt"]),
+    ("{s,t}/{u,v}/*.txt", ["s/u/1.txt", "t/v/2.txt"]),
+    ("**/{1,2}.txt", ["s/u/1.txt", "t/v/2.txt"]),
+    ("[ab].md", ["a.md", "b.md"]),
+    ("[!a].md", ["b.md"]),
+    ("d[[]1].txt", ["d[1].txt"]),
+    ("s/./u/*", ["1.txt"]),
+    ("s/../a.md", ["a.md"]),
+    ("back\\slash.txt", ["back\\slash.txt"]),
+    ("with space, comma.txt", ["with space, comma.txt"]),
+  ],
+)
+def test_globs_as_people_write_them(tmp_path, monkeypatch, pattern, names):
+  for name in (
+    *("a.txt", "a.md", "b.md", "d[1].txt", "d1.txt", "[e]/f[1].txt", "e/f1.txt", "{x}.txt"),
+    *("{g,h}/*.txt", "{g,h}/g.txt", "s/u/1.txt", "t/v/2.txt", "back\\slash.txt"),
+    "with space, comma.txt",
+  ):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(name)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  if pattern.startswith("*."):
+    names = [*names, "back\\slash.txt", "with space, comma.txt"]
+  for prefix in ("", "~/", f"{tmp_path}/"):
+    source = sources.find_source(prefix + pattern, is_train=True)
+    assert [file for file, _ in source.files] == sorted(names)
+    assert all(path.is_file() for _, path in source.files)
+
+
+def test_a_folder_is_not_a_source(tmp_path):
+  (tmp_path / "docs").mkdir()
+  (tmp_path / "docs" / "a.txt").write_text("a")
+  for name in (f"{tmp_path}/docs", f"{tmp_path}/docs/", f"{tmp_path}/*"):
+    with pytest.raises(ValueError, match=r"must match a file; '.*' is a folder, whose files"):
+      sources.find_source(name, is_train=True)
+
+
+def test_sample_takes_parts_of_long_documents(tmp_path, monkeypatch):
+  monkeypatch.setattr(files, "PIECE_CHARS", 100)
+  text = "".join(f"line {i}\n" for i in range(10_000))
+  (tmp_path / "a.txt").write_text(text)
+  source = sources.find_source(f"{tmp_path}/a.txt", is_train=True)
+  pieces = list(sources.sample([source], data_config(), len(text) // 10))
+  places = [text.index(piece) for piece in pieces]
+  assert 0.05 < sum(map(len, pieces)) / len(text) <= 0.1
+  assert places == sorted(places) and places[-1] > 0.8 * len(text)
 
 
 def test_standard_library():
@@ -89,11 +149,11 @@ def test_sample_is_even_and_bounded(folder):
   source = sources.find_source(f"{folder}/a/*.txt", is_train=True)
   texts = texts_of(folder, "a")
   size = sum(len(text.encode()) for text in texts)
-  assert list(sources.sample([source], "text", size)) == texts
-  some = list(sources.sample([source], "text", size // 2))
-  assert some == list(sources.sample([source], "text", size // 2))
+  assert list(sources.sample([source], data_config(), size)) == texts
+  some = list(sources.sample([source], data_config(), size // 2))
+  assert some == list(sources.sample([source], data_config(), size // 2))
   assert 0 < len(some) < len(texts)
-  assert sum(len(text) for text in sources.sample([source], "text", 10)) <= 10
+  assert sum(len(text) for text in sources.sample([source], data_config(), 10)) <= 10
 
 
 def test_compressed_bits_per_byte(folder):

@@ -33,7 +33,7 @@ def test_any_text_survives(text):
 @pytest.mark.parametrize("name", tokenizer_lib.SPECIAL_TOKENS)
 def test_a_special_token_named_in_a_document_is_text(name):
   text = f"the mark {name} ends a document"
-  (tokens,) = tokenizer_lib.encode_documents(tokenizer_lib.text_only(TOKENIZER), [text])
+  (tokens,) = tokenizer_lib.encode_documents(tokenizer_lib.text_only(TOKENIZER), [text], 0)
   assert tokens[-1] == 0
   assert all(token >= len(tokenizer_lib.SPECIAL_TOKENS) for token in tokens[:-1])
   assert TOKENIZER.decode(tokens[:-1].tolist()) == text
