@@ -85,9 +85,7 @@ class Writer:
 
   def stream(self, texts: list[str], is_chat: bool = False) -> Generator[generate.Piece]:
     """Yields pieces of the texts' continuations."""
-    prefix = [] if is_chat else list(self.model.prefix)
-    encode = self.model.tokenizer.encode
-    prompts = [prefix + encode(text, add_special_tokens=False).ids for text in texts]
+    prompts = [self.model.encode(text, add_special_tokens=not is_chat) for text in texts]
     return generate.stream(
       self.batcher, self.model.vocabulary, prompts, self.sampling, _STOP.value, self.figures
     )

@@ -140,12 +140,14 @@ def read_questions(path: epath.PathLike) -> list[Question]:
   return questions
 
 
-def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[int], list[int]]:
+def encode_choice(
+  tokenizer: Tokenizer, prompt: str, choice: str, end: int
+) -> tuple[list[int], list[int]]:
   """Returns the token ids of (context, continuation), encoded separately.
 
   A space joins them unless there is white space between them already. White space between the
   two belongs to the continuation, as tokens of running text begin with it. The context of an
-  empty prompt is the token that ends a document.
+  empty prompt is `end`, the token that ends a document.
   """
   context = prompt.rstrip()
   between = prompt[len(context) :]
@@ -153,7 +155,7 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
     between = " "
   encode = tokenizer_lib.text_only(tokenizer).encode
   ids = [encode(text, add_special_tokens=False).ids for text in (context, between + choice)]
-  return ids[0] or [tokenizer_lib.eos_id(tokenizer)], ids[1]
+  return ids[0] or [end], ids[1]
 
 
 def score_choices(run: LoadedRun, questions: Sequence[Question]) -> dict[str, float]:
@@ -165,7 +167,8 @@ def score_choices(run: LoadedRun, questions: Sequence[Question]) -> dict[str, fl
     above the best wrong one, in nats; `questions`, their number.
   """
   tokenizer = run.tokenizer()
-  pairs = [encode_choice(tokenizer, q.prompt, choice) for q in questions for choice in q.choices]
+  end = tokenizer_lib.eos_id(tokenizer, run.tokenizer_path.parent)
+  pairs = [encode_choice(tokenizer, q.prompt, c, end) for q in questions for c in q.choices]
   scores = loglikelihoods(run, pairs)
   bytes_ = np.array([len(choice.encode()) for q in questions for choice in q.choices])
   result: dict[str, float] = {"questions": len(questions)}

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.evaluation import multiple_choice
 from tests.data.cases import VOCAB
 from tests.evaluation.oracle import log_probabilities
@@ -43,10 +42,10 @@ def test_choices_are_joined_as_in_running_text(run):
     ("alpha", " beta", "alpha", " beta"),
     ("", "beta", "<|endoftext|>", "beta"),
   ]:
-    ids = multiple_choice.encode_choice(tokenizer, prompt, choice)
+    ids = multiple_choice.encode_choice(tokenizer, prompt, choice, 0)
     texts = [tokenizer.decode(part, skip_special_tokens=False) for part in ids]
     assert texts == [context, continuation]
-  assert multiple_choice.encode_choice(tokenizer, "", "x")[0] == [tokenizer_lib.eos_id(tokenizer)]
+  assert multiple_choice.encode_choice(tokenizer, "", "x", 7)[0] == [7]
 
 
 def test_score_choices(run, monkeypatch):
