@@ -19,7 +19,7 @@ from dsmoe import config as config_lib
 from dsmoe.config import Config
 from dsmoe.data import batches as data
 from dsmoe.data import records, sources
-from dsmoe.evaluation import perplexity
+from dsmoe.evaluation import held_out, perplexity
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference.sampling import Sampling
 from dsmoe.model import parameters
@@ -83,14 +83,10 @@ def throughput(tokens: int, flops: float, step_secs: float) -> dict:
   }
 
 
-def validation_line(nats: float, tokens: float, prepared: records.PreparedData) -> dict:
-  """Turns the validation set's loss into a line of metrics.jsonl."""
-  loss = nats / tokens
-  tokens_per_byte = prepared.validation_tokens / prepared.validation_bytes
-  return {
-    "validation_loss": loss,
-    "validation_bits_per_byte": loss / math.log(2) * tokens_per_byte,
-  }
+def validation_line(nats: float, tokens: float, num_bytes: int | None) -> dict:
+  """Turns the loss on `num_bytes` of text, None if unknown, into a line of metrics.jsonl."""
+  bits = {"validation_bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}
+  return {"validation_loss": nats / tokens, **bits}
 
 
 def train(
@@ -141,6 +137,9 @@ def train(
   prepared = records.prepare(
     config.data, config.model.vocab_size, config.data.cache_dir or workdir / "data"
   )
+  held_out.warn_of_overlap(prepared.manifest, prepared.manifest)
+  limits = (config.log.eval_batches, -1)
+  num_bytes = perplexity.count_bytes(prepared, config.data, config.batch_size, limits)
 
   # --- state: restored, or new
   if resumes:
@@ -212,10 +211,10 @@ def train(
       # --- evaluate; its time does not count as that of steps
       if prepared.validation_tokens and (step % config.log.eval_every_steps == 0 or is_last):
         start = time.perf_counter()
-        held_out = data.validation_batches(prepared, config.data, config.batch_size, *processes)
+        unseen = data.validation_batches(prepared, config.data, config.batch_size, *processes)
         limit = -1 if is_last else config.log.eval_batches
-        nats, tokens = perplexity.validation_nats(eval_step, state, held_out, mesh, limit)
-        line = validation_line(nats, tokens, prepared)
+        nats, tokens = perplexity.validation_nats(eval_step, state, unseen, mesh, limit)
+        line = validation_line(nats, tokens, num_bytes.get(limit))
         writer.write(step, line)
         bar.update(step, line)
         logged_time += time.perf_counter() - start
