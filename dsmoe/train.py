@@ -37,7 +37,14 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Resume although the config differs from the saved one."
 )
 _INIT_FROM = flags.DEFINE_string(
-  "init_from", "", "A workdir, of a run or imported, whose newest weights a new run starts with."
+  "init_from",
+  "",
+  "A workdir, of a run or imported, whose newest weights and tokenizer a new run starts with.",
+)
+_ALLOW_OTHER_TOKENIZER = flags.DEFINE_bool(
+  "allow_other_tokenizer",
+  False,
+  "With --init_from: use data.tokenizer, or train one, whatever the weights were trained with.",
 )
 
 
@@ -94,6 +101,7 @@ def train(
   workdir: epath.PathLike,
   allow_config_change: bool = False,
   init_from: epath.PathLike | None = None,
+  allow_other_tokenizer: bool = False,
 ) -> int:
   """Trains to `config.num_steps`, resuming from the newest checkpoint in `workdir`.
 
@@ -102,7 +110,9 @@ def train(
     workdir: where its files go.
     allow_config_change: resume although the saved config differs.
     init_from: a workdir whose weights and router bias a new run starts with, of a model with the
-      same shapes; None for newly initialised ones. A resumed run does not read it.
+      same shapes; None for newly initialised ones. Its tokenizer is taken too, see
+      `checkpoint.with_tokenizer_of`. A resumed run does not read the weights.
+    allow_other_tokenizer: whether the tokenizer may be another than that of `init_from`.
 
   Returns:
     The step reached; less than num_steps after SIGTERM, with the state saved.
@@ -114,6 +124,8 @@ def train(
   """
   # --- mesh, and what is refused before anything is written
   workdir = epath.Path(workdir)
+  if init_from:
+    config = checkpoint.with_tokenizer_of(config, init_from, allow_other_tokenizer)
   mesh = mesh_lib.make_mesh(config.mesh)
   train_step.check_batch(config, mesh)
   records.find_sources(config.data)  # raises when a glob matches nothing
@@ -272,7 +284,8 @@ def main(argv: list[str]) -> None:
   config = config_lib.from_config_dict(_CONFIG.value)
   workdir = epath.Path(_WORKDIR.value)
   try:
-    step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None)
+    init = (_INIT_FROM.value or None, _ALLOW_OTHER_TOKENIZER.value)
+    step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, *init)
   except (NonFiniteError, kernel_check.WrongKernelError) as error:
     output.fail(str(error))
   if step == config.num_steps and jax.process_index() == 0:

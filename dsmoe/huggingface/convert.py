@@ -224,7 +224,7 @@ def export_workdir(
     "max_shard_bytes": max_shard_bytes,
     "state": slices.identity(workdir, step),
   }
-  text_folder = pathlib.Path(config.data.cache_dir or workdir / "data")
+  text_folder = pathlib.Path(checkpoint.tokenizer_path(config, workdir)).parent
   tokens, text_files = text.settings(text_folder, config.model)
   hf_config |= tokens
   total = sum(files.DTYPES[dtype].itemsize * math.prod(shape) for dtype, shape in tensors.values())
