@@ -22,6 +22,7 @@ from dsmoe.training import train_step
 
 # Of the text whose tokens are decoded again as a check.
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 4096
+_LARGEST_LOSS = 700.0  # nats a token; the exponential of more is not finite
 
 
 def validation_nats(eval_step, state, batches: Iterable[dict], mesh, limit: int = -1):
@@ -131,7 +132,7 @@ def score_text(run: LoadedRun, text_glob: str) -> dict[str, float]:
     numbers of `tokens` (the ends of documents included) and `bytes`.
 
   Raises:
-    ValueError: when nothing matches, or the run has no tokenizer.
+    ValueError: when nothing matches, the run has no tokenizer, or the loss is not finite.
   """
   run.tokenizer()
   shards = mesh_lib.num_batch_shards(run.mesh)
@@ -156,10 +157,13 @@ def score_text(run: LoadedRun, text_glob: str) -> dict[str, float]:
     batches = data.validation_batches(prepared, config.data, config.batch_size, *processes)
     eval_step = train_step.make_eval_step(config, run.mesh)
     nats, tokens = validation_nats(eval_step, state, batches, run.mesh)
+  loss = nats / tokens
+  if not loss < _LARGEST_LOSS:
+    raise ValueError(f"the loss must be a number that weights can have, got {loss} nats a token")
   bits = {"bits_per_byte": nats / math.log(2) / counted[-1]} if counted else {}
   return {
-    "nats_per_token": nats / tokens,
-    "perplexity": math.exp(nats / tokens),
+    "nats_per_token": loss,
+    "perplexity": math.exp(loss),
     **bits,
     "tokens": round(tokens),
     "bytes": prepared.validation_bytes,

@@ -6,6 +6,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.data.lines import check_unicode
 from dsmoe.inference import chat
 from dsmoe.inference.detokenize import Vocabulary
 
@@ -36,7 +37,11 @@ class ServedModel:
     Args:
       text: valid Unicode.
       add_special_tokens: False for a chat, whose template writes every special token itself.
+
+    Raises:
+      ValueError: for half a surrogate pair.
     """
+    check_unicode(text, "a text")
     ids = self.tokenizer.encode(text, add_special_tokens=False).ids
     prefix = list(self.prefix) if add_special_tokens else []
     return ids if ids[: len(prefix)] == prefix else prefix + ids

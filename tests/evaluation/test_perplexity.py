@@ -199,3 +199,10 @@ def test_overlap_by_loops():
   assert overlap(held_out, trained) == [("w", "b")]
   assert overlap(trained, trained) == []
   assert overlap(manifest(), trained) == overlap(held_out, manifest()) == []
+
+
+@pytest.mark.parametrize("nats", [math.nan, math.inf, 1e9])
+def test_a_loss_that_is_no_number_is_refused(run, folder, monkeypatch, nats):
+  monkeypatch.setattr(perplexity, "validation_nats", lambda *_: (nats, 100.0))
+  with pytest.raises(ValueError, match="the loss must be a number that weights can have, got"):
+    perplexity.score_text(run, f"{folder}/v/*.txt")
