@@ -73,6 +73,7 @@ def import_folder(
   base: Config,
   compute_dtype: str = "bfloat16",
   dtype: str | None = None,
+  no_mtp: bool = False,
 ) -> loading.Account:
   """Turns a published checkpoint into the workdir of a run at step 0.
 
@@ -86,6 +87,7 @@ def import_folder(
     compute_dtype: dtype of the model's matrix products.
     dtype: dtype of matrices on disk, float32 or bfloat16; None: bfloat16 if every published matrix
       has it, else float32, which scaled FP8 weights need.
+    no_mtp: whether to leave out MTP layers.
 
   Returns:
     How every tensor was used.
@@ -97,7 +99,10 @@ def import_folder(
   staging.check_absent(workdir)
   own = {f.name: getattr(base.model, f.name) for f in dataclasses.fields(ModelConfig)}
   own = {k: v for k, v in own.items() if k not in FIELDS and not k.startswith("rope_")}
-  opened = loading.open_pretrained(folder, **own | {"compute_dtype": compute_dtype})
+  own["compute_dtype"] = compute_dtype
+  if no_mtp:
+    own["num_nextn_predict_layers"] = 0
+  opened = loading.open_pretrained(folder, **own)
   slots, stored = opened.slots, opened.weights.stored
   config = config_for(base, opened.config)
   if dtype is None:
