@@ -120,6 +120,7 @@ def import_folder(
   }
   width = {"float32": 4, "bfloat16": 2}[dtype]
   text.generation_tokens(folder)
+  tokenizer_json = text.converted(folder, config.model.vocab_size)
   loading.check_copies(opened)
   total = width * sum(math.prod(shape) for shape in shapes.values())
   with staging.Staging(workdir, job, total) as stage:
@@ -156,6 +157,8 @@ def import_folder(
     slices.write_metadata(step_folder, shapes)
     checkpoint.record_config(epath.Path(stage.folder), config, STEP, allow_change=True)
     text.copy(folder, stage.folder / "data")
+    if tokenizer_json is not None:
+      (stage.folder / "data" / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     stage.finish()
   return opened.account
 

@@ -5,11 +5,14 @@ import pathlib
 import shutil
 from typing import Any
 
+from absl import logging
+
 from dsmoe.config import ModelConfig
 from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.huggingface import tiktoken
 from dsmoe.huggingface.files import read_json
 
-# Files that are copied. Moonlight and Kimi K2 have the last two instead of tokenizer.json.
+# Files that are copied. Moonlight and Kimi K2 have the last two instead of the first.
 FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -29,6 +32,22 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
   for pattern in FILES:
     for path in source.glob(pattern):
       shutil.copyfile(path, target / path.name)
+
+
+def converted(folder: pathlib.Path, vocab_size: int) -> str | None:
+  """Returns a tokenizer.json made of tiktoken.model if a folder has only that; None if not.
+
+  If it is of a form that is not supported, a warning says that the weights go without it.
+  """
+  if (folder / tokenizer_lib.FILE).exists() or not (folder / tiktoken.FILE).exists():
+    return None
+  try:
+    tokenizer = tiktoken.convert(folder)
+    tokenizer_lib.check_vocabulary(tokenizer, vocab_size)
+  except ValueError as error:
+    logging.warning("the weights are imported without a tokenizer.json: %s", error)
+    return None
+  return tokenizer.to_str(pretty=True)
 
 
 def generation_tokens(folder: pathlib.Path) -> dict[str, Any] | None:
