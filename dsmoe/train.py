@@ -22,7 +22,7 @@ from dsmoe import config as config_lib
 from dsmoe.config import Config
 from dsmoe.data import batches as data
 from dsmoe.data import records, sources
-from dsmoe.evaluation import perplexity
+from dsmoe.evaluation import held_out, perplexity
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference.sampling import Sampling
 from dsmoe.model import parameters
@@ -40,7 +40,14 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Resume although the config differs from the saved one."
 )
 _INIT_FROM = flags.DEFINE_string(
-  "init_from", "", "A workdir, of a run or imported, whose newest weights a new run starts with."
+  "init_from",
+  "",
+  "A workdir, of a run or imported, whose newest weights and tokenizer a new run starts with.",
+)
+_ALLOW_OTHER_TOKENIZER = flags.DEFINE_bool(
+  "allow_other_tokenizer",
+  False,
+  "With --init_from: use data.tokenizer, or train one, whatever the weights were trained with.",
 )
 _RESUME_FROM = flags.DEFINE_integer(
   "resume_from", None, "Resume from the checkpoint of this step; later ones are set aside."
@@ -89,14 +96,10 @@ def throughput(tokens: int, flops: float, step_secs: float) -> dict:
   }
 
 
-def validation_line(nats: float, tokens: float, prepared: records.PreparedData) -> dict:
-  """Turns the validation set's loss into a line of metrics.jsonl."""
-  loss = nats / tokens
-  tokens_per_byte = prepared.validation_tokens / prepared.validation_bytes
-  return {
-    "validation_loss": loss,
-    "validation_bits_per_byte": loss / math.log(2) * tokens_per_byte,
-  }
+def validation_line(nats: float, tokens: float, num_bytes: int | None) -> dict:
+  """Turns the loss on `num_bytes` of text, None if unknown, into a line of metrics.jsonl."""
+  bits = {"validation_bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}
+  return {"validation_loss": nats / tokens, **bits}
 
 
 @contextlib.contextmanager
@@ -127,6 +130,7 @@ def train(
   allow_config_change: bool = False,
   init_from: epath.PathLike | None = None,
   resume_from: int | None = None,
+  allow_other_tokenizer: bool = False,
 ) -> int:
   """Trains to `config.num_steps`, resuming from the newest checkpoint in `workdir`.
 
@@ -135,9 +139,11 @@ def train(
     workdir: where its files go.
     allow_config_change: resume although the saved config differs.
     init_from: a workdir whose weights and router bias a new run starts with, of a model with the
-      same shapes; None for newly initialised ones. A run that has trained does not read it.
+      same shapes; None for newly initialised ones. Its tokenizer is taken too, see
+      `checkpoint.with_tokenizer_of`. A run that has trained does not read the weights.
     resume_from: step of the checkpoint to resume from instead of the newest. Later checkpoints, and
       metrics.jsonl as it was, are moved to the folder checkpoints_after_step_<step>.
+    allow_other_tokenizer: whether the tokenizer may be another than that of `init_from`.
 
   Returns:
     The step reached; less than num_steps after SIGTERM or Ctrl-C, with the state saved.
@@ -151,6 +157,8 @@ def train(
   # --- mesh, and what is refused before anything is written
   checkpoint.check_path(workdir)
   workdir = epath.Path(workdir)
+  if init_from:
+    config = checkpoint.with_tokenizer_of(config, init_from, allow_other_tokenizer)
   mesh = mesh_lib.make_mesh(config.mesh)
   train_step.check_batch(config, mesh)
   platforms.check_kernels(config.model.kernels)
@@ -194,6 +202,9 @@ def _train(
   prepared = records.prepare(
     config.data, config.model.vocab_size, config.data.cache_dir or workdir / "data"
   )
+  held_out.warn_of_overlap(prepared.manifest, prepared.manifest)
+  limits = (config.log.eval_batches, -1)
+  num_bytes = perplexity.count_bytes(prepared, config.data, config.batch_size, limits)
 
   # --- state: restored, or new
   if resumes:
@@ -233,13 +244,15 @@ def _train(
 
   def evaluate(state, step: int) -> float:
     """Writes a point of the validation curve, and the whole set's at the end; returns seconds."""
-    start = time.perf_counter()
-    lines = []
-    for limit in [config.log.eval_batches] + [-1] * (step == config.num_steps):
-      held_out = data.validation_batches(prepared, config.data, config.batch_size, *processes)
-      nats, tokens = perplexity.validation_nats(eval_step, state, held_out, mesh, limit)
-      lines.append(validation_line(nats, tokens, prepared))
-    line = lines[0] | {f"whole_{name}": value for name, value in lines[-1].items() if lines[1:]}
+    start, is_last, lines = time.perf_counter(), step == config.num_steps, {}
+    for limit in limits if is_last else limits[:1]:
+      if limit not in lines:
+        unseen = data.validation_batches(prepared, config.data, config.batch_size, *processes)
+        nats, tokens = perplexity.validation_nats(eval_step, state, unseen, mesh, limit)
+        lines[limit] = validation_line(nats, tokens, num_bytes.get(limit))
+    line = lines[config.log.eval_batches]
+    if is_last:
+      line = line | {f"whole_{name}": value for name, value in lines[-1].items()}
     writer.write(step, line)
     bar.update(step, line)
     return time.perf_counter() - start
@@ -364,7 +377,12 @@ def main(argv: list[str]) -> None:
   workdir = _WORKDIR.value
   try:
     step = train(
-      config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None, _RESUME_FROM.value
+      config,
+      workdir,
+      _ALLOW_CONFIG_CHANGE.value,
+      _INIT_FROM.value or None,
+      _RESUME_FROM.value,
+      _ALLOW_OTHER_TOKENIZER.value,
     )
     if step == config.num_steps and jax.process_index() == 0:
       report(config, epath.Path(workdir))

@@ -130,6 +130,8 @@ def get_config() -> config_dict.ConfigDict:
   d.text_field = "text"  # the field of JSON and Parquet rows that is read; "a.b": b within a
   d.skip_null_rows = False  # True: rows without that field are passed over and counted
   d.tokenizer = ""  # a tokenizer.json; "": train byte-level BPE of vocab_size on the training text
+  # The token of data.tokenizer that ends a document; "": as the files beside tokenizer.json say.
+  d.eos_token = ""
   d.cache_dir = ""  # folder of the tokenised text; "": <workdir>/data
   d.sequence_length = 512
   d.cross_document_attention = False  # False: a token attends only to its own document

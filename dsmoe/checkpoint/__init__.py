@@ -16,6 +16,7 @@ from dsmoe.checkpoint.run_config import (
   load_config,
   record_config,
 )
+from dsmoe.checkpoint.source import tokenizer_path, with_tokenizer_of
 
 __all__ = [
   "CHECKPOINTS",
@@ -33,4 +34,6 @@ __all__ = [
   "record_config",
   "restore_weights",
   "step_folder",
+  "tokenizer_path",
+  "with_tokenizer_of",
 ]

@@ -270,10 +270,16 @@ class DataConfig:
   cross_document_attention: bool
   fim_rate: float
   seed: int
+  # These have defaults because runs saved before they existed do not have them.
   skip_null_rows: bool = False
+  eos_token: str = ""
 
   def __post_init__(self):
     numbers(self)
+    require(
+      bool(self.tokenizer) or not self.eos_token,
+      f"data.eos_token ({self.eos_token!r}) must be a token of data.tokenizer, which is not set",
+    )
     require(len(self.train_globs) > 0, "data.train_globs must name at least one source, got ()")
     require(
       len(self.train_globs) == len(self.train_weights),

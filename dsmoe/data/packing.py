@@ -182,7 +182,8 @@ class ValidationRows:
   def __init__(self, prepared: PreparedData, config: DataConfig):
     assert prepared.tokenizer is not None
     self._documents = Documents(prepared.validation)
-    self._start = np.array([tokenizer_lib.eos_id(prepared.tokenizer)], np.uint32)
+    folder = prepared.manifest.parent
+    self._start = np.array([tokenizer_lib.eos_id(prepared.tokenizer, folder)], np.uint32)
     self._ends = np.cumsum(np.concatenate([[1], self._documents.lengths]))
     self._config = config
 

@@ -1,10 +1,10 @@
 """Tokenises text once and stores it: ArrayRecord files, the tokenizer and a manifest.
 
 Each document is ended by the end-of-document id; dsmoe/data/shards.py describes the ArrayRecord
-files. Other files: `inputs.json` (sources and settings, written first), `tokenizer.json`,
-`manifest.json` (all files with hashes, written last) and `hashes.json` (hashes of source files that
-need not be read again). While the manifest is missing, the folder holds an
-unfinished preparation, which is continued, or made again when its inputs have changed.
+files. Other files: `inputs.json` (sources and settings, written first), `tokenizer.json` and the
+files that belong to it, `manifest.json` (all files with hashes, written last) and `hashes.json`
+(hashes of source files that need not be read again). While the manifest is missing, the folder
+holds an unfinished preparation, which is continued, or made again when its inputs have changed.
 """
 
 import contextlib
@@ -148,8 +148,12 @@ def _inputs(
   if known != before:
     folder.write_json(cache, {"files": known, "sha256": folder.json_sha256(known)})
   if config.tokenizer:
-    tokenizer_lib.load_tokenizer(config.tokenizer, vocab_size)
-    tokenizer: dict[str, Any] = {"sha256": sources.file_sha256(epath.Path(config.tokenizer))}
+    path = epath.Path(config.tokenizer)
+    loaded = tokenizer_lib.load_tokenizer(path, vocab_size, config.eos_token)
+    tokenizer: dict[str, Any] = {"sha256": sources.file_sha256(path)}
+    end = tokenizer_lib.eos_id(loaded, tokenizer_lib.folder_of(path), config.eos_token)
+    if end not in tokenizer_lib.known_ends(loaded)[:1]:  # data from before there was a choice
+      tokenizer["eos_token"] = loaded.id_to_token(end)
   else:
     tokenizer = {"trained_to_vocab_size": vocab_size, "sample_bytes": _SAMPLE_BYTES}
   return {
@@ -253,7 +257,11 @@ def _tokenizer(
   path = directory / "tokenizer.json"
   if not path.exists():
     if config.tokenizer:
-      text = epath.Path(config.tokenizer).read_text(encoding="utf-8")
+      given = epath.Path(config.tokenizer)
+      text = given.read_text(encoding="utf-8")
+      for name, content in tokenizer_lib.files_beside(given, config.eos_token).items():
+        with folder.whole(directory / name) as temporary:
+          temporary.write_text(content, encoding="utf-8")
     else:
       train = [source for name, source in text_sources.items() if name.startswith("train-")]
       texts = sources.sample(train, config, _SAMPLE_BYTES)

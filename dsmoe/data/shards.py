@@ -38,7 +38,7 @@ def make(
   advance: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
   """Writes documents into ArrayRecord files, unless they are there; returns facts by name."""
-  encoder, end = tokenizer_lib.text_only(tokenizer), tokenizer_lib.eos_id(tokenizer)
+  encoder, end = tokenizer_lib.text_only(tokenizer), tokenizer_lib.eos_id(tokenizer, directory)
   shards = {}
   for i, group in enumerate(sources.groups(pieces, SHARD_BYTES)):
     path = directory / f"{prefix}-{i:05d}.arrayrecord"

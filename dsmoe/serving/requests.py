@@ -99,8 +99,8 @@ class _Fields:
     value = self._values.get(name)
     return default if value is None else value
 
-  def boolean(self, name: str) -> bool:
-    value = self.get(name, False)
+  def boolean(self, name: str, default: bool = False) -> bool:
+    value = self.get(name, default)
     if not isinstance(value, bool):
       raise ApiError(f"{name} must be a boolean, got {_show(value)}", name)
     return value
@@ -157,8 +157,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
   return values
 
 
-def _prompts(value: Any, served: ServedModel) -> list[list[int]]:
+def _prompts(fields: _Fields, served: ServedModel) -> list[list[int]]:
   """Returns the token ids of a string, strings, token ids, or lists of token ids."""
+  value, special = fields.get("prompt"), fields.boolean("add_special_tokens", True)
   if value == [] or value is None:
     raise ApiError(f"prompt must have at least 1 token, got {_show(value)}", "prompt")
   if isinstance(value, str) or (isinstance(value, list) and type(value[0]) is int):
@@ -172,8 +173,8 @@ def _prompts(value: Any, served: ServedModel) -> list[list[int]]:
         raise ApiError(f"prompt must be lists of token ids, got {_show(entry)}", "prompt")
       prompts.append(entry)
     else:
-      ids = served.tokenizer.encode(_text(entry, "prompt"), add_special_tokens=False).ids
-      prompts.append([*served.prefix, *ids] or [served.stop_tokens[0]])
+      ids = served.encode(_text(entry, "prompt"), special)
+      prompts.append(ids or [served.stop_tokens[0]])
   return prompts
 
 
@@ -220,7 +221,8 @@ def _chat_prompt(fields: _Fields, served: ServedModel) -> list[int]:
     text = served.template.render(messages, **variables)
   except ValueError as error:
     raise ApiError(ascii(str(error))[1:-1], "messages") from error
-  ids = served.tokenizer.encode(_text(text, "messages"), add_special_tokens=False).ids
+  # As in vLLM: a template writes its own special tokens.
+  ids = served.encode(_text(text, "messages"), fields.boolean("add_special_tokens"))
   return ids or [served.stop_tokens[0]]
 
 
@@ -286,7 +288,7 @@ def parse(values: dict[str, Any], served: ServedModel, is_chat: bool) -> Request
     wanted = fields.integer("max_tokens", None, 1, _LARGEST)
     wanted = fields.integer("max_completion_tokens", wanted, 1, _LARGEST)
   else:
-    echo, prompts = fields.boolean("echo"), _prompts(fields.get("prompt"), served)
+    echo, prompts = fields.boolean("echo"), _prompts(fields, served)
     logprobs = fields.integer("logprobs", None, 0, MAX_LOGPROBS)
     wanted = fields.integer("max_tokens", None, 0, _LARGEST)
   num_choices = fields.integer("n", 1, 1, MAX_CHOICES)

@@ -189,6 +189,18 @@ def test_evaluate_choices(workdir, tmp_path):
     ),
     (("bench_decode",), "Flag --config must have a value other than None"),
     (("bench_decode", "--json=/nowhere/a.json"), "the folder of the file must exist"),
+    (("evaluate", "--text="), "--text must not be empty"),
+    (("evaluate", "--text= "), "--text must not be empty"),
+    (("evaluate", "--choices="), "--choices must not be empty"),
+    (("evaluate", "--choices=tests"), "the questions must be in a file, tests is a folder"),
+    (("evaluate", "--text=a", "--json=tests"), "it must name a file, not a folder"),
+    (("generate", "--prompts="), "--prompts must not be empty"),
+    (("generate", "--prompts=tests"), "the prompts must be in a file, tests is a folder"),
+    (("generate", "--prompt=a\udcff"), r"--prompt must be valid Unicode, got 'a\udcff'"),
+    (("generate", "--prompt=a", "--stop=\udcff"), r"--stop must be valid Unicode, got '\udcff'"),
+    (("generate", "--prompt=a", "--stop="), "--stop must have at least 1 character"),
+    (("generate", "--prompt=a", "--temperature=inf"), "temperature must be"),
+    (("generate", "--prompt=a", "--temperature=nan"), "temperature must be"),
   ],
 )
 def test_mistakes_end_in_one_sentence(args, message):

@@ -287,3 +287,27 @@ def test_a_prefix_goes_before_text_only():
   for prompt, ids in (("def", [3, *encode("def")]), ([9], [9]), ("", [3])):
     body = {"model": "tiny", "prompt": prompt}
     assert requests.parse(body, served, False).choices[0].prompt == ids
+
+
+def test_special_tokens_are_added_once_and_when_asked_for():
+  served = served_model(prefix=(3,))
+
+  def prompt_of(prompt, **fields):
+    body = {"model": "tiny", "prompt": prompt, **fields}
+    return requests.parse(body, served, False).choices[0].prompt
+
+  mark = TOKENIZER.id_to_token(3)
+  assert prompt_of(mark + "def") == prompt_of("def") == [3, *encode("def")]
+  assert prompt_of("def", add_special_tokens=True) == [3, *encode("def")]
+  assert prompt_of("def", add_special_tokens=False) == encode("def")
+  assert prompt_of(mark + "def", add_special_tokens=False) == [3, *encode("def")]
+  assert prompt_of([9], add_special_tokens=True) == [9]
+  chat = {"model": "tiny", "messages": [{"role": "user", "content": "def"}]}
+  plain = requests.parse(chat, served, True).choices[0].prompt
+  assert (
+    requests.parse(chat | {"add_special_tokens": False}, served, True).choices[0].prompt == plain
+  )
+  added = requests.parse(chat | {"add_special_tokens": True}, served, True).choices[0].prompt
+  assert added == [3, *plain]
+  with pytest.raises(requests.ApiError, match="add_special_tokens must be a boolean, got 1"):
+    prompt_of("def", add_special_tokens=1)
