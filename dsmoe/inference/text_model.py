@@ -1,6 +1,7 @@
 """What is known of a model besides its weights: name, tokenizer, stop tokens, chat template."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 
@@ -33,6 +34,12 @@ class ServedModel:
         f"{self.stop_tokens}"
       )
     object.__setattr__(self, "vocabulary", Vocabulary(self.tokenizer))
+
+  @functools.cached_property
+  def max_prompt_bytes(self) -> int:
+    """The length of a text of the longest tokens that just fits: what is longer is refused."""
+    ids = range(self.tokenizer.get_vocab_size())
+    return self.max_tokens_per_row * max(len(self.vocabulary.token_bytes(i)) for i in ids)
 
 
 def load(
