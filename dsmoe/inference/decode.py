@@ -35,8 +35,7 @@ class Wanted(NamedTuple):
 
 def _log_probs(logits_BV, settings, adjustments, recent_BN, generated_B):
   """Returns the logits of the next token as `sampling.draw` takes them."""
-  x_BV = sampling.adjusted(logits_BV, adjustments, recent_BN, settings)
-  x_BV = sampling.without_stops(x_BV, generated_B, settings)
+  x_BV = sampling.adjusted(logits_BV, adjustments, recent_BN, generated_B, settings)
   return sampling.log_distribution(x_BV, settings)
 
 

@@ -83,7 +83,7 @@ class Sampling:
   def adjusts(self) -> bool:
     """Whether logits change by what was generated before, or by token."""
     penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-    return penalties != (1, 0, 0) or bool(self.logit_bias)
+    return penalties != (1, 0, 0) or bool(self.logit_bias) or self.min_tokens > 0
 
 
 class RowSampling(NamedTuple):
@@ -153,39 +153,37 @@ def penalised(logits_BV, seen_BV, rows: RowSampling):
   return jnp.where(seen_BV, lower_BV, logits_BV)
 
 
-def adjusted(logits_BV, adjustments: Adjustments, recent_BN, rows: RowSampling):
-  """Applies biases and penalties, in the order of vLLM: bias, repetition, frequency, presence.
+def adjusted(logits_BV, adjustments: Adjustments, recent_BN, generated_B, rows: RowSampling):
+  """Applies biases, penalties and `min_tokens`.
+
+  The order is vLLM's: biases, then the penalties of repetition, frequency and presence.
 
   Args:
     logits_BV: float32, the model's.
     adjustments: as they were before `recent_BN`.
     recent_BN: int32, tokens generated since; -1 for none.
+    generated_B: int32, how many tokens each row has generated.
     rows: the rows' settings.
+
+  Returns:
+    float32 [B, V]; -inf for stop tokens that come too soon.
   """
 
   def changed():
     B, V = logits_BV.shape
-    recent = jnp.where(recent_BN < 0, V, recent_BN)  # V is outside, and dropped
-    count_BV = adjustments.count_BV.at[jnp.arange(B)[:, None], recent].add(1, mode="drop")
+    rows_B1 = jnp.arange(B)[:, None]
+    # V is outside, and dropped.
+    recent = jnp.where(recent_BN < 0, V, recent_BN)
+    count_BV = adjustments.count_BV.at[rows_B1, recent].add(1, mode="drop")
     seen_BV = adjustments.in_prompt_BV | (count_BV > 0)
     x_BV = penalised(logits_BV + adjustments.bias_BV, seen_BV, rows)
     x_BV -= rows.frequency_penalty_B[:, None] * count_BV
-    return x_BV - rows.presence_penalty_B[:, None] * (count_BV > 0)
+    x_BV -= rows.presence_penalty_B[:, None] * (count_BV > 0)
+    too_soon_B1 = (generated_B < rows.min_tokens_B)[:, None]
+    stop_BX = jnp.where(too_soon_B1 & (rows.stop_BX >= 0), rows.stop_BX, V)
+    return x_BV.at[rows_B1, stop_BX].set(-jnp.inf, mode="drop")
 
   return jax.lax.cond(adjustments.wanted, changed, lambda: logits_BV)
-
-
-def without_stops(logits_BV, generated_B, rows: RowSampling):
-  """Makes stop tokens impossible in rows that have generated less than their `min_tokens`."""
-  too_soon_B = generated_B < rows.min_tokens_B
-
-  def changed():
-    B, V = logits_BV.shape
-    stop_BX = jnp.where(too_soon_B[:, None] & (rows.stop_BX >= 0), rows.stop_BX, V)
-    # V is outside, and dropped.
-    return logits_BV.at[jnp.arange(B)[:, None], stop_BX].set(-jnp.inf, mode="drop")
-
-  return jax.lax.cond(jnp.any(too_soon_B), changed, lambda: logits_BV)
 
 
 def _filtered(logits_BV, rows: RowSampling):

@@ -16,6 +16,7 @@ MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 256
 MAX_CHOICES = 128
 MAX_BIASES = 1024
+MAX_PROMPT_LOGPROBS = 2**21  # of all prompts' tokens, alternatives included
 _DEFAULT_TOKENS = 16  # of a completion; a chat message may fill the context
 
 
@@ -201,6 +202,12 @@ def parse(
     prompts = completion_prompts(fields, served, num_choices, room, max_choices)
   fields.refuse_others()
 
+  num_prompt_tokens = sum(map(len, prompts))
+  if of_prompt:
+    num_logprobs = num_prompt_tokens * num_choices * (1 + max(tops))
+    if num_logprobs > MAX_PROMPT_LOGPROBS:
+      message = f"the prompts' log-probabilities must be at most {MAX_PROMPT_LOGPROBS}"
+      raise ApiError(f"{message}, got {num_logprobs}: send fewer prompts at once", "prompt")
   choices: list[ChoiceRequest] = []
   default = limit if is_chat else _DEFAULT_TOKENS
   first_seed = secrets.randbits(62) if seed is None else seed
@@ -219,7 +226,7 @@ def parse(
       choices.append(ChoiceRequest(prompt, sampling))
   return Request(
     choices=choices,
-    num_prompt_tokens=sum(map(len, prompts)),
+    num_prompt_tokens=num_prompt_tokens,
     is_chat=is_chat,
     stream=stream,
     include_usage=include_usage,

@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from dsmoe.inference.chat import ChatTemplate
-from dsmoe.serving import prompts
+from dsmoe.serving import prompts, requests
+from dsmoe.serving.fields import ApiError
 from tests.serving.running_server import (
   CHAT,
   CHAT_PATH,
@@ -275,3 +276,14 @@ def test_an_endless_template_is_refused_and_the_server_goes_on():
     assert status == 400
     assert "more than 512 MiB of memory" in refusal(status, answer, None, "messages")
     assert other.post(GOOD)[0] == 200
+
+
+def test_log_probabilities_of_prompts_are_counted():
+  """A small request could ask for gigabytes of them."""
+  body = {"model": "tiny", "prompt": [[5] * 500] * 68, "max_tokens": 0, "echo": True}
+  served = served_model()
+  assert len(requests.parse(body | {"logprobs": 20}, served, False).choices) == 68
+  for fields in ({"logprobs": 20, "n": 3}, {"prompt_logprobs": 20, "n": 3, "echo": False}):
+    with pytest.raises(ApiError, match="must be at most 2097152, got 2142000"):
+      requests.parse(body | fields, served, False)
+  assert len(requests.parse(body | {"n": 3}, served, False).choices) == 204
