@@ -46,9 +46,12 @@ class Request:
   prompt_logprobs: int | None
 
 
-def _max_tokens(wanted: int | None, default: int, num_prompt: int, limit: int, where: str) -> int:
+def _max_tokens(
+  wanted: int | None, num_prompt: int, limit: int, is_chat: bool, min_tokens: int
+) -> int:
   """Returns how many tokens to generate; with the prompt they must fit in the context."""
-  room = limit - num_prompt
+  room, where = limit - num_prompt, "messages" if is_chat else "prompt"
+  default = limit if is_chat else _DEFAULT_TOKENS
   num_tokens = min(default, max(room, 1)) if wanted is None else wanted
   if num_tokens > room:
     raise ApiError(
@@ -58,7 +61,27 @@ def _max_tokens(wanted: int | None, default: int, num_prompt: int, limit: int, w
       where,
       "context_length_exceeded",
     )
+  if min_tokens > num_tokens:
+    message = f"min_tokens ({min_tokens}) must be at most max_tokens ({num_tokens})"
+    raise ApiError(message, "min_tokens")
   return num_tokens
+
+
+def _num_choices(fields: Fields, max_choices: int) -> int:
+  """Returns the number of choices of each prompt."""
+  num_choices = fields.integer("n", 1, 1, MAX_CHOICES)
+  if fields.integer("best_of", num_choices, 1, MAX_CHOICES) != num_choices:
+    raise ApiError(f"best_of must be n ({num_choices})", "best_of")
+  if num_choices > max_choices:
+    raise ApiError(f"n times prompts ({num_choices}) must be at most {max_choices}", "prompt")
+  return num_choices
+
+
+def _count_logprobs(num_logprobs: int) -> None:
+  """Refuses an answer that would be too large: a small request can ask for gigabytes."""
+  if num_logprobs > MAX_PROMPT_LOGPROBS:
+    message = f"the prompts' log-probabilities must be at most {MAX_PROMPT_LOGPROBS}"
+    raise ApiError(f"{message}, got {num_logprobs}: send fewer prompts at once", "prompt")
 
 
 def _check_model(fields: Fields, served: ServedModel) -> None:
@@ -182,11 +205,7 @@ def parse(
   wanted = fields.integer("max_tokens", None, lowest, LARGEST)
   if is_chat:
     wanted = fields.integer("max_completion_tokens", wanted, 1, LARGEST)
-  num_choices = fields.integer("n", 1, 1, MAX_CHOICES)
-  if fields.integer("best_of", num_choices, 1, MAX_CHOICES) != num_choices:
-    raise ApiError(f"best_of must be n ({num_choices})", "best_of")
-  if num_choices > max_choices:
-    raise ApiError(f"n times prompts ({num_choices}) must be at most {max_choices}", "prompt")
+  num_choices = _num_choices(fields, max_choices)
   seed = fields.integer("seed", None, -(2**63), 2**63 - 1)
   settings, stops, ends = _sampling(fields), _stops(fields), _ends(fields, served)
   prompt_logprobs = _prompt_logprobs(fields, stream)
@@ -204,19 +223,11 @@ def parse(
 
   num_prompt_tokens = sum(map(len, prompts))
   if of_prompt:
-    num_logprobs = num_prompt_tokens * num_choices * (1 + max(tops))
-    if num_logprobs > MAX_PROMPT_LOGPROBS:
-      message = f"the prompts' log-probabilities must be at most {MAX_PROMPT_LOGPROBS}"
-      raise ApiError(f"{message}, got {num_logprobs}: send fewer prompts at once", "prompt")
+    _count_logprobs(num_prompt_tokens * num_choices * (1 + max(tops)))
   choices: list[ChoiceRequest] = []
-  default = limit if is_chat else _DEFAULT_TOKENS
   first_seed = secrets.randbits(62) if seed is None else seed
   for prompt in prompts:
-    where = "messages" if is_chat else "prompt"
-    max_tokens = _max_tokens(wanted, default, len(prompt), limit, where)
-    if settings["min_tokens"] > max_tokens:
-      message = f"min_tokens ({settings['min_tokens']}) must be at most max_tokens ({max_tokens})"
-      raise ApiError(message, "min_tokens")
+    max_tokens = _max_tokens(wanted, len(prompt), limit, is_chat, settings["min_tokens"])
     # Evaluation harnesses ask for one token with its log-probability, which must be there even
     # when the token ends the text.
     alone = max_tokens == 1 and logprobs is not None and not settings["min_tokens"]
