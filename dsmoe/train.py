@@ -19,7 +19,7 @@ from dsmoe import config as config_lib
 from dsmoe.config import Config
 from dsmoe.data import batches as data
 from dsmoe.data import records, sources
-from dsmoe.evaluation import perplexity
+from dsmoe.evaluation import held_out, perplexity
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference.sampling import Sampling
 from dsmoe.model import parameters
@@ -37,7 +37,14 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Resume although the config differs from the saved one."
 )
 _INIT_FROM = flags.DEFINE_string(
-  "init_from", "", "A workdir, of a run or imported, whose newest weights a new run starts with."
+  "init_from",
+  "",
+  "A workdir, of a run or imported, whose newest weights and tokenizer a new run starts with.",
+)
+_ALLOW_OTHER_TOKENIZER = flags.DEFINE_bool(
+  "allow_other_tokenizer",
+  False,
+  "With --init_from: use data.tokenizer, or train one, whatever the weights were trained with.",
 )
 
 
@@ -83,14 +90,10 @@ def throughput(tokens: int, flops: float, step_secs: float) -> dict:
   }
 
 
-def validation_line(nats: float, tokens: float, prepared: records.PreparedData) -> dict:
-  """Turns the validation set's loss into a line of metrics.jsonl."""
-  loss = nats / tokens
-  tokens_per_byte = prepared.validation_tokens / prepared.validation_bytes
-  return {
-    "validation_loss": loss,
-    "validation_bits_per_byte": loss / math.log(2) * tokens_per_byte,
-  }
+def validation_line(nats: float, tokens: float, num_bytes: int | None) -> dict:
+  """Turns the loss on `num_bytes` of text, None if unknown, into a line of metrics.jsonl."""
+  bits = {"validation_bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}
+  return {"validation_loss": nats / tokens, **bits}
 
 
 def train(
@@ -98,6 +101,7 @@ def train(
   workdir: epath.PathLike,
   allow_config_change: bool = False,
   init_from: epath.PathLike | None = None,
+  allow_other_tokenizer: bool = False,
 ) -> int:
   """Trains to `config.num_steps`, resuming from the newest checkpoint in `workdir`.
 
@@ -106,7 +110,9 @@ def train(
     workdir: where its files go.
     allow_config_change: resume although the saved config differs.
     init_from: a workdir whose weights and router bias a new run starts with, of a model with the
-      same shapes; None for newly initialised ones. A resumed run does not read it.
+      same shapes; None for newly initialised ones. Its tokenizer is taken too, see
+      `checkpoint.with_tokenizer_of`. A resumed run does not read the weights.
+    allow_other_tokenizer: whether the tokenizer may be another than that of `init_from`.
 
   Returns:
     The step reached; less than num_steps after SIGTERM, with the state saved.
@@ -118,6 +124,8 @@ def train(
   """
   # --- mesh, and what is refused before anything is written
   workdir = epath.Path(workdir)
+  if init_from:
+    config = checkpoint.with_tokenizer_of(config, init_from, allow_other_tokenizer)
   mesh = mesh_lib.make_mesh(config.mesh)
   train_step.check_batch(config, mesh)
   records.find_sources(config.data)  # raises when a glob matches nothing
@@ -141,6 +149,9 @@ def train(
   prepared = records.prepare(
     config.data, config.model.vocab_size, config.data.cache_dir or workdir / "data"
   )
+  held_out.warn_of_overlap(prepared.manifest, prepared.manifest)
+  limits = (config.log.eval_batches, -1)
+  num_bytes = perplexity.count_bytes(prepared, config.data, config.batch_size, limits)
 
   # --- state: restored, or new
   if resumes:
@@ -212,10 +223,10 @@ def train(
       # --- evaluate; its time does not count as that of steps
       if prepared.validation_tokens and (step % config.log.eval_every_steps == 0 or is_last):
         start = time.perf_counter()
-        held_out = data.validation_batches(prepared, config.data, config.batch_size, *processes)
+        unseen = data.validation_batches(prepared, config.data, config.batch_size, *processes)
         limit = -1 if is_last else config.log.eval_batches
-        nats, tokens = perplexity.validation_nats(eval_step, state, held_out, mesh, limit)
-        line = validation_line(nats, tokens, prepared)
+        nats, tokens = perplexity.validation_nats(eval_step, state, unseen, mesh, limit)
+        line = validation_line(nats, tokens, num_bytes.get(limit))
         writer.write(step, line)
         bar.update(step, line)
         logged_time += time.perf_counter() - start
@@ -273,7 +284,8 @@ def main(argv: list[str]) -> None:
   config = config_lib.from_config_dict(_CONFIG.value)
   workdir = epath.Path(_WORKDIR.value)
   try:
-    step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, _INIT_FROM.value or None)
+    init = (_INIT_FROM.value or None, _ALLOW_OTHER_TOKENIZER.value)
+    step = train(config, workdir, _ALLOW_CONFIG_CHANGE.value, *init)
   except (NonFiniteError, kernel_check.WrongKernelError) as error:
     output.fail(str(error))
   if step == config.num_steps and jax.process_index() == 0:

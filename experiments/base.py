@@ -122,6 +122,8 @@ def get_config() -> config_dict.ConfigDict:
   d.validation_globs = ("stdlib",)
   d.text_field = "text"  # the field of .jsonl and .parquet files that is read
   d.tokenizer = ""  # a tokenizer.json; "": train byte-level BPE of vocab_size on the training text
+  # The token of data.tokenizer that ends a document; "": as the files beside tokenizer.json say.
+  d.eos_token = ""
   d.cache_dir = ""  # folder of the tokenised text; "": <workdir>/data
   d.sequence_length = 512
   d.cross_document_attention = False  # False: a token attends only to its own document

@@ -37,6 +37,7 @@ _COMPUTE_DTYPE = flags.DEFINE_enum(
   ["float32", "bfloat16"],
   "import: dtype of the model's matrix products.",
 )
+_NO_MTP = flags.DEFINE_bool("no_mtp", False, "import: leave out multi-token prediction layers.")
 _FORMAT = flags.DEFINE_enum("format", "bfloat16", convert.FORMATS, "export: format of the weights.")
 _UE8M0 = flags.DEFINE_bool(
   "ue8m0", False, "export: whether FP8 scales are powers of two, a byte each."
@@ -70,12 +71,13 @@ def _import() -> None:
   folder, workdir = _required(_FOLDER, _WORKDIR)
   defaults = config_lib.from_config_dict(base.get_config())
   account = convert.import_folder(
-    folder, workdir, defaults, _COMPUTE_DTYPE.value, dtype=_DTYPE.value
+    folder, workdir, defaults, _COMPUTE_DTYPE.value, dtype=_DTYPE.value, no_mtp=_NO_MTP.value
   )
   rows = [(name.replace("_", " "), f"{len(value):,}") for name, value in account._asdict().items()]
   rich.print(progress.final_table(rows, title="tensors"))
   reasons = {
-    why if why.startswith("follows") else why.split()[0] for why in account.ignored.values()
+    why if why.startswith("follows") else why.split()[0].rstrip(",")
+    for why in account.ignored.values()
   }
   for reason in sorted(reasons):
     names = [name for name, why in account.ignored.items() if why.startswith(reason)]
@@ -90,6 +92,8 @@ def _export() -> None:
 
 
 def _verify() -> None:
+  if not 0 <= _TOLERANCE.value < float("inf"):
+    raise app.UsageError(f"--tolerance must be at least 0 and finite, got {_TOLERANCE.value}")
   first, second = (verify.open_source(path) for path in _required(_FIRST, _SECOND))
   shape = (_BATCH_SIZE.value, _SEQUENCE_LENGTH.value)
   tokens = np.random.default_rng(_SEED.value).integers(0, first.config.vocab_size, shape)
@@ -103,7 +107,7 @@ def _verify() -> None:
 
 # The function of each command, and the flags that it reads.
 COMMANDS = {
-  "import": (_import, (_FOLDER, _WORKDIR, _DTYPE, _COMPUTE_DTYPE)),
+  "import": (_import, (_FOLDER, _WORKDIR, _DTYPE, _COMPUTE_DTYPE, _NO_MTP)),
   "export": (_export, (_FOLDER, _WORKDIR, _FORMAT, _UE8M0, _MAX_SHARD_BYTES, _STEP)),
   "verify": (_verify, (_FIRST, _SECOND, _BATCH_SIZE, _SEQUENCE_LENGTH, _SEED, _TOLERANCE)),
 }

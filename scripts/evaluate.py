@@ -3,11 +3,12 @@
   python scripts/evaluate.py --workdir=runs/tiny --text="docs/**/*.txt"
   python scripts/evaluate.py --workdir=runs/tiny --choices=questions.jsonl --json=-
 
-Questions are lines of {"question": text, "choices": [texts], "answer": index from 0}.
+Questions are lines of {"question": text, "choices": [texts], "answer": index from 0}, or of the
+form in which ARC is published: "choices": {"text": [texts], "label": [names]}, "answerKey": name.
 """
 
 import rich
-from absl import flags, logging
+from absl import app, flags, logging
 
 from dsmoe import checkpoint, runtime
 from dsmoe.evaluation import multiple_choice, perplexity
@@ -24,6 +25,9 @@ def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
   logging.set_verbosity(logging.WARNING)
   runtime.start()
+  for option in (_WORKDIR, _TEXT, _CHOICES):
+    if option.value is not None and not option.value.strip():
+      raise app.UsageError(f"--{option.name} must not be empty")
   questions = multiple_choice.read_questions(_CHOICES.value) if _CHOICES.value else []
   run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
   if _TEXT.value:

@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 
 from dsmoe import checkpoint, runtime
+from dsmoe.data import lines
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference import generate, text_model
 from dsmoe.inference.sampling import Sampling
@@ -85,9 +86,7 @@ class Writer:
 
   def stream(self, texts: list[str], is_chat: bool = False) -> Generator[generate.Piece]:
     """Yields pieces of the texts' continuations."""
-    prefix = [] if is_chat else list(self.model.prefix)
-    encode = self.model.tokenizer.encode
-    prompts = [prefix + encode(text, add_special_tokens=False).ids for text in texts]
+    prompts = [self.model.encode(text, add_special_tokens=not is_chat) for text in texts]
     return generate.stream(
       self.batcher, self.model.vocabulary, prompts, self.sampling, _STOP.value, self.figures
     )
@@ -157,9 +156,16 @@ def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
   if (_PROMPT.value is not None) + (_PROMPTS.value is not None) + _CHAT.value != 1:
     raise app.UsageError("give one of --prompt, --prompts and --chat")
+  for option in (_WORKDIR, _PROMPTS):
+    if option.value is not None and not option.value.strip():
+      raise app.UsageError(f"--{option.name} must not be empty")
   logging.set_verbosity(logging.WARNING)
   runtime.start()
-  # Both are checked before the checkpoint is loaded.
+  # All are checked before the checkpoint is loaded.
+  for name, text in (("prompt", _PROMPT.value or ""), *(("stop", text) for text in _STOP.value)):
+    lines.check_unicode(text, f"--{name}")
+  if not all(_STOP.value):
+    raise ValueError("--stop must have at least 1 character, got an empty one")
   sampling = Sampling(
     max_tokens=_NUM_TOKENS.value,
     temperature=_TEMPERATURE.value,

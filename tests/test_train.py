@@ -13,6 +13,7 @@ import pytest
 from dsmoe import train
 from dsmoe.reporting import metrics
 from tests import runs
+from tests.data.cases import VOCAB, make_folder
 from tests.helpers import small_config
 
 LAST_STEP = 40
@@ -177,3 +178,24 @@ def test_a_new_run_starts_with_anothers_weights(tmp_path, capsys):
     manager.save(0, args=save)
   with pytest.raises(ValueError, match="checkpoint 0 must hold the optimizer's state"):
     train.train(config, tmp_path / "imported", allow_config_change=True)
+
+
+def test_a_new_run_takes_the_tokenizer_of_its_weights(tmp_path):
+  """Its first validation loss is then that of the other's end; it resumes by the same command."""
+  corpus = make_folder(tmp_path)
+  fields = {**runs.TWO_LAYERS, "model.vocab_size": VOCAB, "checkpoint.save_every_steps": 2}
+  fields |= {"data.validation_globs": (f"{corpus}/v/*.txt",), "balance.methods": ()}
+  fields |= {"log.eval_every_steps": 2, "optim.warmup_steps": 1}
+  first = small_config(**fields, **{"data.train_globs": (f"{corpus}/a/*.txt",)}, num_steps=4)
+  assert train.train(first, tmp_path / "first") == 4
+  fields |= {"data.train_globs": (f"{corpus}/b/*.txt",), "optim.learning_rate": 0.0}
+  second = small_config(**fields, **{"optim.final_learning_rate": 0.0}, num_steps=2)
+  for _ in range(2):
+    assert train.train(second, tmp_path / "second", init_from=tmp_path / "first") == 2
+  ends = [
+    [row["validation_loss"] for row in metrics.read_metrics(folder) if "validation_loss" in row][-1]
+    for folder in (tmp_path / "first", tmp_path / "second")
+  ]
+  assert ends[1] == pytest.approx(ends[0], rel=1e-5)
+  names = [tmp_path / name / "data" / "tokenizer.json" for name in ("first", "second")]
+  assert names[0].read_text() == names[1].read_text()

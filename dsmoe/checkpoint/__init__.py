@@ -12,6 +12,7 @@ from dsmoe.checkpoint.checkpointer import (
   step_folder,
 )
 from dsmoe.checkpoint.loading import LoadedRun, load_run
+from dsmoe.checkpoint.source import tokenizer_path, with_tokenizer_of
 
 __all__ = [
   "CHECKPOINTS",
@@ -25,4 +26,6 @@ __all__ = [
   "record_config",
   "restore_weights",
   "step_folder",
+  "tokenizer_path",
+  "with_tokenizer_of",
 ]

@@ -11,6 +11,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from dsmoe.checkpoint import checkpointer
+from dsmoe.checkpoint.source import tokenizer_path
 from dsmoe.config import Config
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.parallel import mesh as mesh_lib
@@ -72,5 +73,5 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
   params, router_bias, step = checkpointer.restore_weights(
     workdir, abstract.params, abstract.router_bias, step
   )
-  folder = epath.Path(config.data.cache_dir or workdir / "data")
-  return LoadedRun(config, folder / "tokenizer.json", params, router_bias, mesh, step)
+  path = tokenizer_path(config, workdir)
+  return LoadedRun(config, path, params, router_bias, mesh, step)

@@ -265,8 +265,14 @@ class DataConfig:
   cross_document_attention: bool
   fim_rate: float
   seed: int
+  # It has a default because runs saved before it existed do not have it.
+  eos_token: str = ""
 
   def __post_init__(self):
+    require(
+      bool(self.tokenizer) or not self.eos_token,
+      f"data.eos_token ({self.eos_token!r}) must be a token of data.tokenizer, which is not set",
+    )
     require(len(self.train_globs) > 0, "data.train_globs must name at least one source, got ()")
     require(
       len(self.train_globs) == len(self.train_weights),

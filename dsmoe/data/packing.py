@@ -140,7 +140,8 @@ class ValidationRows:
   def __init__(self, prepared: PreparedData, config: DataConfig):
     assert prepared.tokenizer is not None
     self._records, lengths = _open(prepared.validation)
-    self._start = np.array([tokenizer_lib.eos_id(prepared.tokenizer)], np.uint32)
+    folder = prepared.manifest.parent
+    self._start = np.array([tokenizer_lib.eos_id(prepared.tokenizer, folder)], np.uint32)
     self._ends = np.cumsum(np.concatenate([[1], lengths]))
     self._config = config
     self._document = functools.lru_cache(_DOCUMENTS_IN_MEMORY)(self._read_document)

@@ -2,8 +2,8 @@
 
 One record is one document: little-endian uint32 ids, ended by the end-of-document id. Beside each
 `x.arrayrecord` is `x.lengths.npy`, its documents' lengths in tokens (int32). Other files:
-`inputs.json` (sources and settings, written first), `tokenizer.json`, `manifest.json` (all files
-with hashes, written last) and `hashes.json` (hashes of source files that need not be read again).
+`inputs.json` (sources and settings, written first), `tokenizer.json` and the files that belong to
+it, `manifest.json` (all files with hashes, written last) and `hashes.json` (hashes of source files that need not be read again).
 """
 
 import contextlib
@@ -32,6 +32,8 @@ _SHARD_BYTES = 64 << 20  # text in one ArrayRecord file; an interruption loses a
 _ENCODE_BYTES = 1 << 20  # text encoded at once
 _SAMPLE_BYTES = 50 << 20  # text a tokenizer is trained on
 _MAX_DIFFERENCES = 8  # lines in an error message
+
+Encode = Callable[[list[str]], list[np.ndarray]]  # from documents to their ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +145,12 @@ def _inputs(
   if known != old:
     _write_json(cache, known)
   if config.tokenizer:
-    tokenizer_lib.load_tokenizer(config.tokenizer, vocab_size)
-    tokenizer: dict[str, Any] = {"sha256": sources.file_sha256(epath.Path(config.tokenizer))}
+    path = epath.Path(config.tokenizer)
+    loaded = tokenizer_lib.load_tokenizer(path, vocab_size, config.eos_token)
+    tokenizer: dict[str, Any] = {"sha256": sources.file_sha256(path)}
+    end = tokenizer_lib.eos_id(loaded, tokenizer_lib.folder_of(path), config.eos_token)
+    if end not in tokenizer_lib.known_ends(loaded)[:1]:  # data from before there was a choice
+      tokenizer["eos_token"] = loaded.id_to_token(end)
   else:
     tokenizer = {"trained_to_vocab_size": vocab_size, "sample_bytes": _SAMPLE_BYTES}
   return {
@@ -184,7 +190,11 @@ def _tokenizer(
   path = directory / "tokenizer.json"
   if not path.exists():
     if config.tokenizer:
-      text = epath.Path(config.tokenizer).read_text(encoding="utf-8")
+      given = epath.Path(config.tokenizer)
+      text = given.read_text(encoding="utf-8")
+      for name, content in tokenizer_lib.files_beside(given, config.eos_token).items():
+        with _whole(directory / name) as temporary:
+          temporary.write_text(content, encoding="utf-8")
     else:
       train = [source for name, source in text_sources.items() if name.startswith("train-")]
       texts = sources.sample(train, config.text_field, _SAMPLE_BYTES)
@@ -205,31 +215,36 @@ def _make(
   manifest: dict[str, Any] = {"inputs": inputs, "shards": {}}
   if tokenizer is not None:
     manifest["tokenizer_sha256"] = sources.file_sha256(directory / "tokenizer.json")
+    encoder = tokenizer_lib.text_only(tokenizer)
+    end = tokenizer_lib.eos_id(tokenizer, directory)
+
+    def encode(group: list[str]) -> list[np.ndarray]:
+      return tokenizer_lib.encode_documents(encoder, group, end)
+
     with Progress(console=Console(stderr=True)) as progress:
       for prefix, source in by_name.items():  # "synthetic" has no documents
         size = sum(path.stat().length for _, path in source.files)
         task = progress.add_task(f"tokenising {prefix}", total=size)
         texts = sources.documents(source, text_field)
         advance = functools.partial(progress.advance, task)
-        manifest["shards"] |= _make_shards(tokenizer, texts, directory, prefix, advance)
+        manifest["shards"] |= _make_shards(encode, texts, directory, prefix, advance)
         progress.update(task, completed=size)
   return manifest | {"manifest_sha256": _json_sha256(manifest)}
 
 
 def _make_shards(
-  tokenizer: Tokenizer,
+  encode: Encode,
   texts: Iterable[str],
   directory: epath.Path,
   prefix: str,
   advance: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
   """Writes documents into ArrayRecord files, unless they are there; returns facts by name."""
-  encoder = tokenizer_lib.text_only(tokenizer)
   shards = {}
   for i, group in enumerate(sources.groups(texts, _SHARD_BYTES)):
     path = directory / f"{prefix}-{i:05d}.arrayrecord"
     if not path.exists():
-      _write_shard(encoder, group, path, advance)
+      _write_shard(encode, group, path, advance)
     lengths = np.load(lengths_path(path))
     shards[path.name] = {
       "documents": len(lengths),
@@ -242,7 +257,7 @@ def _make_shards(
 
 
 def _write_shard(
-  encoder: Tokenizer, texts: list[str], path: epath.Path, advance: Callable[[int], None]
+  encode: Encode, texts: list[str], path: epath.Path, advance: Callable[[int], None]
 ) -> None:
   """Writes one ArrayRecord file and its lengths; the former gets its name last."""
   lengths = []
@@ -250,7 +265,7 @@ def _write_shard(
     # One record a group: documents are read one by one, in any order.
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for group in sources.groups(texts, _ENCODE_BYTES):
-      for tokens in tokenizer_lib.encode_documents(encoder, group):
+      for tokens in encode(group):
         writer.write(tokens.astype("<u4").tobytes())
         lengths.append(len(tokens))
       advance(sources.num_bytes(group))

@@ -1,11 +1,14 @@
 """Trains, loads and applies tokenizers: byte-level BPE, or any tokenizer.json.
 
 Token ids of a tokenizer trained here: 0 is <|endoftext|>, 1 to 4 the other `SPECIAL_TOKENS`,
-then the 256 bytes, then merges. Loaded tokenizers keep their own ids; their special tokens are
-found by name.
+then the 256 bytes, then merges. Loaded tokenizers keep their own ids. The files of `BESIDE`, in the
+folder of a tokenizer.json, say which tokens end and begin its texts.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -19,6 +22,12 @@ SPECIAL_TOKENS = (
   "<|pad|>",
 )
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+
+FILE = "tokenizer.json"
+CONFIG_FILE, GENERATION_FILE = "tokenizer_config.json", "generation_config.json"
+_OLD_CONFIG_FILE = "special_tokens_map.json"  # transformers 4 wrote it
+# What belongs to a tokenizer.json of the same folder, and goes where it goes.
+BESIDE = (CONFIG_FILE, GENERATION_FILE, "chat_template.jinja", _OLD_CONFIG_FILE)
 
 # Names of the end-of-document token, in order of preference; the last is DeepSeek's.
 _END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<｜end▁of▁sentence｜>")
@@ -60,16 +69,17 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
   return tokenizer
 
 
-def load_tokenizer(path: epath.PathLike, vocab_size: int | None = None) -> Tokenizer:
-  """Loads a tokenizer.json.
+def read_tokenizer(path: epath.PathLike) -> Tokenizer:
+  """Reads a tokenizer.json, without the settings in it that would change a text.
+
+  transformers writes truncation, padding and BPE dropout into the file. Here every text is encoded
+  whole, alone and always in the same way, so the three are cleared.
 
   Args:
     path: the file, on disk or gs://.
-    vocab_size: the model's, against which the tokenizer's ids are checked; None: no check.
 
   Raises:
-    ValueError: if the file is missing or not a tokenizer, if an id does not fit in `vocab_size`,
-      or if no token ends a document.
+    ValueError: if the file is missing or not a tokenizer.
   """
   try:
     tokenizer = Tokenizer.from_str(epath.Path(path).read_text(encoding="utf-8"))
@@ -77,10 +87,88 @@ def load_tokenizer(path: epath.PathLike, vocab_size: int | None = None) -> Token
     raise ValueError(
       f"a tokenizer must be a readable tokenizer.json, got {path}: {error}"
     ) from error
+  tokenizer.no_truncation()
+  tokenizer.no_padding()
+  if getattr(tokenizer.model, "dropout", None) is not None:  # BPE only
+    tokenizer.model.dropout = None
+  return tokenizer
+
+
+def load_tokenizer(
+  path: epath.PathLike, vocab_size: int | None = None, eos_token: str = ""
+) -> Tokenizer:
+  """Returns `read_tokenizer` of a file, checked for use with a model.
+
+  Args:
+    path: the file, on disk or gs://.
+    vocab_size: the model's, against which the tokenizer's ids are checked; None: no check.
+    eos_token: see `eos_id`.
+
+  Raises:
+    ValueError: if the file is missing or not a tokenizer, if an id does not fit in `vocab_size`,
+      or if no token ends a document.
+  """
+  tokenizer = read_tokenizer(path)
   if vocab_size is not None:
     check_vocabulary(tokenizer, vocab_size)
-  eos_id(tokenizer)
+  eos_id(tokenizer, folder_of(path), eos_token)
   return tokenizer
+
+
+def folder_of(path: epath.PathLike) -> epath.Path | None:
+  """Returns where the files of `BESIDE` are; None for a file that is not called tokenizer.json.
+
+  A folder may hold several tokenizers; those files belong to the one of that name.
+  """
+  path = epath.Path(path)
+  return path.parent if path.name == FILE else None
+
+
+def files_beside(path: epath.PathLike, eos_token: str = "") -> dict[str, str]:
+  """Returns the contents of those files of `BESIDE` that a tokenizer.json has, by name.
+
+  Args:
+    path: of the tokenizer.json.
+    eos_token: `data.eos_token`, which tokenizer_config.json then says; "" leaves it as it is.
+
+  Raises:
+    ValueError: if tokenizer_config.json has to be changed and is not a JSON object.
+  """
+  folder = folder_of(path)
+  paths = [folder / name for name in BESIDE] if folder else []
+  contents = {path.name: path.read_text(encoding="utf-8") for path in paths if path.exists()}
+  if eos_token:
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | read_settings(folder, CONFIG_FILE)
+    contents[CONFIG_FILE] = json.dumps(settings | {"eos_token": eos_token}, indent=2)
+  return contents
+
+
+def read_settings(folder: epath.PathLike | None, name: str) -> dict[str, Any]:
+  """Reads a JSON object beside a tokenizer; returns {} without a folder or a file.
+
+  Raises:
+    ValueError: if the file is not a JSON object.
+  """
+  if folder is None or not (path := epath.Path(folder) / name).exists():
+    return {}
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} must be JSON, got: {error}") from error
+  if not isinstance(values, dict):
+    raise ValueError(f"{path} must be a JSON object, got a {type(values).__name__}")
+  return values
+
+
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the special tokens of a tokenizer_config.json, text by name, such as `eos_token`."""
+  result = {}
+  for name, value in settings.items():
+    if name.endswith("_token"):
+      text = value.get("content") if isinstance(value, Mapping) else value
+      if isinstance(text, str):
+        result[name] = text
+  return result
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -92,20 +180,66 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     )
 
 
-def eos_id(tokenizer: Tokenizer) -> int:
+def eos_id(tokenizer: Tokenizer, folder: epath.PathLike | None = None, eos_token: str = "") -> int:
   """Returns the id of the token that ends a document.
 
+  The first of these that names one decides: `eos_token`; the `eos_token` of tokenizer_config.json,
+  or of special_tokens_map.json; `eos_token_id` of generation_config.json, the first of several; a
+  special token with a known name. An ordinary token never counts by its name: </s> also ends a
+  struck-out text in HTML.
+
+  Args:
+    tokenizer: any.
+    folder: the tokenizer's, where these files are; None for a tokenizer alone.
+    eos_token: a token's text, `data.eos_token`; "" leaves the choice to the files.
+
   Raises:
-    ValueError: if the vocabulary has none of the known names.
+    ValueError: if a token that is named does not exist, or none is named.
   """
-  for name in _END_OF_DOCUMENT:
-    token = tokenizer.token_to_id(name)
-    if token is not None:
-      return token
+  named = {"data.eos_token": eos_token} if eos_token else {}
+  for file in (CONFIG_FILE, _OLD_CONFIG_FILE):
+    text = special_tokens(read_settings(folder, file)).get("eos_token")
+    named |= {f"eos_token of {epath.Path(folder or '') / file}": text} if text else {}
+  for where, text in named.items():
+    token = tokenizer.token_to_id(text)
+    if token is None:
+      raise ValueError(f"{where} must be one of the tokenizer's tokens, got {text!r}")
+    return token
+  if ends := generation_ends(folder):
+    if tokenizer.id_to_token(ends[0]) is None:
+      raise ValueError(
+        f"eos_token_id of {epath.Path(folder or '') / GENERATION_FILE} must be one of the "
+        f"tokenizer's ids, got {ends[0]}"
+      )
+    return ends[0]
+  if ends := known_ends(tokenizer):
+    return ends[0]
   raise ValueError(
-    f"the tokenizer must have a token that ends a document, one of {', '.join(_END_OF_DOCUMENT)}; "
-    f"none is among its {tokenizer.get_vocab_size()} tokens"
+    "the tokenizer must have a special token that ends a document, named by eos_token in the "
+    f"{CONFIG_FILE} beside it, by data.eos_token, or one of {', '.join(_END_OF_DOCUMENT)}; none is "
+    f"among its {tokenizer.get_vocab_size()} tokens"
   )
+
+
+def generation_ends(folder: epath.PathLike | None) -> tuple[int, ...]:
+  """Returns the `eos_token_id` of generation_config.json, which may be several; () for none.
+
+  Raises:
+    ValueError: if it is not an id or a list of ids.
+  """
+  given = read_settings(folder, GENERATION_FILE).get("eos_token_id")
+  ends = given if isinstance(given, list) else [] if given is None else [given]
+  if not all(type(end) is int and 0 <= end < 2**32 for end in ends):
+    path = epath.Path(folder or "") / GENERATION_FILE
+    raise ValueError(f"eos_token_id of {path} must be ids of tokens, got {given!r}")
+  return tuple(ends)
+
+
+def known_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+  """Returns the special tokens whose known names say that they end a document, in order."""
+  added = tokenizer.get_added_tokens_decoder()
+  special = {entry.content: token for token, entry in added.items() if entry.special}
+  return tuple(special[name] for name in _END_OF_DOCUMENT if name in special)
 
 
 def fim_ids(tokenizer: Tokenizer) -> tuple[int, int, int]:
@@ -135,17 +269,39 @@ def text_only(tokenizer: Tokenizer) -> Tokenizer:
   return copy
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+def bos_ids(tokenizer: Tokenizer, folder: epath.PathLike | None = None) -> tuple[int, ...]:
+  """Returns the ids that belong before a text that a model continues; () for none.
+
+  They are what the tokenizer's own post-processor puts before a text, whatever it puts behind it.
+  Where it puts nothing, `add_bos_token` in tokenizer_config.json asks for `bos_token`: with
+  transformers 4 the tokenizer's class added it; transformers 5 saves the post-processor instead.
+
+  Raises:
+    ValueError: if a file is not a JSON object.
+
+  Source: transformers 5.23, `PreTrainedTokenizerBase._from_pretrained`, which drops
+  `add_bos_token` where there is a tokenizer.json.
+  """
+  encoding = tokenizer.encode("a")
+  added = itertools.takewhile(lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask))
+  if ids := tuple(token for token, _ in added):
+    return ids
+  settings = read_settings(folder, CONFIG_FILE)
+  token = tokenizer.token_to_id(special_tokens(settings).get("bos_token", ""))
+  return (token,) if settings.get("add_bos_token") is True and token is not None else ()
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], end: int) -> list[np.ndarray]:
   """Encodes whole documents, each ended by the end-of-document token.
 
   Args:
     tokenizer: used as it is; see `text_only`.
     texts: the documents, valid Unicode.
+    end: from `eos_id`.
 
   Returns:
-    For each document a uint32 array of its ids and `eos_id`, without the tokens that a tokenizer's
+    For each document a uint32 array of its ids and `end`, without the tokens that a tokenizer's
     template adds at the beginning.
   """
-  end = eos_id(tokenizer)
   encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
   return [np.array([*encoding.ids, end], np.uint32) for encoding in encodings]

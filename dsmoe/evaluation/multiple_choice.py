@@ -6,7 +6,7 @@ Shapes: B rows, S tokens of a row, D hidden, V vocabulary, c tokens of a chunk.
 import json
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from dsmoe.checkpoint import LoadedRun
 from dsmoe.config import Config
 from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.data.lines import check_unicode, read_lines
 from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import train_step
@@ -107,45 +108,67 @@ class Question(NamedTuple):
 
 
 def read_questions(path: epath.PathLike) -> list[Question]:
-  """Reads JSONL with "question" or "prompt", "choices" and "answer" (from 0) in each line.
+  """Reads a question from each line of JSON.
+
+  A line has "question" or "prompt", and either "choices": [texts] with "answer": index from 0, or
+  the published form of ARC and CommonsenseQA: "choices": {"text": [texts], "label": [names]} with
+  "answerKey": name.
 
   Raises:
     ValueError: for a missing file or a line of another form, naming it.
   """
-  path = epath.Path(path)
-  if not path.exists():
-    raise ValueError(f"the file of questions must exist, got {path}")
   questions = []
-  for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+  for number, line in enumerate(read_lines(path, "questions"), 1):
     if not line.strip():
       continue
     try:
-      row = json.loads(line)
-      prompt = row["question"] if "question" in row else row["prompt"]
-      choices, answer = row["choices"], row["answer"]
-      is_valid = isinstance(prompt, str) and all(isinstance(c, str) and c for c in choices)
-      is_valid = (
-        is_valid and type(answer) is int and 0 <= answer < len(choices) and len(choices) > 1
-      )
-    except (ValueError, KeyError, TypeError):
-      is_valid = False
-    if not is_valid:
+      questions.append(_question(json.loads(line)))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
       raise ValueError(
         f'{path}, line {number}: must be {{"question": text, "choices": [texts], "answer": '
-        f"index}} with at least 2 choices, got {line[:80]!r}"
-      )
-    questions.append(Question(prompt, list(choices), answer))
+        'index}} or {{"question": text, "choices": {{"text": [texts], "label": [names]}}, '
+        f'"answerKey": name}} with at least 2 choices, got {line[:80]!r}'
+      ) from error
   if not questions:
     raise ValueError(f"the file of questions must have at least 1 line, {path} has none")
   return questions
 
 
-def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[int], list[int]]:
+def _question(row: dict[str, Any]) -> Question:
+  """Raises ValueError, KeyError or TypeError for a row of another form."""
+  prompt, choices = row["question"] if "question" in row else row["prompt"], row["choices"]
+  if isinstance(choices, dict):
+    labels, choices = choices["label"], choices["text"]
+    _require(choices, list)
+    _require(labels, list)
+    if len(set(labels)) != len(labels) or len(labels) != len(choices):
+      raise ValueError("each choice must have a label of its own")
+    answer = labels.index(row["answerKey"])
+  else:
+    answer = row["answer"]
+  _require(choices, list)
+  _require(answer, int)
+  for text in (prompt, *choices):
+    _require(text, str)
+    check_unicode(text, "a text")
+  if not all(choices) or len(choices) < 2 or not 0 <= answer < len(choices):
+    raise ValueError("there must be at least 2 choices, none of them empty, and an answer")
+  return Question(prompt, choices, answer)
+
+
+def _require(value: Any, kind: type) -> None:
+  if type(value) is not kind:  # True is no index
+    raise TypeError(f"must be {kind.__name__}")
+
+
+def encode_choice(
+  tokenizer: Tokenizer, prompt: str, choice: str, end: int
+) -> tuple[list[int], list[int]]:
   """Returns the token ids of (context, continuation), encoded separately.
 
   A space joins them unless there is white space between them already. White space between the
   two belongs to the continuation, as tokens of running text begin with it. The context of an
-  empty prompt is the token that ends a document.
+  empty prompt is `end`, the token that ends a document.
   """
   context = prompt.rstrip()
   between = prompt[len(context) :]
@@ -153,7 +176,7 @@ def encode_choice(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[
     between = " "
   encode = tokenizer_lib.text_only(tokenizer).encode
   ids = [encode(text, add_special_tokens=False).ids for text in (context, between + choice)]
-  return ids[0] or [tokenizer_lib.eos_id(tokenizer)], ids[1]
+  return ids[0] or [end], ids[1]
 
 
 def score_choices(run: LoadedRun, questions: Sequence[Question]) -> dict[str, float]:
@@ -163,10 +186,19 @@ def score_choices(run: LoadedRun, questions: Sequence[Question]) -> dict[str, fl
     `accuracy` by the sum of log-likelihoods and `accuracy_per_byte` by that sum over the
     choice's bytes; `margin` and `margin_per_byte`, the mean of how far the right choice lies
     above the best wrong one, in nats; `questions`, their number.
+
+  Raises:
+    ValueError: for no question, one that does not fit, or scores that are not finite.
   """
+  if not questions:
+    raise ValueError("there must be at least 1 question, got 0")
   tokenizer = run.tokenizer()
-  pairs = [encode_choice(tokenizer, q.prompt, choice) for q in questions for choice in q.choices]
+  end = tokenizer_lib.eos_id(tokenizer, run.tokenizer_path.parent)
+  pairs = [encode_choice(tokenizer, q.prompt, c, end) for q in questions for c in q.choices]
   scores = loglikelihoods(run, pairs)
+  if not np.isfinite(scores).all():
+    worst = scores[~np.isfinite(scores)][0]
+    raise ValueError(f"log-likelihoods must be finite, got {worst} with step {run.step}")
   bytes_ = np.array([len(choice.encode()) for q in questions for choice in q.choices])
   result: dict[str, float] = {"questions": len(questions)}
   starts = np.cumsum([len(q.choices) for q in questions])[:-1]

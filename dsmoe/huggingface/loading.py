@@ -67,6 +67,7 @@ TOP = (
 )
 # Rotary frequencies, which follow from config.json; old releases stored them.
 IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class Slot(NamedTuple):
@@ -202,7 +203,7 @@ def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
   hf = files.read_json(path)
   config = config_at(path, hf, **fields)
   weights = TensorFiles(folder, fp8_block(hf))
-  numbers = [re.match(r"model\.layers\.(\d+)\.", name) for name in weights.stored]
+  numbers = [LAYER.match(name) for name in weights.stored]
   last = max((int(number[1]) for number in numbers if number), default=-1)
   if (
     config.num_nextn_predict_layers
@@ -218,6 +219,7 @@ def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
 def _account(folder, config: ModelConfig, weights: TensorFiles, slots: dict[str, Slot]) -> Account:
   """Assigns every tensor its place; raises what `load_pretrained` documents."""
   copies, account = copies_of(config), Account([], [], [], {})
+  left_out = _uncounted_mtp(config, weights)
   for name in weights.scales:
     account.ignored[name] = f"scale of {name.removesuffix(files.SCALE)}"
   for name, stored in sorted(weights.stored.items()):
@@ -229,6 +231,8 @@ def _account(folder, config: ModelConfig, weights: TensorFiles, slots: dict[str,
       account.ignored[name] = f"copy of {copies[name]}"
     elif IGNORED.search(name):
       account.ignored[name] = "follows from config.json"
+    elif (layer := LAYER.match(name)) and int(layer[1]) in left_out:
+      account.ignored[name] = "MTP, left out"
     else:
       fail(f"{weights.where(name)} has no place in the model config.json describes")
   missing = [name for name in slots if name not in weights.stored]
@@ -242,6 +246,24 @@ def _account(folder, config: ModelConfig, weights: TensorFiles, slots: dict[str,
     if name in slots or name in copies:
       weights.check(name, slots[copies.get(name, name)].hf_shape)
   return account
+
+
+def _uncounted_mtp(config: ModelConfig, weights: TensorFiles) -> set[int]:
+  """Returns the MTP layers of the files if the model has none, and warns of them.
+
+  A layer behind the last one is an MTP layer if it has a projection of embedding and hidden state;
+  any other is a mistake of config.json.
+  """
+  if config.num_nextn_predict_layers:
+    return set()
+  projections = (re.fullmatch(LAYER.pattern + r"eh_proj\.weight", name) for name in weights.stored)
+  numbers = {int(found[1]) for found in projections if found}
+  numbers = {number for number in numbers if number >= config.num_hidden_layers}
+  if numbers:
+    logging.warning(
+      "the model has no MTP layers, those of the files are left out: layers %s", sorted(numbers)
+    )
+  return numbers
 
 
 def check_copies(opened: Opened, block_rows: int = 1 << 12) -> None:
@@ -273,7 +295,8 @@ def load_pretrained(
   Parameters become float32, whatever their stored dtype; FP8 weights are scaled. Copies of the
   embedding and head, as MTP layers have them, must equal the originals. transformers saves no MTP
   layers though config.json counts them: if not a single tensor of theirs exists, the model is
-  loaded without MTP and a warning says so, unless `fields` sets num_nextn_predict_layers.
+  loaded without MTP and a warning says so, unless `fields` sets num_nextn_predict_layers. MTP layers
+  that config.json does not count at all, or `fields` sets to 0, are left out with a warning.
 
   Args:
     folder: of model_type deepseek_v3, kimi_k2 or deepseek_v2; tensors are float32, bfloat16,

@@ -109,7 +109,7 @@ class Staging:
       )
     self._file.truncate(len(whole))
     self._file.seek(len(whole))
-    return set(whole.decode().splitlines()[1:])
+    return set(whole.decode().split("\n")[1:-1])
 
   def __enter__(self) -> "Staging":
     return self

@@ -5,14 +5,14 @@ import pathlib
 import shutil
 from typing import Any
 
-from tokenizers import Tokenizer
+from absl import logging
 
 from dsmoe.config import ModelConfig
 from dsmoe.data import tokenizer as tokenizer_lib
-from dsmoe.huggingface.config import fail
+from dsmoe.huggingface import tiktoken
 from dsmoe.huggingface.files import read_json
 
-# Files that are copied. Moonlight and Kimi K2 have the last two instead of tokenizer.json.
+# Files that are copied. Moonlight and Kimi K2 have the last two instead of the first.
 FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
@@ -32,6 +32,22 @@ def copy(source: pathlib.Path, target: pathlib.Path) -> None:
   for pattern in FILES:
     for path in source.glob(pattern):
       shutil.copyfile(path, target / path.name)
+
+
+def converted(folder: pathlib.Path, vocab_size: int) -> str | None:
+  """Returns a tokenizer.json made of tiktoken.model if a folder has only that; None if not.
+
+  If it is of a form that is not supported, a warning says that the weights go without it.
+  """
+  if (folder / tokenizer_lib.FILE).exists() or not (folder / tiktoken.FILE).exists():
+    return None
+  try:
+    tokenizer = tiktoken.convert(folder)
+    tokenizer_lib.check_vocabulary(tokenizer, vocab_size)
+  except ValueError as error:
+    logging.warning("the weights are imported without a tokenizer.json: %s", error)
+    return None
+  return tokenizer.to_str(pretty=True)
 
 
 def generation_tokens(folder: pathlib.Path) -> dict[str, Any] | None:
@@ -60,18 +76,17 @@ def settings(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Any],
   tokens, path = generation_tokens(folder), folder / "tokenizer.json"
   if tokens is not None or not path.exists():
     return tokens or {}, {}
-  try:
-    tokenizer = Tokenizer.from_file(str(path))
-  except Exception as error:  # tokenizers raises bare Exception
-    fail(f"a tokenizer must be a readable tokenizer.json, got {path}: {error}")
+  tokenizer = tokenizer_lib.read_tokenizer(path)
+  tokenizer_lib.read_settings(folder, tokenizer_lib.CONFIG_FILE)  # raises if it is broken
   tokenizer_lib.check_vocabulary(tokenizer, config.vocab_size)
   tokens, known = {}, {}
   try:
-    end = tokenizer_lib.eos_id(tokenizer)
-    tokens = {"bos_token_id": None, "eos_token_id": end}
+    end = tokenizer_lib.eos_id(tokenizer, folder)
+    begin = (*tokenizer_lib.bos_ids(tokenizer, folder), None)[0]
+    tokens = {"bos_token_id": begin, "eos_token_id": end}
     known = {"eos_token": tokenizer.id_to_token(end)}
   except ValueError:
-    pass  # no token with a known name ends a document: leave it out
+    pass  # nothing says which token ends a document: leave it out
   if (folder / "tokenizer_config.json").exists():
     return tokens, {}
   # A tokenizer that was trained here.

@@ -16,10 +16,11 @@ from typing import Any
 import jinja2
 from etils import epath
 
+from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.data.tokenizer import CONFIG_FILE
 from dsmoe.inference import template_program as program
 
 TEMPLATE_FILE = "chat_template.jinja"
-CONFIG_FILE = "tokenizer_config.json"
 # Processor time is what is limited; this bounds the time of one that waits, or of a busy machine.
 _PATIENCE = 12
 
@@ -144,35 +145,6 @@ class ChatTemplate:
     return answer["text"]
 
 
-def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-  """Returns the special tokens of a tokenizer_config.json, text by name."""
-  result = {}
-  for name, value in tokenizer_config.items():
-    if name.endswith("_token"):
-      text = value.get("content") if isinstance(value, Mapping) else value
-      if isinstance(text, str):
-        result[name] = text
-  return result
-
-
-def load_tokenizer_config(folder: epath.PathLike) -> dict[str, Any]:
-  """Reads tokenizer_config.json; returns {} when there is none.
-
-  Raises:
-    ValueError: if it is not a JSON object.
-  """
-  path = epath.Path(folder) / CONFIG_FILE
-  if not path.exists():
-    return {}
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} must be JSON, got: {error}") from error
-  if not isinstance(values, dict):
-    raise ValueError(f"{path} must be a JSON object, got a {type(values).__name__}")
-  return values
-
-
 def load_template(folder: epath.PathLike) -> ChatTemplate | None:
   """Loads the template beside a tokenizer; `chat_template.jinja` is preferred.
 
@@ -182,7 +154,7 @@ def load_template(folder: epath.PathLike) -> ChatTemplate | None:
   Raises:
     ValueError: for a file or a template that cannot be read.
   """
-  config = load_tokenizer_config(folder)
+  config = tokenizer_lib.read_settings(folder, CONFIG_FILE)
   path = epath.Path(folder) / TEMPLATE_FILE
   source = config.get("chat_template")
   if path.exists():
@@ -193,4 +165,4 @@ def load_template(folder: epath.PathLike) -> ChatTemplate | None:
     return None
   if not isinstance(source, str):
     raise ValueError(f"chat_template must be text, got a {type(source).__name__}")
-  return ChatTemplate(source, special_tokens(config))
+  return ChatTemplate(source, tokenizer_lib.special_tokens(config))

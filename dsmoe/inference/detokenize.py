@@ -35,7 +35,7 @@ class Vocabulary:
         f"the tokenizer's decoder must be byte-level or Sentencepiece's, got {list(parts)}"
       )
     self._tokenizer = tokenizer
-    self._byte_of = _byte_characters() if "ByteLevel" in parts else {}
+    self._byte_of = byte_characters() if "ByteLevel" in parts else {}
     metaspace = parts.get("Metaspace", {"prepend_scheme": "never"})
     self.strips_first_space = "Strip" in parts or metaspace.get("prepend_scheme") != "never"
     added = tokenizer.get_added_tokens_decoder()
@@ -58,7 +58,7 @@ class Vocabulary:
     return name.replace("▁", " ").encode()
 
 
-def _byte_characters() -> dict[str, int]:
+def byte_characters() -> dict[str, int]:
   """Returns the byte behind each character of byte-level BPE.
 
   Printable bytes stand for themselves, the others follow from U+0100 on, in order.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from dsmoe.data.lines import check_unicode, read_lines
 from dsmoe.inference.batcher import Batcher
 from dsmoe.inference.detokenize import Detokenizer, StopStrings, Vocabulary
 from dsmoe.inference.sampling import Sampling
@@ -92,18 +93,16 @@ def read_prompts(path: epath.Path) -> list[str]:
   Raises:
     ValueError: for a missing or empty file, or a line of another form.
   """
-  if not path.is_file():
-    raise ValueError(f"the file of prompts must exist, got {path}")
-  try:
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if path.suffix == ".jsonl":
+  lines = [line for line in read_lines(path, "prompts") if line.strip()]
+  if path.suffix == ".jsonl":
+    try:
       lines = [json.loads(line)["prompt"] for line in lines]
-    if not all(isinstance(line, str) for line in lines):
-      raise TypeError("every prompt must be text")
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f"{path} must be UTF-8 text, and .jsonl have {{'prompt': text}} in each line: {error!r}"
-    ) from error
+      if not all(isinstance(line, str) for line in lines):
+        raise TypeError("every prompt must be text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+      raise ValueError(f"{path} must have {{'prompt': text}} in each line: {error!r}") from error
+  for line in lines:
+    check_unicode(line, f"every prompt of {path}")
   if not lines:
     raise ValueError(f"the file of prompts must have at least 1 line, {path} has none")
   return lines

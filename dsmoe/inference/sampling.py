@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_LARGEST = 1e6  # temperature; at any above it all tokens are equally likely too
 MAX_LOGPROBS = 20  # upper limit of the alternatives reported beside a token
 MAX_STOP_TOKENS = 8
 
@@ -41,7 +42,10 @@ class Sampling:
   def __post_init__(self):
     rules = (
       (self.max_tokens >= 0, f"max_tokens must be at least 0, got {self.max_tokens}"),
-      (self.temperature >= 0, f"temperature must be at least 0, got {self.temperature}"),
+      (
+        0 <= self.temperature <= _LARGEST,
+        f"temperature must be at least 0 and at most {_LARGEST:g}, got {self.temperature}",
+      ),
       (self.top_k >= 0, f"top_k must be at least 0, got {self.top_k}"),
       (0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}"),
       (0 <= self.min_p <= 1, f"min_p must be between 0 and 1, got {self.min_p}"),

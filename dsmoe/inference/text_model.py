@@ -2,17 +2,14 @@
 
 import dataclasses
 import functools
-import json
-from collections.abc import Sequence
 
 from etils import epath
 from tokenizers import Tokenizer
 
 from dsmoe.data import tokenizer as tokenizer_lib
+from dsmoe.data.lines import check_unicode
 from dsmoe.inference import chat
 from dsmoe.inference.detokenize import Vocabulary
-
-_GENERATION_FILE = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +20,7 @@ class ServedModel:
   tokenizer: Tokenizer
   max_tokens_per_row: int
   stop_tokens: tuple[int, ...]  # the first one is also the prompt in place of an empty one
-  prefix: tuple[int, ...] = ()  # put before prompts that are text, but not before chats
+  prefix: tuple[int, ...] = ()  # put before a text that does not begin with it
   template: chat.ChatTemplate | None = None
   vocabulary: Vocabulary = dataclasses.field(init=False)
 
@@ -41,14 +38,29 @@ class ServedModel:
     ids = range(self.tokenizer.get_vocab_size())
     return self.max_tokens_per_row * max(len(self.vocabulary.token_bytes(i)) for i in ids)
 
+  def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Returns a text's token ids, after `prefix` unless it begins with that already.
+
+    Args:
+      text: valid Unicode.
+      add_special_tokens: False for a chat, whose template writes every special token itself.
+
+    Raises:
+      ValueError: for half a surrogate pair.
+    """
+    check_unicode(text, "a text")
+    ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+    prefix = list(self.prefix) if add_special_tokens else []
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
+
 
 def load(
   folder: epath.PathLike, tokenizer: Tokenizer, name: str, max_tokens_per_row: int
 ) -> ServedModel:
   """Reads the files beside a tokenizer.json.
 
-  The stop tokens are the tokenizer's end of a document, the `eos_token` of tokenizer_config.json
-  and the `eos_token_id` of generation_config.json. With `add_bos_token` the prefix is `bos_token`.
+  The stop tokens are what `tokenizer.eos_id` finds, the `eos_token_id` of generation_config.json
+  and special tokens whose known names say so. The prefix is that of `tokenizer.bos_ids`.
 
   Args:
     folder: the tokenizer's.
@@ -59,22 +71,8 @@ def load(
   Raises:
     ValueError: for a file that cannot be read.
   """
-  config = chat.load_tokenizer_config(folder)
-  special = chat.special_tokens(config)
-  named = [tokenizer.token_to_id(special.get("eos_token", ""))]
-  ids = [tokenizer_lib.eos_id(tokenizer), *named, *_generation_ends(epath.Path(folder))]
-  bos = tokenizer.token_to_id(special.get("bos_token", ""))
-  prefix = (bos,) if config.get("add_bos_token") is True and bos is not None else ()
-  ends = tuple(dict.fromkeys(i for i in ids if i is not None))  # without duplicates
+  end = tokenizer_lib.eos_id(tokenizer, folder)
+  others = (*tokenizer_lib.generation_ends(folder), *tokenizer_lib.known_ends(tokenizer))
+  ends = tuple(dict.fromkeys((end, *others)))  # without duplicates
+  prefix = tokenizer_lib.bos_ids(tokenizer, folder)
   return ServedModel(name, tokenizer, max_tokens_per_row, ends, prefix, chat.load_template(folder))
-
-
-def _generation_ends(folder: epath.Path) -> Sequence[int]:
-  path = folder / _GENERATION_FILE
-  if not path.exists():
-    return ()
-  try:
-    ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
-  except (ValueError, AttributeError) as error:
-    raise ValueError(f"{path} must be a JSON object, got: {error}") from error
-  return ends if isinstance(ends, list) else [ends]

@@ -24,11 +24,16 @@ def define_json() -> flags.FlagHolder[str | None]:
     "json", None, "File for the results as JSON; - writes them to stdout, and nothing else there."
   )
   flags.register_validator(holder, _has_folder, "the folder of the file must exist")
+  flags.register_validator(holder, _is_no_folder, "it must name a file, not a folder")
   return holder
 
 
 def _has_folder(path: str | None) -> bool:
   return path is None or path == STDOUT or (path != "" and epath.Path(path).parent.is_dir())
+
+
+def _is_no_folder(path: str | None) -> bool:
+  return path is None or path == STDOUT or not epath.Path(path).is_dir()
 
 
 def write_json(path: str | None, value: Any) -> None:

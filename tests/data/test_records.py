@@ -8,6 +8,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
 
 from dsmoe.data import batches, records
 from dsmoe.data import tokenizer as tokenizer_lib
@@ -181,3 +182,71 @@ def test_a_given_tokenizer(folder, prepared, tmp_path):
     batches.prepare(text_config(folder, tokenizer=path), size - 1, tmp_path / "small")
   with pytest.raises(ValueError, match=r"tokenizer.json, got absent.json"):
     batches.prepare(text_config(folder, tokenizer="absent.json"), VOCAB, tmp_path / "none")
+
+
+def foreign(folder, *names, **files):
+  """Writes a byte-level tokenizer.json whose last ids are the special tokens `names`."""
+  text = tokenizer_lib.train_tokenizer(["alpha beta gamma"], VOCAB - 10).to_str()
+  tokenizer = Tokenizer.from_str(text.replace("<|endoftext|>", "<|unused|>"))
+  tokenizer.add_special_tokens(list(names))
+  folder.mkdir()
+  tokenizer.save(str(folder / "tokenizer.json"))
+  for name, content in files.items():
+    (folder / name.replace("__", ".")).write_text(content)
+  return str(folder / "tokenizer.json"), [tokenizer.token_to_id(name) for name in names]
+
+
+def test_the_end_that_the_tokenizers_files_name(folder, tmp_path):
+  """Its files come along, so that who uses the data finds the same end."""
+  files = {"tokenizer_config__json": '{"eos_token": "[EOS]"}', "chat_template__jinja": "{{ x }}"}
+  path, (_, end) = foreign(tmp_path / "hf", "</s>", "[EOS]", **files)
+  made = batches.prepare(text_config(folder, tokenizer=path), VOCAB, tmp_path / "data")
+  documents = [*token_documents(made.train[0]), *token_documents(made.validation)]
+  assert all(ids[-1] == end and end not in ids[:-1] for ids in documents)
+  for name, content in files.items():
+    assert (tmp_path / "data" / name.replace("__", ".")).read_text() == content
+  [first, *_] = batches.validation_batches(made, text_config(folder, tokenizer=path), 2)
+  assert first["tokens"][0, 0] == end
+  assert (
+    json.loads((tmp_path / "data/inputs.json").read_text())["tokenizer"]["eos_token"] == "[EOS]"
+  )
+  # Another end is other data.
+  again = text_config(folder, tokenizer=path, eos_token="</s>")
+  with pytest.raises(ValueError, match=r"not overwritten.*\n.*eos_token: \[EOS\] -> \(absent\)"):
+    batches.prepare(again, VOCAB, tmp_path / "data")
+
+
+def test_the_end_that_a_setting_names(folder, tmp_path):
+  path, (end,) = foreign(tmp_path / "bare", "[EOS]")
+  with pytest.raises(ValueError, match=r"must have a special token that ends a document"):
+    batches.prepare(text_config(folder, tokenizer=path), VOCAB, tmp_path / "data")
+  with pytest.raises(ValueError, match=r"data.eos_token must be one of .*, got '<eos>'"):
+    config = text_config(folder, tokenizer=path, eos_token="<eos>")
+    batches.prepare(config, VOCAB, tmp_path / "data")
+  config = text_config(folder, tokenizer=path, eos_token="[EOS]")
+  made = batches.prepare(config, VOCAB, tmp_path / "data")
+  assert all(ids[-1] == end for ids in token_documents(made.train[0]))
+  loaded = tokenizer_lib.load_tokenizer(tmp_path / "data/tokenizer.json")  # without the setting
+  assert tokenizer_lib.eos_id(loaded, tmp_path / "data") == end
+  with pytest.raises(ValueError, match=r"data.eos_token \('x'\) must be a token of data.tokenizer"):
+    data_config(eos_token="x")
+
+
+def test_data_from_before_the_end_was_a_choice_is_used_again(folder, tmp_path):
+  path, _ = foreign(tmp_path / "hf", "</s>", "<|endoftext|>")
+  batches.prepare(text_config(folder, tokenizer=path), VOCAB, tmp_path / "data")
+  assert "eos_token" not in json.loads((tmp_path / "data/inputs.json").read_text())["tokenizer"]
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_settings_in_tokenizer_json_do_not_cut_documents(folder, prepared, tmp_path, setting):
+  tokenizer = Tokenizer.from_file(str(prepared.manifest.parent / "tokenizer.json"))
+  if setting == "truncation":
+    tokenizer.enable_truncation(16)
+  else:
+    tokenizer.enable_padding(length=64, pad_id=4, pad_token="<|pad|>")
+  tokenizer.save(str(tmp_path / "tokenizer.json"))
+  config = text_config(folder, tokenizer=str(tmp_path / "tokenizer.json"))
+  made = batches.prepare(config, VOCAB, tmp_path / "data")
+  assert token_documents(made.train[0]) == token_documents(prepared.train[0])
+  assert made.validation_tokens == prepared.validation_tokens

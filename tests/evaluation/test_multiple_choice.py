@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.evaluation import multiple_choice
 from tests.data.cases import VOCAB
 from tests.evaluation.oracle import log_probabilities
@@ -43,10 +42,10 @@ def test_choices_are_joined_as_in_running_text(run):
     ("alpha", " beta", "alpha", " beta"),
     ("", "beta", "<|endoftext|>", "beta"),
   ]:
-    ids = multiple_choice.encode_choice(tokenizer, prompt, choice)
+    ids = multiple_choice.encode_choice(tokenizer, prompt, choice, 0)
     texts = [tokenizer.decode(part, skip_special_tokens=False) for part in ids]
     assert texts == [context, continuation]
-  assert multiple_choice.encode_choice(tokenizer, "", "x")[0] == [tokenizer_lib.eos_id(tokenizer)]
+  assert multiple_choice.encode_choice(tokenizer, "", "x", 7)[0] == [7]
 
 
 def test_score_choices(run, monkeypatch):
@@ -76,7 +75,27 @@ def test_score_choices(run, monkeypatch):
     '{"question": "q", "choices": ["a", ""], "answer": 0}',
     '{"question": "q", "choices": ["a"], "answer": 0}',
     '{"question": "q", "choices": ["a", "b"], "answer": "a"}',
+    '{"question": "q", "choices": ["a", "b"], "answer": true}',
+    '{"question": "q", "choices": ["a", "b"], "answer": -1}',
+    '{"question": "q", "choices": ["a", "b"], "answerKey": "A"}',
+    '{"question": "q", "choices": "abc", "answer": 0}',
+    '{"question": "q", "choices": {"a": 1, "b": 2}, "answer": 0}',
+    '{"question": "q", "choices": ["a", 1], "answer": 0}',
+    '{"question": ["q"], "choices": ["a", "b"], "answer": 0}',
+    '{"question": {"stem": "q"}, "choices": ["a", "b"], "answer": 0}',
+    '{"question": "q\\ud83d", "choices": ["a", "b"], "answer": 0}',
+    '{"question": "q", "choices": ["a", "\\udc00"], "answer": 0}',
+    '{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answer": 0}',
+    '{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}',
+    '{"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "A"]}, "answerKey": "A"}',
+    '{"question": "q", "choices": {"text": ["a", "b"], "label": ["A"]}, "answerKey": "A"}',
+    '{"question": "q", "choices": {"text": "ab", "label": "AB"}, "answerKey": "A"}',
+    '{"question": "q", "choices": {"text": ["a", "b"], "label": "AB"}, "answerKey": "A"}',
+    '{"question": "q", "choices": {"label": ["A", "B"]}, "answerKey": "A"}',
+    '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"}',
+    "[" * 100000,
   ],
+  ids=lambda line: line[:90],
 )
 def test_broken_questions_are_refused(tmp_path, line):
   path = tmp_path / "q.jsonl"
@@ -86,3 +105,41 @@ def test_broken_questions_are_refused(tmp_path, line):
     multiple_choice.read_questions(path)
   path.write_text(f"{good}\n")
   assert multiple_choice.read_questions(path) == [multiple_choice.Question("p", ["a", "b"], 1)]
+
+
+def test_the_published_form_is_read(tmp_path):
+  """That of ARC: the labels are letters or digits, which are not places."""
+  rows = [
+    {"text": ["a", "b", "c"], "label": ["A", "B", "C"], "key": "C"},
+    {"text": ["a", "b"], "label": ["1", "2"], "key": "1"},
+  ]
+  path = tmp_path / "q.jsonl"
+  lines = [
+    {"id": "x", "question": "q", "answerKey": row.pop("key"), "choices": row} for row in rows
+  ]
+  path.write_text("\n".join(map(json.dumps, lines)))
+  assert multiple_choice.read_questions(path) == [
+    multiple_choice.Question("q", ["a", "b", "c"], 2),
+    multiple_choice.Question("q", ["a", "b"], 0),
+  ]
+
+
+def test_separators_of_lines_inside_json_are_text(tmp_path):
+  question = {"question": "a\u2028b\x85c", "choices": ["x\u2029", "y"], "answer": 0}
+  path = tmp_path / "q.jsonl"
+  path.write_bytes(json.dumps(question, ensure_ascii=False).encode() + b"\r\n")
+  [raw] = multiple_choice.read_questions(path)
+  path.write_text(json.dumps(question))
+  assert multiple_choice.read_questions(path) == [raw]
+  assert raw.prompt == "a\u2028b\x85c"
+
+
+def test_no_score_without_questions_or_numbers(run, monkeypatch):
+  with pytest.raises(ValueError, match="must be at least 1 question, got 0"):
+    multiple_choice.score_choices(run, [])
+  questions = [multiple_choice.Question("a", ["x", "y"], 0)]
+  for value in (np.nan, -np.inf):
+    scores = np.array([-1.0, value])
+    monkeypatch.setattr(multiple_choice, "loglikelihoods", lambda *_, scores=scores: scores)
+    with pytest.raises(ValueError, match=f"must be finite, got {value} with step 0"):
+      multiple_choice.score_choices(run, questions)

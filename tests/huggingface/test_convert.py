@@ -685,6 +685,18 @@ def test_verify_needs_one_model(tmp_path):
     list(_compare(tmp_path / "a", tmp_path / "b"))
 
 
+def test_import_without_mtp_layers(tmp_path):
+  """Because config.json counts none, or because one does not want them."""
+  write(tmp_path, SMALL, TENSORS)
+  convert.import_folder(tmp_path, tmp_path / "told", DEFAULTS, no_mtp=True)
+  write(tmp_path, SMALL | {"num_nextn_predict_layers": 0}, TENSORS)
+  convert.import_folder(tmp_path, tmp_path / "counted", DEFAULTS)
+  told, counted = (runs.checkpoint_arrays(tmp_path / name, 0) for name in ("told", "counted"))
+  runs.assert_bitwise_equal(told, counted)
+  assert not any("mtp" in name for name in told)
+  assert checkpoint.load_config(tmp_path / "told").model.num_nextn_predict_layers == 0
+
+
 def test_script_converts_both_ways(tmp_path):
   (tmp_path / "hf").mkdir()
   write_shards(tmp_path / "hf", SMALL, bfloat16_tensors())
@@ -693,6 +705,10 @@ def test_script_converts_both_ways(tmp_path):
   out = runs.run(script, "import", *args)
   assert re.search(r"import: .* of .* GB, .* GB/s, 0 s left", out)
   assert re.search(r"ignored\s+4\b", out) and "ignored, copy: 4" in out
+  other = (args[0], f"--workdir={tmp_path / 'main'}", "--no_mtp")
+  code, out, err = runs.finish(runs.start(script, "import", *other))
+  assert code == 0 and "ignored, MTP: " in out
+  assert [line for line in err.splitlines() if "are left out: layers [3, 4]" in line]
   code, _, err = runs.finish(runs.start(script, "import", *args))
   assert code == 1 and err.startswith("convert_hf: the destination must not exist, ")
   args = (f"--folder={tmp_path / 'out'}", f"--workdir={tmp_path / 'run'}")
@@ -704,6 +720,8 @@ def test_script_converts_both_ways(tmp_path):
     (("import",), 2, "--folder must be given"),
     (("export", "--dtype=float32"), 2, "--dtype must not be given with export, which reads --"),
     (("verify", f"--first={tmp_path}", "--second=/"), 1, f"{tmp_path} must hold config"),
+    (("verify", "--first=a", "--second=b", "--tolerance=inf"), 2, "at least 0 and finite, got inf"),
+    (("export", "--no_mtp"), 2, "--no_mtp must not be given with export"),
   ):
     code, out, err = runs.finish(runs.start(script, *wrong))
     assert (code, out) == (expected_code, "")

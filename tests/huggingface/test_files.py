@@ -148,6 +148,28 @@ def test_mtp_layers_left_out_by_transformers_are_counted_out(tmp_path, caplog):
     loading.load_pretrained(tmp_path, num_nextn_predict_layers=2)
 
 
+@pytest.mark.parametrize("config", [{"num_nextn_predict_layers": 0}, {}], ids=["config", "told"])
+def test_mtp_layers_that_nobody_counts_are_left_out(tmp_path, caplog, config):
+  """transformers ignores them too; copies of embedding and head go with them."""
+  copies = {"model.layers.3.embed_tokens.weight": TENSORS[EMBED] + 1}
+  write(tmp_path, SMALL | config, TENSORS | copies)
+  with caplog.at_level(logging.WARNING):
+    opened = loading.open_pretrained(tmp_path, num_nextn_predict_layers=0)
+    model = loading.load_pretrained(tmp_path, **({} if config else {"num_nextn_predict_layers": 0}))
+  assert "those of the files are left out: layers [3, 4]" in caplog.text
+  main = {n: t for n, t in TENSORS.items() if not re.match(r"model\.layers\.[34]\.", n)}
+  assert_holds(model, main)
+  left_out = {name for name, why in opened.account.ignored.items() if why == "MTP, left out"}
+  assert left_out == (set(TENSORS) | set(copies)) - set(main)
+
+
+def test_layers_without_a_projection_are_no_mtp_layers(tmp_path):
+  """So that a config.json with too few layers is still refused."""
+  write(tmp_path, SMALL | {"num_nextn_predict_layers": 0, "num_hidden_layers": 2}, TENSORS)
+  with pytest.raises(ValueError, match=r"model\.layers\.2\.\S+ in .* has no place"):
+    loading.load_pretrained(tmp_path)
+
+
 def without(name):
   return {other: tensor for other, tensor in TENSORS.items() if other != name}
 

@@ -6,7 +6,9 @@ import json
 
 import jinja2
 import pytest
+from tokenizers import Tokenizer, processors
 
+from dsmoe.data.tokenizer import CONFIG_FILE
 from dsmoe.inference import chat, text_model
 from tests.serving.running_server import TOKENIZER
 
@@ -110,10 +112,10 @@ def write(folder, name, values):
 def test_where_templates_are_found(tmp_path):
   assert chat.load_template(tmp_path) is None
   config = {"eos_token": {"content": "</s>", "lstrip": False}, "bos_token": None}
-  write(tmp_path, chat.CONFIG_FILE, config | {"chat_template": "config{{ eos_token }}"})
+  write(tmp_path, CONFIG_FILE, config | {"chat_template": "config{{ eos_token }}"})
   assert chat.load_template(tmp_path).render(MESSAGES) == "config</s>"
   several = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "default"}]
-  write(tmp_path, chat.CONFIG_FILE, config | {"chat_template": several})
+  write(tmp_path, CONFIG_FILE, config | {"chat_template": several})
   assert chat.load_template(tmp_path).render(MESSAGES) == "default"
   write(tmp_path, chat.TEMPLATE_FILE, "file{{ eos_token }}")
   assert chat.load_template(tmp_path).render(MESSAGES) == "file</s>"
@@ -121,17 +123,17 @@ def test_where_templates_are_found(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[1]"])
 def test_files_that_are_no_json_objects(tmp_path, text):
-  write(tmp_path, chat.CONFIG_FILE, text)
+  write(tmp_path, CONFIG_FILE, text)
   with pytest.raises(ValueError, match=r"tokenizer_config.json must be"):
     chat.load_template(tmp_path)
-  (tmp_path / chat.CONFIG_FILE).unlink()
+  (tmp_path / CONFIG_FILE).unlink()
   write(tmp_path, "generation_config.json", text)
   with pytest.raises(ValueError, match=r"generation_config.json must be"):
     text_model.load(tmp_path, TOKENIZER, "tiny", 64)
 
 
 def test_a_template_that_is_no_text(tmp_path):
-  write(tmp_path, chat.CONFIG_FILE, {"chat_template": 5})
+  write(tmp_path, CONFIG_FILE, {"chat_template": 5})
   with pytest.raises(ValueError, match="must be text, got a int"):
     chat.load_template(tmp_path)
 
@@ -139,14 +141,31 @@ def test_a_template_that_is_no_text(tmp_path):
 def test_what_ends_and_begins_a_text(tmp_path):
   assert text_model.load(tmp_path, TOKENIZER, "tiny", 64).stop_tokens == (0,)
   config = {"eos_token": "<|fim_suffix|>", "bos_token": {"content": "<|fim_prefix|>"}}
-  write(tmp_path, chat.CONFIG_FILE, config)
+  write(tmp_path, CONFIG_FILE, config)
   write(tmp_path, "generation_config.json", {"eos_token_id": [3, 2]})
   served = text_model.load(tmp_path, TOKENIZER, "tiny", 64)
-  assert (served.stop_tokens, served.prefix, served.template) == ((0, 2, 3), (), None)
-  write(tmp_path, chat.CONFIG_FILE, config | {"add_bos_token": True})
+  # The first is also the prompt in place of an empty one: what eos_token names.
+  assert (served.stop_tokens, served.prefix, served.template) == ((2, 3, 0), (), None)
+  write(tmp_path, CONFIG_FILE, config | {"add_bos_token": True})
   write(tmp_path, "generation_config.json", {"eos_token_id": 4})
   served = text_model.load(tmp_path, TOKENIZER, "tiny", 64)
-  assert (served.stop_tokens, served.prefix) == ((0, 2, 4), (1,))
+  assert (served.stop_tokens, served.prefix) == ((2, 4, 0), (1,))
+
+
+def test_a_prefix_goes_before_a_text_once(tmp_path):
+  tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single="<|fim_prefix|> $A <|endoftext|>",
+    special_tokens=[("<|fim_prefix|>", 1), ("<|endoftext|>", 0)],
+  )
+  served = text_model.load(tmp_path, tokenizer, "tiny", 64)
+  text = TOKENIZER.encode("def f", add_special_tokens=False).ids
+  assert served.encode("def f") == served.encode("<|fim_prefix|>def f") == [1, *text]
+  assert served.encode("<|fim_prefix|><|fim_prefix|>def f") == [1, 1, *text]  # as it is written
+  assert served.encode("def f<|fim_prefix|>") == [1, *text, 1]
+  assert served.encode("") == served.encode("<|fim_prefix|>") == [1]
+  assert served.encode("def f", add_special_tokens=False) == text
+  assert served.encode("<|fim_prefix|>def f", add_special_tokens=False) == [1, *text]
 
 
 # Each doubles, multiplies, pads or loops for ever within a few dozen characters.

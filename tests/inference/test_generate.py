@@ -1,8 +1,10 @@
 """Text in pieces, joined, is what decoding all tokens at once gives, up to a stop string."""
 
 import dataclasses
+import json
 
 import pytest
+from etils import epath
 
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.inference import batcher as batcher_lib
@@ -75,3 +77,29 @@ def test_a_refused_prompt_leaves_nothing_behind(batcher, tokenizer):
   with pytest.raises(ValueError, match=r"prompt \(9 tokens\) plus max_tokens \(120\)"):
     next(generate.stream(batcher, vocabulary, [[1], [2] * 9], settings))
   assert batcher.step() == [] and batcher.num_waiting == 0
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_prompts_are_lines(tmp_path, name):
+  prompts = ["a\u2028b", "c\x85\x1cd", "é"]
+  as_line = str if name == "p.txt" else lambda p: json.dumps({"prompt": p}, ensure_ascii=False)
+  (tmp_path / name).write_bytes("\r\n".join(map(as_line, [*prompts])).encode("utf-8-sig"))
+  assert generate.read_prompts(epath.Path(tmp_path / name)) == prompts
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("\n \n", r"must have at least 1 line, .*p.jsonl has none"),
+    ('{"text": "a"}', r"p.jsonl must have {'prompt': text} in each line: KeyError"),
+    ('{"prompt": 1}', r"p.jsonl must have {'prompt': text} in each line"),
+    ('{"prompt": "\\ud83d"}', r"every prompt of .*p.jsonl must be valid Unicode, got"),
+    ("[1]", r"p.jsonl must have {'prompt': text} in each line"),
+  ],
+)
+def test_files_of_prompts_that_are_refused(tmp_path, text, message):
+  (tmp_path / "p.jsonl").write_text(text)
+  with pytest.raises(ValueError, match=message):
+    generate.read_prompts(epath.Path(tmp_path / "p.jsonl"))
+  with pytest.raises(ValueError, match=r"prompts must be in a file, .* is a folder"):
+    generate.read_prompts(epath.Path(tmp_path))

@@ -289,6 +289,30 @@ def test_a_prefix_goes_before_text_only():
     assert requests.parse(body, served, False).choices[0].prompt == ids
 
 
+def test_special_tokens_are_added_once_and_when_asked_for():
+  served = served_model(prefix=(3,))
+
+  def prompt_of(prompt, **fields):
+    body = {"model": "tiny", "prompt": prompt, **fields}
+    return requests.parse(body, served, False).choices[0].prompt
+
+  mark = TOKENIZER.id_to_token(3)
+  assert prompt_of(mark + "def") == prompt_of("def") == [3, *encode("def")]
+  assert prompt_of("def", add_special_tokens=True) == [3, *encode("def")]
+  assert prompt_of("def", add_special_tokens=False) == encode("def")
+  assert prompt_of(mark + "def", add_special_tokens=False) == [3, *encode("def")]
+  assert prompt_of([9], add_special_tokens=True) == [9]
+  chat = {"model": "tiny", "messages": [{"role": "user", "content": "def"}]}
+  plain = requests.parse(chat, served, True).choices[0].prompt
+  assert (
+    requests.parse(chat | {"add_special_tokens": False}, served, True).choices[0].prompt == plain
+  )
+  added = requests.parse(chat | {"add_special_tokens": True}, served, True).choices[0].prompt
+  assert added == [3, *plain]
+  with pytest.raises(requests.ApiError, match="add_special_tokens must be a boolean, got 1"):
+    prompt_of("def", add_special_tokens=1)
+
+
 def parsed(is_chat=False, served=None, **fields):
   body = {"model": "tiny"} | ({"messages": MESSAGES} if is_chat else {"prompt": [1, 2]})
   return requests.parse(body | fields, served or served_model(), is_chat)
