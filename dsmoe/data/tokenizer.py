@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SPECIAL_TOKENS = (
   "<|endoftext|>",
@@ -106,13 +106,29 @@ def load_tokenizer(
 
   Raises:
     ValueError: if the file is missing or not a tokenizer, if an id does not fit in `vocab_size`,
-      or if no token ends a document.
+      if no token ends a document, or
+      one that texts can hold.
   """
   tokenizer = read_tokenizer(path)
   if vocab_size is not None:
     check_vocabulary(tokenizer, vocab_size)
-  eos_id(tokenizer, folder_of(path), eos_token)
+  _make_special(tokenizer, eos_id(tokenizer, folder_of(path), eos_token))
   return tokenizer
+
+
+def _make_special(tokenizer: Tokenizer, end: int) -> None:
+  """Makes the end of a document a special token, as transformers does with an `eos_token`.
+
+  Raises:
+    ValueError: if a text can hold the token even so.
+  """
+  entry = tokenizer.get_added_tokens_decoder().get(end)
+  if entry is not None and entry.special:
+    return
+  name, text = tokenizer.id_to_token(end), tokenizer.decode([end], skip_special_tokens=False)
+  tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True)])
+  if end in text_only(tokenizer).encode(text, add_special_tokens=False).ids:
+    raise ValueError(f"the token that ends a document must not be one of text, got {text!r}")
 
 
 def folder_of(path: epath.PathLike) -> epath.Path | None:

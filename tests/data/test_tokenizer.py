@@ -7,7 +7,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, processors
+from tokenizers import AddedToken, Tokenizer, models, processors
 
 from dsmoe.data import tokenizer as tokenizer_lib
 
@@ -239,3 +239,19 @@ def test_transformers_begins_a_text_alike(tmp_path, single, settings):
   text = loaded.encode("def", add_special_tokens=False).ids
   expected = theirs[: theirs.index(text[0])]
   assert list(tokenizer_lib.bos_ids(loaded, tmp_path)) == expected
+
+
+def test_the_end_of_a_document_is_no_text(tmp_path):
+  """A token that is not marked as special, but named as the end, becomes special."""
+  tokenizer = with_tokens("</s>")
+  tokenizer.add_tokens([AddedToken("<end>", special=False)])
+  path = written(tmp_path, tokenizer, tokenizer_config={"eos_token": "<end>"})
+  loaded = tokenizer_lib.load_tokenizer(path)
+  end = tokenizer_lib.eos_id(loaded, tmp_path)
+  text = "a <end> is named </s>"
+  [ids] = tokenizer_lib.encode_documents(tokenizer_lib.text_only(loaded), [text], end)
+  assert ids.tolist().index(end) == len(ids) - 1
+  assert loaded.decode(ids[:-1].tolist()) == text
+  for word in (" return", "e", "\u010a"):  # tokens of text; the last is a newline's
+    with pytest.raises(ValueError, match="must not be one of text, got"):
+      tokenizer_lib.load_tokenizer(path, eos_token=word.replace(" ", "\u0120"))
