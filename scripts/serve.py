@@ -5,11 +5,16 @@
     -d '{"model": "tiny", "prompt": "def ", "max_tokens": 32}'
 
 An API key, if clients must send one, is the content of --api_key_file or of $DSMOE_API_KEY.
-After SIGTERM running requests are finished and new ones refused; a second one ends at once.
+It first compiles its programs, all that it will ever run, which takes seconds for each. After
+SIGTERM running requests are finished and new ones refused; a second one ends those too.
 """
 
+import errno
 import ipaddress
 import os
+import socket
+import sys
+import time
 
 from absl import flags, logging
 from etils import epath
@@ -74,11 +79,37 @@ def is_loopback(host_name: str) -> bool:
     return host_name == "localhost"
 
 
+def check_address(host: str, port: int) -> None:
+  """Raises ValueError if another process listens there, before the long work of starting."""
+  for family, kind, protocol, _, address in socket.getaddrinfo(
+    host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+  ):
+    with socket.socket(family, kind, protocol) as probe:
+      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      try:
+        probe.bind(address)
+      except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+          raise ValueError(f"port {port} of {host} must be free, got: {error.strerror}") from error
+
+
+def compile_programs(batcher: batcher_lib.Batcher) -> None:
+  """Compiles all that the server runs, with a line of progress for each program."""
+  start, total = time.monotonic(), len(batcher.programs())
+  for number, (rows, tokens) in enumerate(batcher.compile(), 1):
+    what = f"prompts of {tokens} tokens" if tokens else "decoding"
+    secs = time.monotonic() - start
+    line = f"compiled {number} of {total} programs in {secs:.0f} s: {what}, {rows} at once"
+    print(line, file=sys.stderr, flush=True)
+  cpu.release_memory()
+
+
 def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
   logging.set_verbosity(logging.WARNING)
   runtime.start()
   key = api_key()
+  check_address(_HOST.value, _PORT.value)
   run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
   options = batcher_lib.BatcherOptions(_MAX_ROWS.value, _CACHE_BYTES.value, _SPECULATE.value)
   batcher = batcher_lib.make(run, options)
@@ -93,6 +124,7 @@ def main(argv: list[str]) -> None:
   limits = server.Limits(_MAX_BODY_BYTES.value, request_secs=_REQUEST_SECS.value)
   thread = BatcherThread(batcher, _MAX_ROWS.value, _MAX_QUEUE.value)
   application = server.Server(served, thread, limits, key)
+  compile_programs(batcher)
   http.HttpServer(application, _HOST.value, _PORT.value, _DRAIN_SECS.value).run()
 
 

@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,21 +19,13 @@ from dsmoe.checkpoint import LoadedRun
 from dsmoe.config import ModelConfig
 from dsmoe.inference import cache, decode, forward, sampling
 from dsmoe.inference.cache import PAGE_TOKENS
-from dsmoe.inference.cached_attention import Place
+from dsmoe.inference.padding import adjustments_of, bucket, buckets, place_of, settings_of
 from dsmoe.inference.rows import Event, Logprob, Row, logprob_at
 from dsmoe.inference.sampling import Sampling
 
-MAX_STOP_TOKENS = 8
+_ROWS_BASE, _TOKENS_BASE = 8, 4  # of the sizes that programs are compiled for, see `bucket`
 
 __all__ = ["Batcher", "BatcherOptions", "Event", "Logprob", "generate", "make"]
-
-
-def _bucket(n: int, base: int, most: int) -> int:
-  """Returns the next power of `base`, at most `most`: functions are compiled for these sizes."""
-  size = 1
-  while size < n:
-    size *= base
-  return min(size, most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +87,10 @@ class Batcher:
     self._table_width = -(-pages_per_row // cache.BLOCK_PAGES) * cache.BLOCK_PAGES
     self.config, self.options, self._page_bytes = config, options, page_bytes
     self._arch, self._weights = forward.prepare(config, params, router_bias, options.speculate)
-    self._kept = cache.empty(config, num_pages, options.speculate)
+    # On their device for good, like what programs return: another kind would be compiled anew.
+    arrays = (x for x in jax.tree.leaves(self._weights) if isinstance(x, jax.Array))
+    [device] = next(arrays).devices()
+    self._kept = jax.device_put(cache.empty(config, num_pages, options.speculate), device)
     self._pages = cache.PageTable(num_pages)
     self._lock = threading.Condition()
     self._numbers = itertools.count()
@@ -103,6 +98,7 @@ class Batcher:
     self._running: list[Row] = []
     self._cancelled: set[int] = set()
     self._counts: collections.Counter[str] = collections.Counter()
+    self._unadjusted: dict[int, sampling.Adjustments] = {}  # by the number of rows
 
   @property
   def num_waiting(self) -> int:
@@ -121,14 +117,40 @@ class Batcher:
       "cache_pages": self._pages.num_pages,
       "cache_bytes": self._pages.num_pages * self._page_bytes,
       "cache_bytes_used": self._pages.num_used * self._page_bytes,
+      "programs": decode.num_programs(),
     }
+
+  def programs(self) -> list[tuple[int, int]]:
+    """Returns (rows, tokens) of every program that this batcher runs; 0 tokens for decoding.
+
+    Whatever is asked for, no others are compiled: settings are values, and rows and prompts are
+    padded to a few sizes.
+    """
+    sizes = buckets(_ROWS_BASE, self.options.max_rows)
+    longest = min(self.options.prompt_part_tokens, self.max_tokens_per_row)
+    tokens = {self._part_tokens(n) for n in range(1, longest + 1)}
+    return [(B, 0) for B in sizes] + [
+      (B, S) for S in sorted(tokens) for B in sizes if B <= self._rows_at_once(S)
+    ]
+
+  def compile(self) -> Iterator[tuple[int, int]]:
+    """Compiles all `programs`, so that no request waits for it; yields each that is ready.
+
+    They are run without a row. Nothing may have been submitted.
+    """
+    for B, S in self.programs():
+      if S:
+        self._run_prefill([], B, np.zeros((B, S), np.int32), np.full(B, -1, np.int32), [])
+      else:
+        self._run_decode([], B)
+      yield B, S
 
   def submit(self, prompt: Sequence[int], sampling: Sampling) -> int:
     """Puts a request in the queue; returns its number.
 
     Raises:
-      ValueError: for an empty prompt, a token outside the vocabulary (stop tokens too), more
-        tokens than a row can hold, or more than MAX_STOP_TOKENS stop tokens.
+      ValueError: for an empty prompt, a token outside the vocabulary (of stop tokens and biases
+        too), or more tokens than a row can hold.
     """
     prompt, V = list(prompt), self.config.vocab_size
     if not prompt:
@@ -141,13 +163,11 @@ class Batcher:
         f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) must not exceed "
         f"the {self.max_tokens_per_row} tokens of a row"
       )
-    for token in sampling.stop_tokens:
-      if not 0 <= token < V:
-        raise ValueError(f"stop_tokens must be at least 0 and below vocab_size ({V}), got {token}")
-    if len(sampling.stop_tokens) > MAX_STOP_TOKENS:
-      raise ValueError(
-        f"stop_tokens must be at most {MAX_STOP_TOKENS}, got {len(sampling.stop_tokens)}"
-      )
+    biased = [token for token, _ in sampling.logit_bias]
+    for name, tokens in (("stop_tokens", sampling.stop_tokens), ("logit_bias", biased)):
+      for token in tokens:
+        if not 0 <= token < V:
+          raise ValueError(f"{name} must be at least 0 and below vocab_size ({V}), got {token}")
     # Log-probabilities of a prompt need all of it computed, so its pages are not looked up.
     keys = [] if sampling.prompt_logprobs else cache.page_keys(prompt)
     with self._lock:
@@ -201,58 +221,59 @@ class Batcher:
     self._running.remove(row)
     self._pages.give_back(row.pages)
 
-  def _num_rows(self, rows: Sequence[Row]) -> int:
-    return _bucket(len(rows), 4, self.options.max_rows)
+  def _part_tokens(self, num_tokens: int) -> int:
+    """Returns the size to which a part of a prompt is padded."""
+    most = self.options.prompt_part_tokens
+    return max(bucket(min(num_tokens, most), _TOKENS_BASE, most), PAGE_TOKENS)
 
-  def _place(self, rows: Sequence[Row], counts: Sequence[int]) -> Place:
-    B = self._num_rows(rows)
-    table_BP = np.zeros((B, self._table_width), np.int32)
-    first_B, count_B = np.zeros((2, B), np.int32)
-    for i, (row, count) in enumerate(zip(rows, counts)):
-      table_BP[i, : len(row.pages)] = row.pages
-      first_B[i], count_B[i] = row.length, count
-    return Place(table_BP, first_B, count_B)
+  def _rows_at_once(self, part_tokens: int) -> int:
+    """Returns the number of prompts taken in together, padding included."""
+    sizes = buckets(_ROWS_BASE, self.options.max_rows)
+    return max(B for B in sizes if B == 1 or B * part_tokens <= self.options.prefill_tokens)
 
-  def _settings(self, rows: Sequence[Row]) -> tuple[sampling.RowSampling, np.ndarray | None]:
-    """Returns the rows' settings, and the tokens each has seen if any has a repetition penalty."""
-    B = self._num_rows(rows)
-    padding = [Sampling(temperature=0.0)] * (B - len(rows))
-    settings = sampling.stack([row.sampling for row in rows] + padding)
-    if all(row.sampling.repetition_penalty == 1 for row in rows):
-      return settings, None
-    seen_BV = np.zeros((B, self.config.vocab_size), bool)
-    for i, row in enumerate(rows):
-      seen_BV[i, row.prompt + row.tokens] = True
-    return settings, seen_BV
+  def _settings(
+    self, rows: Sequence[Row], B: int
+  ) -> tuple[sampling.RowSampling, sampling.Adjustments]:
+    """Returns the rows' settings, and what adjusts their logits."""
+    settings = settings_of(rows, B)
+    if any(row.sampling.adjusts for row in rows):
+      return settings, adjustments_of(rows, B, self.config.vocab_size)
+    if B not in self._unadjusted:  # nobody reads it, but it has its place in the program
+      self._unadjusted[B] = adjustments_of([], B, self.config.vocab_size)
+    return settings, self._unadjusted[B]
+
+  def _run_prefill(self, rows: list[Row], B: int, tokens_BS, next_B, counts: list[int]):
+    """Runs the model on a part of each row's prompt; returns NumPy arrays."""
+    wanted = decode.Wanted(
+      np.bool_(any(row.sampling.logprobs is not None for row in rows)),
+      np.bool_(any(row.sampling.prompt_logprobs for row in rows)),
+    )
+    self._kept, *result = decode.prefill(
+      self._arch,
+      self._weights,
+      self._kept,
+      tokens_BS,
+      next_B,
+      place_of(rows, B, self._table_width, counts),
+      *self._settings(rows, B),
+      wanted,
+    )
+    drawn, drafted_B, prompt_logprobs = result
+    return jax.device_get((drawn, drafted_B, prompt_logprobs if wanted.prompt_logprobs else None))
 
   def _prefill(self, rows: list[Row]) -> list[Event]:
     if not rows:
       return []
-    first = min(len(rows[0].prompt) - rows[0].length, self.options.prompt_part_tokens)
-    S = max(_bucket(first, 2, self.options.prompt_part_tokens), PAGE_TOKENS)
-    rows = rows[: max(1, self.options.prefill_tokens // S)]
+    S = self._part_tokens(len(rows[0].prompt) - rows[0].length)
+    rows = rows[: self._rows_at_once(S)]
     counts = [min(len(row.prompt) - row.length, S) for row in rows]
-    place = self._place(rows, counts)
-    B = len(place.first_B)
+    B = bucket(len(rows), _ROWS_BASE, self.options.max_rows)
     tokens_BS, next_B = np.zeros((B, S), np.int32), np.full(B, -1, np.int32)
     for i, (row, count) in enumerate(zip(rows, counts)):
       end = row.length + count
       tokens_BS[i, :count] = row.prompt[row.length : end]
       next_B[i] = row.prompt[end] if end < len(row.prompt) else -1
-    settings, seen_BV = self._settings(rows)
-    self._kept, *result = decode.prefill(
-      self._arch,
-      any(row.sampling.logprobs is not None for row in rows),
-      any(row.sampling.prompt_logprobs for row in rows),
-      self._weights,
-      self._kept,
-      tokens_BS,
-      next_B,
-      place,
-      settings,
-      seen_BV,
-    )
-    drawn, drafted_B, prompt_logprobs = jax.device_get(result)
+    drawn, drafted_B, prompt_logprobs = self._run_prefill(rows, B, tokens_BS, next_B, counts)
     events = []
     for i, (row, count) in enumerate(zip(rows, counts)):
       self._counts["prompt_tokens"] += count
@@ -271,32 +292,29 @@ class Batcher:
       events.append(self._event(row, new, [(drawn.logprobs, (i,))] * len(new), is_first=True))
     return events
 
-  def _decode(self, rows: list[Row]) -> list[Event]:
-    if not rows:
-      return []
-    place = self._place(rows, [1] * len(rows))
-    B = len(place.first_B)
+  def _run_decode(self, rows: list[Row], B: int) -> tuple[decode.Step, Any]:
+    """Runs a round of decoding; returns its steps and the newest drafts, as NumPy arrays."""
+    place = place_of(rows, B, self._table_width, [1] * len(rows))
     token_B, remaining_B, draft_B = np.zeros((3, B), np.int32)
-    stop_BX = np.full((B, MAX_STOP_TOKENS), -1, np.int32)
     for i, row in enumerate(rows):
       token_B[i], remaining_B[i], draft_B[i] = row.tokens[-1], row.remaining, row.draft
-      stop_BX[i, : len(row.sampling.stop_tokens)] = row.sampling.stop_tokens
-    settings, seen_BV = self._settings(rows)
-    state = decode.Rows(
-      token_B, draft_B if self.options.speculate else None, place.first_B, remaining_B, seen_BV
-    )
     self._kept, state, steps = decode.decode(
       self._arch,
       self.options.steps_per_round,
-      any(row.sampling.logprobs is not None for row in rows),
       self._weights,
       self._kept,
-      state,
+      decode.Rows(token_B, draft_B if self.options.speculate else None, place.first_B, remaining_B),
       place.table_BP,
-      settings,
-      stop_BX,
+      *self._settings(rows, B),
+      np.bool_(any(row.sampling.logprobs is not None for row in rows)),
     )
-    steps, draft_B = jax.device_get((steps, state.draft_B))
+    return jax.device_get((steps, state.draft_B))
+
+  def _decode(self, rows: list[Row]) -> list[Event]:
+    if not rows:
+      return []
+    B = bucket(len(rows), _ROWS_BASE, self.options.max_rows)
+    steps, draft_B = self._run_decode(rows, B)
     self._counts["drafts"] += int(steps.drafted_B.sum())
     if self.options.speculate:
       self._counts["drafts_accepted"] += int((steps.token_BX[..., 1] >= 0).sum())

@@ -1,81 +1,122 @@
-"""Turns a conversation into one text by the checkpoint's own chat template, in a sandbox.
+"""Turns a conversation into one text by the checkpoint's own chat template.
 
 Templates are in Jinja, in `chat_template.jinja` or in `tokenizer_config.json`, both beside
 `tokenizer.json`. They get the variables and functions that Hugging Face's `apply_chat_template`
-gives them.
+gives them. They run in Jinja's sandbox, in a process with limits on time and memory.
 """
 
-import datetime
 import json
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 from etils import epath
 
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.data.tokenizer import CONFIG_FILE
+from dsmoe.inference import template_program as program
 
 TEMPLATE_FILE = "chat_template.jinja"
+# Processor time is what is limited; this bounds the time of one that waits, or of a busy machine.
+_PATIENCE = 12
 
 
-class _Generation(jinja2.ext.Extension):
-  """Ignores the tags {% generation %} and {% endgeneration %} around an assistant's text."""
+class _Renderer:
+  """The process that renders; started when first needed, and again after it has ended."""
 
-  tags = {"generation"}  # noqa: RUF012
+  def __init__(self, limit_secs: int = 5):
+    """Prepares to start it; `limit_secs` of processor time are for one text."""
+    self._limit_secs = limit_secs
+    self._process: subprocess.Popen | None = None
+    self._lock = threading.Lock()
 
-  def parse(self, parser):
-    next(parser.stream)
-    return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+  def ask(self, source: str, values: Mapping[str, Any] | None) -> dict[str, str]:
+    """Returns the process's answer, see template_program.py; its unexpected end is one too."""
+    line = json.dumps({"source": source, "values": values, "secs": self._limit_secs}) + "\n"
+    with self._lock:
+      if self._process is None or self._process.poll() is not None:
+        self._process = _start()
+      process = self._process
+      timer = threading.Timer(_PATIENCE * self._limit_secs, process.kill)
+      timer.start()
+      try:
+        answer = _exchange(process, line)
+      except BaseException:  # Ctrl-C too: an answer that nobody reads must not be the next one's
+        process.kill()
+        raise
+      finally:
+        timer.cancel()
+    if answer:
+      return json.loads(answer)
+    return {"error": _why(process, self._limit_secs), "at": "rendering"}
 
 
-def _raise_exception(message: str):
-  raise jinja2.TemplateError(message)
-
-
-def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-  """Returns JSON that is not escaped for HTML, unlike that of Jinja's own filter."""
-  return json.dumps(
-    value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+def _start() -> subprocess.Popen:
+  return subprocess.Popen(
+    [sys.executable, "-P", program.__file__],  # -P: the modules beside it are not Python's own
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    encoding="utf-8",
+    start_new_session=True,  # Ctrl-C in a terminal is not for it
   )
 
 
-def _strftime_now(format: str) -> str:
-  return datetime.datetime.now().strftime(format)
+def _exchange(process: subprocess.Popen, line: str) -> str:
+  """Sends a line and returns the answer's; "" when the process has ended instead."""
+  assert process.stdin is not None and process.stdout is not None
+  try:
+    process.stdin.write(line)
+    process.stdin.flush()
+  except BrokenPipeError:
+    return ""
+  return process.stdout.readline()
+
+
+def _why(process: subprocess.Popen, limit_secs: int) -> str:
+  """Returns what the process exceeded that ended without an answer."""
+  code = process.wait()
+  if code == -signal.SIGXCPU:
+    return f"it needs more than {limit_secs} seconds of processor time"
+  if code == program.EXIT_MEMORY:
+    return f"it needs more than {program.LIMIT_BYTES >> 20} MiB of memory"
+  return f"the process that ran it was ended, with code {code}"
+
+
+_RENDERER = _Renderer()
 
 
 class ChatTemplate:
-  """A compiled template and the special tokens that it may use."""
+  """A template and the special tokens that it may use."""
 
   def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None):
-    """Compiles `source`.
+    """Checks `source`.
 
     Args:
       source: in Jinja.
       special_tokens: by name, such as `bos_token`.
 
     Raises:
-      ValueError: if it is not valid Jinja.
+      ValueError: if it is not valid Jinja, or compiling it exceeds the limits.
     """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True,
-      lstrip_blocks=True,
-      extensions=[jinja2.ext.loopcontrols, _Generation],
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    try:
-      self._template = environment.from_string(source)
-    except jinja2.TemplateError as error:
-      raise ValueError(f"the chat template must be valid Jinja, got: {error}") from error
+    self._source = source
     self._special_tokens = dict(special_tokens or {})
+    # Names of variables that a caller may not set.
+    self.reserved = frozenset(
+      {"self", "messages", "add_generation_prompt", *program.FUNCTIONS, *self._special_tokens}
+    )
+    message = _RENDERER.ask(source, None).get("error")
+    if message is not None:
+      reason = f"the chat template must be valid Jinja, got: {message}"
+      raise ValueError(reason) from jinja2.TemplateError(message)
 
   def render(
     self,
     messages: Sequence[Mapping[str, Any]],
+    /,
     add_generation_prompt: bool = True,
     **variables: Any,
   ) -> str:
@@ -84,19 +125,24 @@ class ChatTemplate:
     A special token's name inside a message becomes that token, as one of the template's does.
 
     Args:
-      messages: each with "role" and "content", and other fields that the template reads.
+      messages: each with "role" and "content", and other fields that the template reads; JSON's
+        values, like the variables.
       add_generation_prompt: end where the assistant's answer begins.
       **variables: other variables of the template, such as `enable_thinking`.
 
     Raises:
-      ValueError: if the template refuses the messages, or fails on them.
+      ValueError: if the template refuses the messages, fails on them, or exceeds the limits on
+        time, memory and the text's length.
     """
     given = {"tools": None, "documents": None} | self._special_tokens | variables
     given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
     try:
-      return self._template.render(given)
-    except Exception as error:  # the template is a program and may raise anything
-      raise ValueError(f"the chat template refused the messages: {error}") from error
+      answer = _RENDERER.ask(self._source, given)
+    except (TypeError, RecursionError) as error:
+      raise ValueError(f"messages and variables must be values of JSON, got: {error}") from error
+    if "error" in answer:
+      raise ValueError(f"the chat template refused the messages: {answer['error']}")
+    return answer["text"]
 
 
 def load_template(folder: epath.PathLike) -> ChatTemplate | None:

@@ -77,20 +77,24 @@ class Detokenizer:
   that the number of U+FFFD for invalid UTF-8 can be smaller than with a byte-fallback tokenizer.
   """
 
-  def __init__(self, vocabulary: Vocabulary, context: Sequence[int] = ()):
+  def __init__(
+    self, vocabulary: Vocabulary, context: Sequence[int] = (), skip_special: bool = True
+  ):
     """Starts after the tokens of `context`, whose text is not returned.
 
-    A character that `context` leaves unfinished is returned once it is whole.
+    A character that `context` leaves unfinished is returned once it is whole. Special tokens have
+    no text, or their names for `skip_special=False`.
     """
     self._vocabulary = vocabulary
+    self._skipped = vocabulary.special if skip_special else frozenset()
     self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
     self._strip = vocabulary.strips_first_space
     self.push(context[-_CONTEXT_TOKENS:])
 
   def push(self, tokens: Iterable[int]) -> str:
     """Returns the characters that are whole with `tokens`, perhaps none."""
-    special, token_bytes = self._vocabulary.special, self._vocabulary.token_bytes
-    new = b"".join(token_bytes(token) for token in tokens if token not in special)
+    token_bytes = self._vocabulary.token_bytes
+    new = b"".join(token_bytes(token) for token in tokens if token not in self._skipped)
     if self._strip and new:
       self._strip, new = False, new.removeprefix(b" ")
     return self._decoder.decode(new)
@@ -117,14 +121,21 @@ class StopStrings:
     self._stops = tuple(stops)
     self._longest = max(map(len, stops), default=0)
     self._held = ""
+    self._num_exempt = 0  # characters at the beginning of _held in which no stop string may end
     self.found = False
 
-  def push(self, text: str) -> str:
-    """Returns the text that cannot belong to a stop string; "" once one was found."""
+  def push(self, text: str, exempt: bool = False) -> str:
+    """Returns the text that cannot belong to a stop string; "" once one was found.
+
+    With `exempt` no stop string ends in `text`; one that begins there may end in what follows.
+    """
     if self.found:
       return ""
     text = self._held + text
-    places = [(text.find(stop), len(stop)) for stop in self._stops]
+    if exempt:
+      self._num_exempt = len(text)
+    begin = self._num_exempt + 1
+    places = [(text.find(stop, max(0, begin - len(stop))), len(stop)) for stop in self._stops]
     ends = [(place + size, place) for place, size in places if place >= 0]
     if ends:
       self.found, self._held = True, ""
@@ -133,6 +144,7 @@ class StopStrings:
     while held and not any(stop.startswith(text[-held:]) for stop in self._stops):
       held -= 1
     self._held = text[len(text) - held :]
+    self._num_exempt = max(0, self._num_exempt - (len(text) - held))
     return text[: len(text) - held]
 
   def flush(self) -> str:

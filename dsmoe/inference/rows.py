@@ -12,6 +12,7 @@ class Logprob(NamedTuple):
   token: int
   logprob: float
   top: tuple[tuple[int, float], ...]  # the likeliest (token, logprob), descending
+  rank: int = 0  # the token's among all; 1 is the likeliest
 
 
 class Event(NamedTuple):
@@ -54,4 +55,4 @@ def logprob_at(values: TokenLogprobs, at: tuple[int, ...], token: int, row: Row)
   """Returns one token's log-probability out of a batch's, and as many others as `row` asks for."""
   shown = row.sampling.logprobs or 0
   top = zip(values.top_tokens[at][:shown].tolist(), values.top[at][:shown].tolist())
-  return Logprob(token, float(values.chosen[at]), tuple(top))
+  return Logprob(token, float(values.chosen[at]), tuple(top), int(values.rank[at]))

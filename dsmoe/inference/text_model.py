@@ -1,6 +1,7 @@
 """What is known of a model besides its weights: name, tokenizer, stop tokens, chat template."""
 
 import dataclasses
+import functools
 
 from etils import epath
 from tokenizers import Tokenizer
@@ -30,6 +31,12 @@ class ServedModel:
         f"{self.stop_tokens}"
       )
     object.__setattr__(self, "vocabulary", Vocabulary(self.tokenizer))
+
+  @functools.cached_property
+  def max_prompt_bytes(self) -> int:
+    """The length of a text of the longest tokens that just fits: what is longer is refused."""
+    ids = range(self.tokenizer.get_vocab_size())
+    return self.max_tokens_per_row * max(len(self.vocabulary.token_bytes(i)) for i in ids)
 
   def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
     """Returns a text's token ids, after `prefix` unless it begins with that already.

@@ -16,7 +16,6 @@ class Answer:
   def __init__(self, served: ServedModel, request: Request):
     self.choices = [Choice(served, request, index) for index in range(len(request.choices))]
     self._request = request
-    self._has_logprobs = request.choices[0].sampling.logprobs is not None
     self._head = {
       "id": f"{'chatcmpl' if request.is_chat else 'cmpl'}-{secrets.token_hex(12)}",
       "object": "chat.completion" if request.is_chat else "text_completion",
@@ -35,8 +34,13 @@ class Answer:
         values["message"] = {"role": "assistant", "content": text, "refusal": None}
       else:
         values["text"] = text
+        if self._request.prompt_logprobs is not None:
+          values["prompt_logprobs"] = self.choices[index].prompt_logprobs
       choices.append(values | {"finish_reason": parts[-1].finish})
-    return self._head | {"choices": choices, "usage": self._usage()}
+    answer: dict[str, Any] = self._head | {"choices": choices, "usage": self._usage()}
+    if self._request.is_chat and self._request.prompt_logprobs is not None:
+      answer["prompt_logprobs"] = self.choices[0].prompt_logprobs
+    return answer
 
   def opening(self) -> list[dict[str, Any]]:
     """Returns the first chunks of a stream: in a chat, one with the role for each choice."""
@@ -69,7 +73,7 @@ class Answer:
     return self._head | kind | {"choices": choices} | usage
 
   def _logprobs(self, entries: Sequence[Entry]) -> dict[str, Any] | None:
-    if not self._has_logprobs:
+    if self._request.logprobs is None:
       return None
     return chat_logprobs(entries) if self._request.is_chat else completion_logprobs(entries)
 

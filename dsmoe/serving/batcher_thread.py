@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from absl import logging
 
 from dsmoe.inference.batcher import Batcher, Event
-from dsmoe.serving.requests import ApiError, ChoiceRequest
+from dsmoe.serving.fields import ApiError
+from dsmoe.serving.requests import ChoiceRequest
 
 _IDLE_SECS = 0.1  # between two looks at whether the thread should stop
 
@@ -66,12 +67,10 @@ class BatcherThread:
     """Queues all choices, or none.
 
     Raises:
-      ApiError: when they do not fit in the queue, now or ever, or the batcher refuses one.
+      ApiError: when they do not fit in the queue now, or the batcher refuses one.
     """
     if self.error is not None:
       raise self.error
-    if len(choices) > self.capacity:
-      raise ApiError(f"n times prompts ({len(choices)}) must be at most {self.capacity}", "prompt")
     if len(self._jobs) + len(choices) > self.capacity:
       message = (
         f"{len(self._jobs)} of at most {self.capacity} choices are being generated or wait; "
@@ -85,7 +84,8 @@ class BatcherThread:
         self._jobs[number], job.running[number] = job, index
     except ValueError as error:
       job.cancel()
-      raise ApiError(str(error), "prompt") from error
+      fields = {"stop_tokens": "stop_token_ids", "logit_bias": "logit_bias"}
+      raise ApiError(str(error), fields.get(str(error).split()[0], "prompt")) from error
     return job
 
   def cancel(self, number: int) -> None:

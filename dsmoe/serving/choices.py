@@ -1,10 +1,10 @@
-"""The batcher's events as text, and as log-probabilities in OpenAI's forms."""
+"""The batcher's events as text, and as log-probabilities in OpenAI's and vLLM's forms."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dsmoe.inference.batcher import Event, Logprob
-from dsmoe.inference.detokenize import Detokenizer, StopStrings
+from dsmoe.inference.detokenize import Detokenizer, StopStrings, Vocabulary
 from dsmoe.inference.text_model import ServedModel
 from dsmoe.serving.requests import Request
 
@@ -32,36 +32,42 @@ class Choice:
   """The text of one choice; what may begin a stop string is held back until that is known."""
 
   def __init__(self, served: ServedModel, request: Request, index: int):
-    self._prompt = request.choices[index].prompt
-    self._echo, self._ends = request.echo, served.stop_tokens
-    self._text = Detokenizer(served.vocabulary, () if request.echo else self._prompt)
+    self._request = request
+    self._prompt, sampling = request.choices[index]
+    self._min_tokens = sampling.min_tokens
+    self._vocabulary = served.vocabulary
+    context = () if request.echo else self._prompt
+    skip = request.skip_special_tokens
+    self._text = Detokenizer(served.vocabulary, context, skip)
     self._stops = StopStrings(request.stops)
-    self._bytes_of = served.vocabulary.token_bytes
     # A second detokenizer, of the entries' tokens, tells at which character each begins.
-    self._reader = Detokenizer(served.vocabulary, () if request.echo else self._prompt)
+    self._reader = Detokenizer(served.vocabulary, context, skip)
     self._num_read = self._num_sent = 0  # characters of the entries, and of the returned text
     self._entries: list[Entry] = []
     self._begun = False
-    self.num_tokens = 0
+    self.num_tokens = 0  # new ones, up to the one that completes a stop string
+    self.num_surplus = 0  # new ones after that: the batcher generates several before it is told
+    self.prompt_logprobs: list[dict[str, Any] | None] | None = None
 
   def push(self, event: Event) -> Delta:
     """Returns the text that is certain after `event`, and the entries of its tokens.
 
     The choice ends with the first delta that has a `finish`, even if more events come.
     """
-    text, tokens, finish = "", event.tokens, event.finish
-    if not self._begun:
-      self._begun = True
-      if self._echo:
-        text = self._text.push(self._prompt)
-      for token, value in zip(self._prompt, event.prompt_logprobs):
-        self._add(token, value)
-    for value in event.logprobs:
-      self._add(value.token, value)
-    self.num_tokens += len(tokens)
-    if tokens and tokens[-1] in self._ends:
+    text = "" if self._begun else self._begin(event)
+    tokens, finish = event.tokens, event.finish
+    if tokens and tokens[-1] in self._request.ends:
       tokens, finish = tokens[:-1], "stop"
-    text += self._stops.push(self._text.push(tokens))
+    for place, token in enumerate(event.tokens):
+      self.num_tokens += 1
+      if place < len(tokens):
+        exempt = self.num_tokens <= self._min_tokens
+        text += self._stops.push(self._text.push([token]), exempt)
+      if event.logprobs and self._request.logprobs is not None:
+        self._add(token, event.logprobs[place])
+      if self._stops.found:
+        self.num_surplus += len(event.tokens) - place - 1
+        break
     if finish:
       text += self._stops.push(self._text.flush()) + self._stops.flush()
     if self._stops.found:
@@ -75,10 +81,29 @@ class Choice:
     entries, self._entries = tuple(self._entries[:ready]), self._entries[ready:]
     return Delta(text, entries, finish)
 
+  def _begin(self, event: Event) -> str:
+    """Takes in the prompt with the first event; returns its text if it is echoed."""
+    self._begun, request = True, self._request
+    if request.prompt_logprobs is not None:
+      self.prompt_logprobs = [
+        None if value is None else _ranked(self._vocabulary, value, request.prompt_logprobs)
+        for value in event.prompt_logprobs
+      ]
+    if not request.echo:
+      return ""
+    if request.logprobs is not None:
+      for token, value in zip(self._prompt, event.prompt_logprobs):
+        self._add(token, value)
+    return self._text.push(self._prompt)
+
   def _add(self, token: int, value: Logprob | None) -> None:
-    top = tuple((self._bytes_of(i), _clamp(p)) for i, p in value.top) if value else ()
-    logprob = None if value is None else _clamp(value.logprob)
-    self._entries.append(Entry(self._bytes_of(token), self._num_read, logprob, top))
+    bytes_of, logprob = self._vocabulary.token_bytes, None
+    top: tuple[tuple[bytes, float], ...] = ()
+    if value is not None:
+      likeliest = value.top[: self._request.logprobs]
+      top = tuple((bytes_of(i), _clamp(p)) for i, p in likeliest)
+      logprob = _clamp(value.logprob)
+    self._entries.append(Entry(bytes_of(token), self._num_read, logprob, top))
     self._num_read += len(self._reader.push([token]))
 
 
@@ -92,6 +117,20 @@ def _show(token: bytes) -> str:
     return token.decode()
   except UnicodeDecodeError:
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def _ranked(vocabulary: Vocabulary, value: Logprob, num_top: int) -> dict[str, Any]:
+  """Returns one token of vLLM's `prompt_logprobs`: by id, it and the likeliest ones."""
+  ranks = {token: (rank, p) for rank, (token, p) in enumerate(value.top[:num_top], 1)}
+  ranks |= {value.token: (value.rank, value.logprob)}
+  return {
+    str(token): {
+      "logprob": _clamp(p),
+      "rank": rank,
+      "decoded_token": vocabulary.token_bytes(token).decode(errors="replace"),
+    }
+    for token, (rank, p) in ranks.items()
+  }
 
 
 def completion_logprobs(entries: Sequence[Entry]) -> dict[str, Any]:

@@ -1,19 +1,67 @@
-"""Uvicorn that drains: after SIGTERM running requests are finished and new ones refused."""
+"""Uvicorn that drains after SIGTERM, and whose connections may not be idle for long."""
 
 import asyncio
+import functools
+import resource
 import time
 
 import uvicorn
 from absl import logging
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dsmoe.serving.requests import ApiError
-from dsmoe.serving.server import Server
+from dsmoe.serving.server import Server, shutting_down
 
 _IDLE_CONNECTIONS = 256  # allowed beside connections with a request
+_OTHER_FILES = 128  # that the process may have open beside connections
+_END_SECS = 1  # that clients have to read why they get no answer
+
+
+class Connection(H11Protocol):
+  """A connection that knows since when it is idle, and that makes others give way to it.
+
+  Of more than `most` connections, the one that has been idle for longest is closed: clients that
+  only connect keep nobody out.
+  """
+
+  def __init__(self, *args, most: int, **kwargs):
+    super().__init__(*args, **kwargs)
+    self._most = most
+    self._quiet_since = self.loop.time()
+    self._num_unread = 0  # bytes written that the system has not taken yet, because nobody reads
+
+  def connection_made(self, transport) -> None:
+    super().connection_made(transport)
+    if len(self.connections) <= self._most:
+      return
+    others = [c for c in self.connections if isinstance(c, Connection) and c is not self]
+    idle = [c for c in others if c.is_idle]
+    if idle:
+      oldest = min(idle, key=lambda c: c._quiet_since)
+      self.connections.discard(oldest)
+      oldest.transport.close()
+
+  def on_response_complete(self) -> None:
+    self._quiet_since = self.loop.time()
+    super().on_response_complete()
+
+  @property
+  def is_idle(self) -> bool:
+    """Whether it has no request, or only the beginning of one's header."""
+    return self.cycle is None or self.cycle.response_complete
+
+  def end_if_idle(self, limit_secs: float) -> None:
+    """Closes it after that time without a request, or with an answer that nobody reads on."""
+    num_unread = self.transport.get_write_buffer_size()
+    if num_unread < self._num_unread:
+      self._quiet_since = self.loop.time()
+    self._num_unread = num_unread
+    over = self.loop.time() - self._quiet_since > limit_secs
+    if over and (self.is_idle or self.transport.is_closing()):
+      self.transport.abort()
 
 
 class HttpServer(uvicorn.Server):
-  """Drains at the first signal; ends at once at the second."""
+  """Drains at the first signal; at the second, those who wait are told that it ends."""
 
   def __init__(self, server: Server, host: str, port: int, drain_secs: float):
     """Prepares to listen.
@@ -23,6 +71,9 @@ class HttpServer(uvicorn.Server):
       host, port: where; port 0 for any free one.
       drain_secs: time that running requests have to finish after the first signal.
     """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2 * server.batcher_thread.capacity + _IDLE_CONNECTIONS
+    most = max(1, min(most, files - _OTHER_FILES))
     super().__init__(
       uvicorn.Config(
         server.app,
@@ -30,11 +81,11 @@ class HttpServer(uvicorn.Server):
         port=port,
         lifespan="on",
         loop="asyncio",
-        http="h11",
+        http=functools.partial(Connection, most=most),  # type: ignore[arg-type]
+        ws="none",
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=5,
-        limit_concurrency=2 * server.batcher_thread.capacity + _IDLE_CONNECTIONS,
       )
     )
     self._server, self._drain_secs = server, drain_secs
@@ -52,11 +103,21 @@ class HttpServer(uvicorn.Server):
       host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
       print(f"serving {self._server.served.name} on http://{host}:{self.bound_port}", flush=True)
 
+  async def on_tick(self, counter: int) -> bool:
+    """Does what is done ten times a second; returns whether to end."""
+    if counter % 5 == 0:
+      for connection in list(self.server_state.connections):
+        assert isinstance(connection, Connection)
+        connection.end_if_idle(self._server.limits.idle_secs)
+    return await super().on_tick(counter)
+
   def handle_exit(self, sig, frame) -> None:
-    """Begins to drain, or ends at once when draining has begun already."""
+    """Begins to drain; ends at once, with an answer for all, when that has begun already."""
     loop = self._loop
-    if self._server.draining or loop is None:
+    if loop is None:
       self.should_exit = self.force_exit = True
+    elif self._server.draining:
+      loop.call_soon_threadsafe(self._end)
     else:
       self._server.draining = True
       loop.call_soon_threadsafe(lambda: loop.create_task(self._drain()))
@@ -64,12 +125,17 @@ class HttpServer(uvicorn.Server):
   async def _drain(self) -> None:
     server = self._server
     end = time.monotonic() + self._drain_secs
-    while server.num_active and time.monotonic() < end:
+    while server.num_active and time.monotonic() < end and not self.should_exit:
       await asyncio.sleep(0.02)
-    if server.num_active:
+    if server.num_active and not self.should_exit:
       logging.warning(
         "%d requests are not finished after %g s", server.num_active, self._drain_secs
       )
-      message = "the server is shutting down"
-      server.batcher_thread.end(ApiError(message, None, "draining", 503, "server_error"))
+      server.batcher_thread.end(shutting_down())
+    self.should_exit = True
+
+  def _end(self) -> None:
+    """Ends all requests; those that are still being read are cancelled after a moment."""
+    self._server.batcher_thread.end(shutting_down())
+    self.config.timeout_graceful_shutdown = _END_SECS
     self.should_exit = True

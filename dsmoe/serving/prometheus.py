@@ -22,7 +22,8 @@ class _BatcherCollector:
     yield GaugeMetricFamily("dsmoe_queue_length", "Choices that wait in the queue.", waiting)
     yield GaugeMetricFamily("dsmoe_running_rows", "Choices being generated.", running)
     for name, value in batcher.stats().items():
-      family = GaugeMetricFamily if name.startswith("cache_") else CounterMetricFamily
+      is_gauge = name.startswith("cache_") or name == "programs"
+      family = GaugeMetricFamily if is_gauge else CounterMetricFamily
       yield family(f"dsmoe_batcher_{name}", f"The batcher's {name}.", value)
 
 
@@ -48,6 +49,11 @@ class Metrics:
     )
     self.new_tokens = prometheus.Counter(
       "dsmoe_new_tokens", "Tokens generated for clients.", registry=self.registry
+    )
+    self.surplus_tokens = prometheus.Counter(
+      "dsmoe_surplus_tokens",
+      "Tokens generated after a stop string, which no client gets or is charged for.",
+      registry=self.registry,
     )
     self.first_token_secs = prometheus.Histogram(
       "dsmoe_first_token_secs",

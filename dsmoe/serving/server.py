@@ -8,13 +8,16 @@ http.py listens on the port.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hmac
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from absl import logging
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -22,15 +25,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from dsmoe.inference.text_model import ServedModel
-from dsmoe.serving import requests, streams
+from dsmoe.serving import fields, requests, streams
 from dsmoe.serving.answers import Answer
 from dsmoe.serving.batcher_thread import BatcherThread, Job
 from dsmoe.serving.choices import Delta
+from dsmoe.serving.fields import ApiError
 from dsmoe.serving.prometheus import Metrics
-from dsmoe.serving.requests import ApiError
 
 _GENERATION = ("/v1/completions", "/v1/chat/completions")
 _ROUTES = (*_GENERATION, "/v1/models", "/health", "/metrics")
+_NUM_READERS = 2
 _CLIENT_GONE = 499  # only the metrics show this status: the client has left
 
 
@@ -39,8 +43,14 @@ class Limits:
   """The largest size and the longest times of one request."""
 
   max_body_bytes: int = 4 * 2**20
+  idle_secs: float = 20.0  # of a connection without a request, or with an answer nobody reads
   body_secs: float = 30.0  # until the body has arrived
   request_secs: float = 600.0  # until the answer is complete
+
+  @property
+  def answer_secs(self) -> float:
+    """Until a client has read its answer to the end."""
+    return self.body_secs + self.request_secs + streams.SEND_SECS
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -72,6 +82,8 @@ class Server:
     self.metrics = Metrics(batcher_thread.batcher)
     self.draining = False
     self.num_active = 0  # requests for text whose answer is not complete
+    # Requests are read in threads, since long texts take long to encode.
+    self._readers = concurrent.futures.ThreadPoolExecutor(_NUM_READERS, "reader")
     self._api_key = api_key.encode()
     self._created = int(time.time())
     handlers: dict[Any, Any] = {
@@ -99,6 +111,7 @@ class Server:
   async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
     self.batcher_thread.start()
     yield
+    self._readers.shutdown(wait=False, cancel_futures=True)
     self.batcher_thread.stop()
 
   def _gate(self, inner: Starlette):
@@ -107,7 +120,7 @@ class Server:
     async def app(scope, receive, send):
       if scope["type"] != "http":
         return await inner(scope, receive, send)
-      path, status = scope["path"], 500
+      path, status = scope["path"], None
 
       async def counted_send(message):
         nonlocal status
@@ -119,10 +132,17 @@ class Server:
       self.num_active += generates
       try:
         refusal = self._refuse(path, dict(scope["headers"]).get(b"authorization", b""))
-        await (refusal or inner)(scope, receive, counted_send)
+        async with asyncio.timeout(self.limits.answer_secs):
+          await (refusal or inner)(scope, receive, counted_send)
+      except TimeoutError:
+        logging.warning("closed the connection of a client that does not read its answer")
+      except asyncio.CancelledError:  # the server ends
+        if status is None:
+          await _refusal(shutting_down())(scope, receive, counted_send)
       finally:
         self.num_active -= generates
-        self.metrics.requests.labels(path if path in _ROUTES else "other", status).inc()
+        route = path if path in _ROUTES else "other"
+        self.metrics.requests.labels(route, status or 500).inc()
 
     return app
 
@@ -134,8 +154,12 @@ class Server:
       message = "the API key is missing or wrong: send Authorization: Bearer KEY"
       return _refusal(ApiError(message, None, "invalid_api_key", 401))
     if self.draining and path != "/metrics":
-      message = "the server is shutting down"
-      return _refusal(ApiError(message, None, "draining", 503, "server_error"))
+      return _refusal(shutting_down())
+    most = 2 * self.batcher_thread.capacity  # some are being read, or their answers sent
+    if self.num_active > most and path in _GENERATION:
+      message = f"{self.num_active - 1} of at most {most} requests are being answered"
+      message += "; try again later"
+      return _refusal(ApiError(message, None, "rate_limit_exceeded", 429, "rate_limit_error"))
     return None
 
   async def _health(self, request: Request) -> Response:
@@ -169,13 +193,18 @@ class Server:
 
   async def _generate(self, request: Request, is_chat: bool) -> Response:
     start = time.monotonic()
-    values = requests.parse_json(await self._body(request))
-    # In a thread, since a long text takes long to encode and other streams must not stop for it.
-    parsed = await asyncio.to_thread(requests.parse, values, self.served, is_chat)
+    values = fields.parse_json(await self._body(request))
+    parse = functools.partial(
+      requests.parse, values, self.served, is_chat, self.batcher_thread.capacity
+    )
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + self.limits.request_secs
+    async with self._until(deadline):
+      parsed = await loop.run_in_executor(self._readers, parse)
     job = self.batcher_thread.submit(parsed.choices)
     self.metrics.prompt_tokens.inc(parsed.num_prompt_tokens)
     answer = Answer(self.served, parsed)
-    deltas = self._deltas(job, answer, start)
+    deltas = self._deltas(job, answer, start, deadline)
     if parsed.stream:
       limit = self.limits.request_secs + streams.SEND_SECS
       return streams.EventStream(streams.lines(answer, deltas), job, limit, self.metrics)
@@ -189,24 +218,34 @@ class Server:
       job.cancel()
     return JSONResponse(answer.complete(collected))
 
+  @contextlib.asynccontextmanager
+  async def _until(self, deadline: float, job: Job | None = None) -> AsyncIterator[None]:
+    """Ends what takes longer, and the job with it, with an error for the client."""
+    try:
+      async with asyncio.timeout_at(deadline):
+        yield
+    except TimeoutError:
+      if job is not None:
+        job.cancel()
+      message = f"not answered within {self.limits.request_secs:g} s"
+      raise ApiError(message, None, "timeout", 504, "server_error") from None
+
   async def _deltas(
-    self, job: Job, answer: Answer, start: float
+    self, job: Job, answer: Answer, start: float, deadline: float
   ) -> AsyncIterator[tuple[int, Delta]]:
     """Yields choices' indices and deltas until all choices are finished."""
-    deadline = asyncio.get_running_loop().time() + self.limits.request_secs
     unfinished, begun = set(range(len(answer.choices))), False
     while unfinished:
-      try:
-        async with asyncio.timeout_at(deadline):
-          index, event = await job.next_event()
-      except TimeoutError:
-        job.cancel()
-        message = f"not answered within {self.limits.request_secs:g} s"
-        raise ApiError(message, None, "timeout", 504, "server_error") from None
+      async with self._until(deadline, job):
+        index, event = await job.next_event()
+      choice = answer.choices[index]
       if index not in unfinished:
-        continue  # this event was on its way when a stop string ended the choice
-      delta = answer.choices[index].push(event)
-      self.metrics.new_tokens.inc(len(event.tokens))
+        # This event was on its way when a stop string ended the choice.
+        self.metrics.surplus_tokens.inc(len(event.tokens))
+        continue
+      delta = choice.push(event)
+      self.metrics.new_tokens.inc(len(event.tokens) - choice.num_surplus)
+      self.metrics.surplus_tokens.inc(choice.num_surplus)
       if not begun:
         begun = True
         self.metrics.first_token_secs.observe(time.monotonic() - start)
@@ -233,6 +272,11 @@ class Server:
     if size > limit:
       raise ApiError(f"the body must be at most {limit} bytes", status=413)
     return b"".join(parts)
+
+
+def shutting_down() -> ApiError:
+  """Returns the error of those whom the server's end leaves without an answer."""
+  return ApiError("the server is shutting down", None, "draining", 503, "server_error")
 
 
 def _refusal(error: ApiError) -> Response:

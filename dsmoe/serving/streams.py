@@ -12,8 +12,8 @@ from starlette.responses import StreamingResponse
 from dsmoe.serving.answers import Answer
 from dsmoe.serving.batcher_thread import Job
 from dsmoe.serving.choices import Delta
+from dsmoe.serving.fields import ApiError
 from dsmoe.serving.prometheus import Metrics
-from dsmoe.serving.requests import ApiError
 
 SEND_SECS = 10.0  # given to a client to read the rest once a request's time is over
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import threading
 
 import jax
@@ -263,6 +264,7 @@ def test_many_threads_submit_and_every_answer_is_their_own():
     ([1] * 240, {"max_tokens": 11}, r"prompt \(240 tokens\) plus max_tokens \(11\) .* 250 tokens"),
     ([1], {"stop_tokens": tuple(range(9))}, "stop_tokens must be at most 8, got 9"),
     ([1], {"stop_tokens": (2**31,)}, rf"stop_tokens must be .* \({V}\), got 2147483648"),
+    ([1], {"logit_bias": ((V, 1.0),)}, rf"logit_bias must be .* \({V}\), got {V}"),
   ],
 )
 def test_bad_requests_are_refused(prompt, settings, message):
@@ -354,3 +356,108 @@ def test_bfloat16_and_interleaved_and_tied_models_generate():
     kind = "bfloat16" if config.model.compute_dtype == "bfloat16" else "model_float32"
     taken = jnp.take_along_axis(logits[2:6], jnp.asarray(new)[:, None], axis=1)[:, 0]
     assert_close(taken, logits[2:6].max(axis=-1), kind)
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_penalties_and_biases_are_those_of_full_passes(speculate):
+  """Over several rounds, beside a row without any; in vLLM's order."""
+  prompt, other = _prompts(12, (12, 20))
+  free = batcher_lib.generate(_batcher(speculate), [prompt], GREEDY)[0]
+  settings = Sampling(
+    max_tokens=21,
+    temperature=0,
+    repetition_penalty=1.3,
+    presence_penalty=0.4,
+    frequency_penalty=0.3,
+    logit_bias=((free[0], -100.0), (7, 1.5), (8, 1.0)),
+    stop_tokens=(free[1], 9),
+    min_tokens=21,
+  )
+  batcher = _batcher(speculate)
+  request, beside = batcher.submit(prompt, settings), batcher.submit(other, GREEDY)
+  events = _drain(batcher)
+  new = [t for e in events[request] for t in e.tokens]
+  assert len(new) == 21 and new != free
+  for i, token in enumerate(new):
+    logits = _logits([*prompt, *new[:i]])[-1].astype(np.float64)
+    for t, bias in settings.logit_bias:
+      logits[t] += bias
+    for t in {*prompt, *new[:i]}:
+      logits[t] = logits[t] / 1.3 if logits[t] > 0 else logits[t] * 1.3
+    for t in set(new[:i]):
+      logits[t] -= 0.3 * new[:i].count(t) + 0.4
+    logits[list(settings.stop_tokens)] = -np.inf
+    assert token == logits.argmax()
+  assert _is_greedy(other, [t for e in events[beside] for t in e.tokens])
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_a_stop_token_ends_the_row_after_min_tokens(speculate):
+  prompts = _prompts(5, (8, 21))
+  whole = batcher_lib.generate(_batcher(speculate), prompts, GREEDY)[0]
+  for place in (0, 4, 9):
+    stop = whole[place]
+    for num in range(1, 11):
+      settings = dataclasses.replace(GREEDY, stop_tokens=(stop,), min_tokens=num)
+      [new] = batcher_lib.generate(_batcher(speculate), prompts[:1], settings)
+      assert len(new) >= num and stop not in new
+      if num <= whole.index(stop):
+        assert new == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+def test_nothing_is_compiled_after_the_start_whatever_is_asked(speculate):
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *args, **kwargs: compiled.append(name) if "backend_compile" in name else None
+  )
+  # As `make` puts them: what lies on a device for good is another case for the compiler.
+  parts = jax.device_put(_parts(), jax.local_devices()[0])
+  batcher = batcher_lib.Batcher(CONFIG.model, *parts, _options(speculate, max_rows=2))
+  planned = batcher.programs()
+  assert planned == [(1, 0), (2, 0), (1, 16), (2, 16), (1, 32), (2, 32)]
+  before = batcher.stats()["programs"]
+  assert list(batcher.compile()) == planned
+  assert batcher.stats()["programs"] - before == len(planned)
+  assert compiled and batcher.stats()["cache_pages_used"] == 0
+  del compiled[:]
+  before = batcher.stats()["programs"]
+  asked = itertools.product(
+    (None, 0, 2),  # logprobs
+    (False, True),  # prompt_logprobs
+    (1.0, 1.3),  # repetition_penalty
+    (0.0, 0.5),  # presence_penalty
+    ((), ((3, 1.0),)),  # logit_bias
+    (0, 2),  # min_tokens
+    (0.0, 0.8),  # temperature
+  )
+  names = "logprobs prompt_logprobs repetition_penalty presence_penalty logit_bias min_tokens"
+  for number, values in enumerate(asked):
+    settings = dict(zip(f"{names} temperature".split(), values))
+    settings |= {"top_k": number % 3, "top_p": 1 - number % 2 / 4, "stop_tokens": (number % V,)}
+    lengths = ((1,), (17, 40), (16, 70), (33,))[number % 4]
+    for prompt in _prompts(number, lengths):
+      batcher.submit(prompt, Sampling(max_tokens=2 + number % 12, **settings))
+    _drain(batcher)
+  assert not compiled and batcher.stats()["programs"] == before
+  assert number == 3 * 2**6 - 1
+
+
+@pytest.mark.parametrize(
+  "options, programs",
+  [
+    # A server's options by default, with a long context: 2 + 4 x 2.
+    ({}, [(1, 0), (8, 0), *[(B, S) for S in (16, 64, 256, 512) for B in (1, 8)]]),
+    # Of 64 rows, so many prompts are taken in at once that they have 4096 tokens.
+    (
+      {"max_rows": 64},
+      [(1, 0), (8, 0), (64, 0), (1, 16), (8, 16), (64, 16), (1, 64), (8, 64), (64, 64)]
+      + [(B, S) for S in (256, 512) for B in (1, 8)],
+    ),
+    ({"max_rows": 1}, [(1, 0), (1, 16), (1, 64), (1, 256), (1, 512)]),
+  ],
+)
+def test_programs_are_few(options, programs):
+  model = dataclasses.replace(CONFIG.model, max_position_embeddings=4096)
+  batcher = batcher_lib.Batcher(model, *_parts(), batcher_lib.BatcherOptions(**options))
+  assert batcher.programs() == programs

@@ -1,5 +1,6 @@
 """Tests of dsmoe/inference/chat.py and what is loaded beside a tokenizer."""
 
+import concurrent.futures
 import datetime
 import json
 
@@ -165,3 +166,78 @@ def test_a_prefix_goes_before_a_text_once(tmp_path):
   assert served.encode("") == served.encode("<|fim_prefix|>") == [1]
   assert served.encode("def f", add_special_tokens=False) == text
   assert served.encode("<|fim_prefix|>def f", add_special_tokens=False) == [1, *text]
+
+
+# Each doubles, multiplies, pads or loops for ever within a few dozen characters.
+ENDLESS = {
+  "strings multiplied": "{{ 'x' * 10 ** 10 }}",
+  "by a variable": "{{ messages[0].content * 10 ** 9 }}",
+  "lists multiplied": "{{ ([0] * 10 ** 9) | length }}",
+  "ljust": "{{ messages[0].content.ljust(10 ** 10) }}",
+  "center": "{{ messages[0].content | center(10 ** 10) }}",
+  "indent": "{{ (messages[0].content ~ '\\n' * 9) | indent(10 ** 9, true) }}",
+  "format width": "{{ '%10000000000d' | format(1) }}",
+  "format method": "{{ '{:10000000000}'.format(1) }}",
+  "join": "{{ (range(99999) | join('x' * 100000)) | length }}",
+  "replace": "{{ ('x' * 100000) | replace('x', 'y' * 100000) | length }}",
+  "doubling": "{% set ns = namespace(x='ab') %}{% for _ in range(99) %}"
+  "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x | length }}",
+  "doubling a list": "{% set ns = namespace(x=[1]) %}{% for _ in range(99) %}"
+  "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x | length }}",
+  "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+  "powers": "{{ (10 ** (10 ** 10)) | string | length }}",
+  "sorting": "{% for a in range(99999) %}{{ (range(99999) | sort | list | length) }}{% endfor %}",
+  "a text too long": "{{ 'x' * (2 ** 24 + 1) }}",
+  "a message too long": "{{ raise_exception('x' * 10 ** 8) }}",
+  "macros": "{% macro m(n) %}{{ m(n + 1) }}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_bounds_is_ended(name, monkeypatch):
+  monkeypatch.setattr(chat, "_RENDERER", chat._Renderer(limit_secs=1))
+  with pytest.raises(ValueError, match=r"chat template (must|refused)") as error:
+    chat.ChatTemplate(ENDLESS[name]).render(MESSAGES)
+  assert len(str(error.value)) < 700
+  assert chat.ChatTemplate(DEEPSEEK, TOKENS).render(MESSAGES[:1]).strip() == (
+    "<s><｜User｜>Tom & <Jerry><｜Assistant｜>"
+  )
+
+
+def test_the_limits_are_said(monkeypatch):
+  monkeypatch.setattr(chat, "_RENDERER", chat._Renderer(limit_secs=1))
+  for name, message in (
+    ("loops", "it needs more than 1 seconds of processor time"),
+    ("by a variable", "it needs more than 512 MiB of memory"),
+    ("a text too long", "its text of 16,777,217 characters exceeds the limit of 16,777,216"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      chat.ChatTemplate(ENDLESS[name]).render(MESSAGES)
+
+
+def test_one_process_renders_for_all_and_another_after_its_end():
+  template = chat.ChatTemplate("{{ messages[0].content }}")
+  process = chat._RENDERER._process
+  assert template.render(MESSAGES) == chat.ChatTemplate("Tom & <Jerry>").render(MESSAGES)
+  assert chat._RENDERER._process is process
+  process.kill()
+  process.wait()
+  assert template.render(MESSAGES) == "Tom & <Jerry>"
+  assert chat._RENDERER._process is not process
+
+
+def test_threads_get_their_own_texts():
+  template = chat.ChatTemplate("{{ messages[0].content }}")
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    texts = [str(i) * 1000 for i in range(200)]
+    assert list(pool.map(lambda t: template.render([{"content": t}]), texts)) == texts
+
+
+def test_values_that_are_not_json():
+  deep = []
+  for _ in range(100_000):
+    deep = [deep]
+  for value in (deep, object(), b"x"):
+    with pytest.raises(ValueError, match="must be values of JSON"):
+      chat.ChatTemplate("x").render(MESSAGES, odd=value)
+  assert chat.ChatTemplate("x{{ self }}").render(MESSAGES, self="me").startswith("x")

@@ -250,11 +250,12 @@ def test_drafts_leave_the_distribution_as_it_is(draft_rank):
   first_probs = distribution(prompt[0])
   draft = int(np.argsort(-first_probs)[draft_rank])
   same = lambda value: jnp.full(n, value, jnp.int32)  # noqa: E731
-  rows = decode.Rows(same(prompt[0, -1]), same(draft), same(19), same(5), None)
+  rows = decode.Rows(same(prompt[0, -1]), same(draft), same(19), same(5))
   table = jnp.broadcast_to(one.table_BP, (n, 8))
   stacked = sampling.stack([Sampling(seed=i, **settings) for i in range(n)])
+  none = sampling.Adjustments(False, *jnp.zeros((3, n, V), jnp.int32))
   _, after, steps = decode.decode(
-    arch, 1, False, weights, kept, rows, table, stacked, jnp.full((n, 2), -1)
+    arch, 1, weights, kept, rows, table, stacked, none._replace(bias_BV=jnp.zeros((n, V))), False
   )
   tokens = np.asarray(steps.token_BX[0])
   assert np.asarray(steps.drafted_B).all()

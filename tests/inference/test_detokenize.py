@@ -147,3 +147,31 @@ def test_another_decoder_is_refused():
   tokenizer.decoder = decoders.WordPiece()
   with pytest.raises(ValueError, match=r"byte-level or Sentencepiece's, got \['WordPiece'\]"):
     Vocabulary(tokenizer)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+  st.text("abc", max_size=30),
+  st.integers(0, 30),
+  st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
+  SIZES,
+)
+def test_no_stop_ends_in_an_exempt_beginning(text, num_exempt, stops, sizes):
+  matcher = StopStrings(stops)
+  result = "".join(matcher.push(piece, exempt=True) for piece in cut(text[:num_exempt], sizes))
+  result += "".join(matcher.push(piece) for piece in cut(text[num_exempt:], sizes))
+  result += matcher.flush()
+  ends = [
+    (place + len(stop), place)
+    for stop in stops
+    for place in range(len(text))
+    if text.startswith(stop, place) and place + len(stop) > num_exempt
+  ]
+  assert (result, matcher.found) == ((text[: min(ends)[1]], True) if ends else (text, False))
+
+
+def test_special_tokens_have_a_text_for_those_who_want_it():
+  ids = [0, *ENCODER.encode("ab").ids, 0]
+  assert "".join(pushed(Detokenizer(VOCABULARY), [ids])) == "ab"
+  text = "".join(pushed(Detokenizer(VOCABULARY, skip_special=False), [ids]))
+  assert text == "<|endoftext|>ab<|endoftext|>" == TOKENIZER.decode(ids, skip_special_tokens=False)

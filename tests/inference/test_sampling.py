@@ -63,9 +63,9 @@ def test_hugging_face_filters_the_same():
   settings = [dataclasses.replace(s, repetition_penalty=1.4) for s in SETTINGS]
   seen_BV = np.zeros((len(SETTINGS), V), bool)
   np.put_along_axis(seen_BV, seen, True, axis=1)
-  found = sampling.log_distribution(
-    jnp.asarray(logits), sampling.stack(settings), jnp.asarray(seen_BV)
-  )
+  rows = sampling.stack(settings)
+  penalised = sampling.penalised(jnp.asarray(logits), jnp.asarray(seen_BV), rows)
+  found = sampling.log_distribution(penalised, rows)
   for row, s in enumerate(settings):
     chain = [process.RepetitionPenaltyLogitsProcessor(s.repetition_penalty)]
     chain.append(process.TemperatureLogitsWarper(s.temperature))
@@ -162,6 +162,7 @@ def test_logprobs_are_the_models_own_and_sorted():
   for row in range(4):
     log_probs = np.log(oracles.softmax(logits[row]))
     np.testing.assert_allclose(found.chosen[row], log_probs[tokens[row]], rtol=1e-5)
+    assert found.rank[row] == 1 + (log_probs > log_probs[tokens[row]]).sum()
     order = np.argsort(-log_probs, kind="stable")[: sampling.MAX_LOGPROBS]
     np.testing.assert_array_equal(found.top_tokens[row], order)
     np.testing.assert_allclose(found.top[row], log_probs[order], rtol=1e-5)
@@ -183,8 +184,15 @@ def test_logprobs_are_the_models_own_and_sorted():
       ("seed", 2**63),
     ),
     *(("logprobs", 21), ("logprobs", -1)),
+    *(("presence_penalty", float("nan")), ("frequency_penalty", float("inf"))),
+    *(("min_tokens", -1), ("min_tokens", 129)),
   ],
 )
 def test_bad_settings_are_refused(field, value):
   with pytest.raises(ValueError, match=rf"{field} must be .*, got {re.escape(str(value))}"):
     Sampling(**{field: value})
+
+
+def test_biases_that_are_not_finite_are_refused():
+  with pytest.raises(ValueError, match="logit_bias must be finite"):
+    Sampling(logit_bias=((5, float("inf")),))

@@ -3,6 +3,7 @@
 import concurrent.futures
 import re
 import signal
+import socket
 import urllib.request
 
 import numpy as np
@@ -140,6 +141,30 @@ def test_a_client_that_leaves_gives_its_pages_back(client):
   wait_until(lambda: metric("dsmoe_running_rows") == 0)
   assert metric("dsmoe_vanished_clients_total") == 1
   assert metric("dsmoe_batcher_new_tokens_total") - before < 230
+
+
+def test_the_programs_were_compiled_at_the_start(client):
+  """And nothing that clients asked for since has added one."""
+  headers = {"Authorization": "Bearer secret"}
+  url = str(client.base_url).replace("/v1/", "/metrics")
+  for fields in (
+    {"logprobs": 3, "echo": True},
+    {"presence_penalty": 1.0, "extra_body": {"repetition_penalty": 1.2}, "n": 2},
+    {"logit_bias": {"5": 3}, "extra_body": {"min_tokens": 2}},
+  ):
+    assert complete(client, "alpha " * 20, max_tokens=9, **fields).choices
+  with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
+    # For 1 and 2 rows: decoding, and prompts of 16, 64 and 256 tokens.
+    lines = answer.read().decode().splitlines()
+    assert "dsmoe_batcher_programs 8.0" in lines
+
+
+def test_a_port_in_use_is_refused_at_once():
+  with socket.create_server(("127.0.0.1", 0)) as other:
+    args = ("--workdir=nowhere", f"--port={other.getsockname()[1]}")
+    code, _, err = runs.finish(runs.start("scripts/serve.py", *args))
+  assert code and "of 127.0.0.1 must be free, got: Address already in use" in err
+  assert "Traceback" not in err
 
 
 def test_a_key_file_must_hold_a_key():

@@ -311,3 +311,164 @@ def test_special_tokens_are_added_once_and_when_asked_for():
   assert added == [3, *plain]
   with pytest.raises(requests.ApiError, match="add_special_tokens must be a boolean, got 1"):
     prompt_of("def", add_special_tokens=1)
+
+
+def parsed(is_chat=False, served=None, **fields):
+  body = {"model": "tiny"} | ({"messages": MESSAGES} if is_chat else {"prompt": [1, 2]})
+  return requests.parse(body | fields, served or served_model(), is_chat)
+
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def test_settings_of_vllm_arrive():
+  request = parsed(
+    top_k=-1,
+    presence_penalty=1.5,
+    frequency_penalty=-2,
+    logit_bias={"7": -100, "9": 2.5},
+    min_tokens=3,
+    stop_token_ids=[5, 0, 5],
+    stop=[str(i) for i in range(9)],
+    add_special_tokens=False,
+    spaces_between_special_tokens=False,
+    use_beam_search=False,
+    length_penalty=1.0,
+    best_of=1,
+  )
+  [(_, sampling)] = request.choices
+  assert (sampling.top_k, sampling.presence_penalty, sampling.frequency_penalty) == (0, 1.5, -2)
+  assert sampling.logit_bias == ((7, -100.0), (9, 2.5)) and sampling.min_tokens == 3
+  assert sampling.stop_tokens == request.ends == (0, 5) and len(request.stops) == 9
+  assert parsed(stop="").stops == () == parsed(stop=None).stops
+  request = parsed(ignore_eos=True, stop_token_ids=[4])
+  assert request.ends == request.choices[0].sampling.stop_tokens == (4,)
+
+
+def test_prompts_are_cut_from_the_left():
+  ids = list(range(5, 30))
+  served = served_model(max_tokens_per_row=20, prefix=(3,))
+
+  def prompt(**fields):
+    return parsed(served=served, max_tokens=4, **fields).choices[0].prompt
+
+  assert prompt(prompt=ids, truncate_prompt_tokens=7) == ids[-7:]
+  assert prompt(prompt=ids[:5], truncate_prompt_tokens=7) == ids[:5]
+  assert prompt(prompt=ids, truncate_prompt_tokens=-1) == ids[-16:]  # with 4 more there are 20
+  text = "def f1(x): return x"
+  whole = encode(text)
+  assert prompt(prompt=text, truncate_prompt_tokens=5) == [3, *whole[-4:]]
+  assert prompt(prompt=text, truncate_prompt_tokens=1) == whole[-1:]
+  chat = parsed(True, served, max_tokens=4, truncate_prompt_tokens=6).choices[0].prompt
+  assert chat == encode(CHAT_PROMPT)[-6:]
+
+
+def test_special_tokens_of_prompts():
+  served = served_model(prefix=(3,))
+  assert parsed(served=served, prompt="def").choices[0].prompt == [3, *encode("def")]
+  plain = parsed(served=served, prompt="def", add_special_tokens=False).choices[0].prompt
+  assert plain == encode("def")
+  begun = TOKENIZER.id_to_token(3) + "def"  # has one already
+  assert parsed(served=served, prompt=begun).choices[0].prompt == [3, *encode("def")]
+  assert parsed(True, served).choices[0].prompt == encode(CHAT_PROMPT)
+  prompt = parsed(True, served, add_special_tokens=True).choices[0].prompt
+  assert prompt == [3, *encode(CHAT_PROMPT)]
+  prompt = parsed(True, served, add_generation_prompt=False).choices[0].prompt
+  assert prompt == encode("<user>hello")
+
+
+def test_the_end_of_a_document_can_be_ignored_and_shown(client):
+  # The fake goes through its prompt backwards, again and again.
+  answer = complete(client, [40, 0], max_tokens=5, extra_body={"ignore_eos": True})
+  [choice] = answer.choices
+  assert (choice.text, choice.finish_reason) == (text([0, 40, 0, 40, 0]), "length")
+  assert answer.usage.completion_tokens == 5
+  shown = {"ignore_eos": True, "skip_special_tokens": False}
+  [choice] = complete(client, [40, 0], max_tokens=3, extra_body=shown).choices
+  assert choice.text == f"<|endoftext|>{text([40])}<|endoftext|>"
+  # A stop token has no text either way.
+  shown = {"stop_token_ids": [41], "skip_special_tokens": False}
+  [choice] = complete(client, [41, 42, 43], max_tokens=9, extra_body=shown).choices
+  assert (choice.text, choice.finish_reason) == (text([43, 42]), "stop")
+
+
+def test_usage_counts_up_to_the_token_that_completes_a_stop_string(server, client):
+  prompt = encode("return x * 1\n")
+  ids = expected(prompt, max_tokens=400)
+  names = ("dsmoe_new_tokens_total", "dsmoe_surplus_tokens_total")
+  surplus = 0
+  for start in range(3, 11):
+    stop = text(ids)[start : start + 3]
+    counted = next(n for n in range(1, 400) if stop in text(ids[:n]))
+    before = [server.metric(name) for name in names]
+    answer = complete(client, prompt, max_tokens=400, stop=stop)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == counted
+    assert answer.usage.total_tokens == len(prompt) + counted
+    grown = [server.metric(name) - old for name, old in zip(names, before)]
+    assert grown[0] == counted
+    surplus += grown[1]
+    options = {"include_usage": True}
+    *_, last = complete(
+      client, prompt, max_tokens=400, stop=stop, stream=True, stream_options=options
+    )
+    assert last.usage.completion_tokens == counted
+  assert surplus > 0  # the fake, too, generates several tokens at once
+
+
+def test_no_stop_string_ends_a_text_before_min_tokens(client):
+  prompt = encode("return x * 1\n")
+  ids = expected(prompt, max_tokens=60)
+  stop = text(ids)[:2]
+  answer = complete(client, prompt, max_tokens=60, stop=stop, extra_body={"min_tokens": 20})
+  kept = text(ids[:20])
+  end = text(ids).index(stop, len(kept) - len(stop) + 1)
+  assert answer.choices[0].text == text(ids)[:end] and end > 2
+  assert complete(client, prompt, max_tokens=60, stop=stop).choices[0].text == ""
+
+
+def test_prompt_logprobs_in_the_form_of_vllm(server, client):
+  prompt = [5, 300, 41]
+  body = {"model": "tiny", "prompt": prompt, "prompt_logprobs": 2, "max_tokens": 2}
+  _, answer = server.post(body)
+  [choice] = answer["choices"]
+  assert choice["logprobs"] is None  # nobody asked for those of new tokens
+  first, *rest = choice["prompt_logprobs"]
+  assert first is None and len(rest) == 2
+  for token, ranked in zip(prompt[1:], rest):
+    assert list(ranked) == [str(token), str(token + 1)]
+    value = logprob(token, 2)
+    assert ranked[str(token)] == {
+      "logprob": value.logprob,
+      "rank": value.rank,
+      "decoded_token": TOKENIZER.decode([token]),
+    }
+  _, answer = server.post(body | {"logprobs": 3, "echo": True, "prompt_logprobs": 0})
+  [choice] = answer["choices"]
+  assert [len(ranked) for ranked in choice["prompt_logprobs"][1:]] == [1, 1]
+  assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [3] * 4
+  chat_body = {"model": "tiny", "messages": MESSAGES, "prompt_logprobs": 1, "max_tokens": 2}
+  _, answer = server.post(chat_body, "/v1/chat/completions")
+  assert len(answer["prompt_logprobs"]) == len(encode(CHAT_PROMPT))
+  status, answer = server.post(body | {"stream": True})
+  assert status == 400 and answer["error"]["param"] == "prompt_logprobs"
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    # lm-eval's local-completions for humaneval, and a client of vLLM's issue 6521.
+    {
+      "temperature": 0,
+      "seed": 1234,
+      "max_tokens": 16,
+      "stop": ["\nclass", "\n#", "\nif", "\nprint", "\n```", "\n```\n\n", "<|eot_id|>", "</s>"]
+      + ["<|endoftext|>"],
+    },
+    {"temperature": 0, "top_p": 1.0, "top_k": -1, "best_of": 1, "repetition_penalty": 1.0}
+    | {"max_tokens": 0, "n": 1, "echo": True, "logprobs": 1},
+  ],
+)
+def test_requests_of_published_clients(server, fields):
+  status, answer = server.post({"model": "tiny", "prompt": "def f(x):\n"} | fields)
+  assert status == 200 and answer["choices"][0]["finish_reason"] in ("length", "stop")

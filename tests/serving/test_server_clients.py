@@ -1,5 +1,6 @@
 """Tests of dsmoe/serving: clients that are wrong, too many, too slow or gone; the end."""
 
+import contextlib
 import json
 import re
 import signal
@@ -10,11 +11,13 @@ import urllib.request
 import openai
 import pytest
 
+from dsmoe.serving import streams
 from dsmoe.serving.server import Limits
 from tests import runs
 from tests.serving.fake_batcher import FakeBatcher
 from tests.serving.running_server import (
   GOOD,
+  TOKENIZER,
   Running,
   read,
   refusal,
@@ -224,3 +227,93 @@ def test_what_is_not_finished_in_time_gets_an_error():
   assert b"shutting down" in rest and b"[DONE]" not in rest
   code, _, err = runs.finish(process)
   assert code == 0 and "Traceback" not in err, err
+
+
+def test_a_second_signal_tells_those_who_wait():
+  process, server = start_process(30)
+  streaming = ask_streaming(server)
+  waiting, sending = server.connect(), server.connect()
+  send(waiting, "POST", "/v1/completions", json.dumps(LONG).encode())
+  lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+  sending.sendall("\r\n".join([*lines, "Content-Length: 10", "", "{"]).encode())
+  wait_until(lambda: server.metric("dsmoe_running_rows") == 2)
+  process.send_signal(signal.SIGTERM)
+  wait_until(lambda: server.raw("GET", "/health")[0] == 503)
+  started = time.monotonic()
+  process.send_signal(signal.SIGTERM)
+  for connection in (waiting, sending):
+    status, _, answer = read(connection)
+    assert status == 503 and "shutting down" in json.loads(answer)["error"]["message"]
+  rest = b""
+  while part := streaming.recv(65536):
+    rest += part
+  assert b"shutting down" in rest and b"[DONE]" not in rest
+  code, _, err = runs.finish(process)
+  assert code == 0 and "Traceback" not in err, err
+  assert time.monotonic() - started < 10
+
+
+def test_idle_connections_keep_nobody_out():
+  with running() as server:  # with 68 places 392 connections are kept
+    idle = [server.connect() for _ in range(450)]
+    for connection in idle[::2]:
+      connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost:")
+    for path in ("/health", "/metrics", "/v1/models"):
+      assert server.raw("GET", path)[0] == 200
+    assert server.post(GOOD)[0] == 200
+    assert idle[0].recv(100) == b""  # the oldest had to go
+    idle[-1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert read(idle[-1])[0] == 200
+    for connection in idle:
+      connection.close()
+
+
+def test_connections_without_a_whole_header_are_closed():
+  with running(limits=Limits(idle_secs=0.5)) as server:
+    silent, slow, used = (server.connect() for _ in range(3))
+    used.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    answer = b""
+    while not answer.endswith(b"}"):
+      answer += used.recv(4096)
+    started = time.monotonic()
+    while time.monotonic() - started < 0.3:  # a byte now and then does not help
+      slow.sendall(b"G")
+      used.sendall(b"G")
+      time.sleep(0.05)
+    for connection in (silent, slow, used):
+      with contextlib.suppress(ConnectionResetError):
+        assert connection.recv(100) == b""
+    assert time.monotonic() - started < 5
+    assert server.post(LONG)[0] == 200
+
+
+def test_an_answer_that_nobody_reads_is_given_up(monkeypatch):
+  """Of any kind: whole ones too, larger than what the system keeps for the client."""
+  monkeypatch.setattr(streams, "SEND_SECS", 0.3)
+  limits = Limits(idle_secs=0.3, body_secs=1, request_secs=3)
+  batcher = FakeBatcher(max_tokens_per_row=10**6)
+  longest = TOKENIZER.token_to_id(max(TOKENIZER.get_vocab(), key=len))
+  body = GOOD | {"prompt": [[longest] * 20_000] * 30, "echo": True, "max_tokens": 0}
+  with running(batcher, limits=limits, max_tokens_per_row=10**6) as server:
+    with server.connect() as connection:
+      send(connection, "POST", "/v1/completions", json.dumps(body).encode())
+      wait_until(lambda: server.http.server_state.tasks)
+      wait_until(lambda: not server.http.server_state.connections, 20)
+    assert server.post(GOOD)[0] == 200
+
+
+def test_more_requests_than_can_be_read():
+  with running(max_rows=1, max_queue=0, limits=Limits(body_secs=20)) as server:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+    head += b"Content-Type: application/json\r\n\r\n{"
+    slow = [server.connect() for _ in range(2)]
+    for connection in slow:
+      connection.sendall(head)
+    wait_until(lambda: len(server.http.server_state.tasks) == 2)
+    status, answer = server.post(GOOD)
+    assert status == 429
+    assert "2 of at most 2 requests" in refusal(status, answer, "rate_limit_exceeded")
+    assert server.raw("GET", "/health")[0] == server.raw("GET", "/metrics")[0] == 200
+    for connection in slow:
+      connection.close()
+    wait_until(lambda: server.post(GOOD)[0] == 200)
