@@ -72,5 +72,5 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
   params, router_bias, step = checkpointer.restore_weights(
     workdir, abstract.params, abstract.router_bias, step
   )
-  folder = epath.Path(config.data.cache_dir or workdir / "data")
+  folder = epath.Path(config.data.cache_dir or workdir / "data").expanduser()
   return LoadedRun(config, folder / "tokenizer.json", params, router_bias, mesh, step)

@@ -10,7 +10,9 @@ unfinished preparation, which is continued, or made again when its inputs have c
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+import queue
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from absl import logging
@@ -148,8 +150,9 @@ def _inputs(
   if known != before:
     folder.write_json(cache, {"files": known, "sha256": folder.json_sha256(known)})
   if config.tokenizer:
-    tokenizer_lib.load_tokenizer(config.tokenizer, vocab_size)
-    tokenizer: dict[str, Any] = {"sha256": sources.file_sha256(epath.Path(config.tokenizer))}
+    path = epath.Path(config.tokenizer).expanduser()
+    tokenizer_lib.load_tokenizer(path, vocab_size)
+    tokenizer: dict[str, Any] = {"sha256": sources.file_sha256(path)}
   else:
     tokenizer = {"trained_to_vocab_size": vocab_size, "sample_bytes": _SAMPLE_BYTES}
   return {
@@ -253,14 +256,32 @@ def _tokenizer(
   path = directory / "tokenizer.json"
   if not path.exists():
     if config.tokenizer:
-      text = epath.Path(config.tokenizer).read_text(encoding="utf-8")
+      text = epath.Path(config.tokenizer).expanduser().read_text(encoding="utf-8")
     else:
       train = [source for name, source in text_sources.items() if name.startswith("train-")]
       texts = sources.sample(train, config, _SAMPLE_BYTES)
-      text = tokenizer_lib.train_tokenizer(texts, vocab_size).to_str(pretty=True)
+      trained = _interruptible(lambda: tokenizer_lib.train_tokenizer(texts, vocab_size))
+      text = trained.to_str(pretty=True)
     with folder.whole(path) as temporary:
       temporary.write_text(text, encoding="utf-8")
   return tokenizer_lib.load_tokenizer(path, vocab_size)
+
+
+def _interruptible(work: Callable[[], Tokenizer]) -> Tokenizer:
+  """Returns what `work` does; Ctrl-C ends the wait at once, which native code would hold up."""
+  result: queue.SimpleQueue[Tokenizer | BaseException] = queue.SimpleQueue()
+
+  def run() -> None:
+    try:
+      result.put(work())
+    except BaseException as error:
+      result.put(error)
+
+  threading.Thread(target=run, daemon=True).start()
+  found = result.get()
+  if isinstance(found, BaseException):
+    raise found
+  return found
 
 
 def _make(
