@@ -12,7 +12,7 @@ from dsmoe.data import tokenizer as tokenizer_lib
 
 def tokenizer_path(config: Config, workdir: epath.PathLike) -> epath.Path:
   """Returns where a run has its tokenizer.json; one whose data is synthetic has none there."""
-  folder = epath.Path(config.data.cache_dir or epath.Path(workdir) / "data")
+  folder = epath.Path(config.data.cache_dir or epath.Path(workdir) / "data").expanduser()
   return folder / tokenizer_lib.FILE
 
 
@@ -49,7 +49,7 @@ def with_tokenizer_of(
     return dataclasses.replace(
       config, data=dataclasses.replace(config.data, tokenizer=str(theirs), eos_token="")
     )
-  ours = epath.Path(config.data.tokenizer)
+  ours = epath.Path(config.data.tokenizer).expanduser()
   tokenizers = [tokenizer_lib.read_tokenizer(path) for path in (ours, theirs)]
   end = tokenizer_lib.eos_id(tokenizers[0], tokenizer_lib.folder_of(ours), config.data.eos_token)
   its_end = tokenizer_lib.eos_id(tokenizers[1], theirs.parent)

@@ -14,7 +14,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
@@ -38,8 +38,11 @@ _MAGIC = {
 _OF_SUFFIX = dict(zip(COMPRESSED_SUFFIXES, ("gzip", "gzip", "bzip2", "xz", "zstd", "zstd")))
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".jl", ".json")
 PARQUET_SUFFIXES = (".parquet", ".pq")
-# What looks like text in its first bytes, or is told more clearly by its name.
-_REFUSED_SUFFIXES = {".csv": "a CSV table", ".tsv": "a TSV table", ".tar": "a tar archive"}
+_REFUSED_SUFFIXES = frozenset(
+  (".csv", ".tsv", ".tar", ".zip", ".7z", ".rar", ".br", ".lz4", ".sz", ".snappy", ".orc", ".avro")
+  + (".arrow", ".feather", ".npy", ".npz", ".pkl", ".pt", ".safetensors", ".pdf", ".docx", ".xlsx")
+  + (".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".mp4")
+)
 _REFUSED = (
   (0, codecs.BOM_UTF16_LE, "UTF-16 or UTF-32 text"),
   (0, codecs.BOM_UTF16_BE, "UTF-16 text"),
@@ -55,8 +58,9 @@ _READABLE = (
   "by gzip, bzip2, xz or zstd"
 )
 _DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
-_BAD_PLACES = 8  # fewer are counted in a file of any size
-_BAD_SHARE, _NUL_SHARE = 1 / 100, 1 / 10
+# A file is no text if it has more of these, and they are more than that share of its bytes.
+_BAD_PLACES = ((8, 1 / 100), (2, 1 / 10))
+_CONTROLS = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})
 
 Faults = collections.Counter[str]  # what was passed over -> how often
 
@@ -89,7 +93,7 @@ def read(file: str, path: epath.Path, config: DataConfig, faults: Faults) -> Ite
       rows = _parquet_rows(file, f, config.text_field)
     else:
       if suffix in _REFUSED_SUFFIXES:
-        raise ValueError(f"{file} is {_REFUSED_SUFFIXES[suffix]}; {_READABLE}")
+        raise ValueError(f"{file} is a {suffix} file; {_READABLE}")
       blocks = _blocks(file, _decompressed(f, compression), compression)
       head, texts = _head(_utf8(file, blocks, faults))
       if suffix not in _JSON_SUFFIXES and not _is_json(head):
@@ -99,7 +103,7 @@ def read(file: str, path: epath.Path, config: DataConfig, faults: Faults) -> Ite
       rows = _json_lines(file, texts) if is_lines else _json_values(file, texts)
     for where, row in rows:
       text = _text_of(row, config.text_field)
-      if text is None and config.skip_null_rows and (row is None or isinstance(row, dict)):
+      if text is None and config.skip_null_rows:
         faults[f"{file}: rows without {config.text_field!r}, passed over"] += 1
         continue
       if not isinstance(text, str):
@@ -132,42 +136,62 @@ def _compression(file: str, name: str, f: BinaryIO) -> tuple[str, str | None]:
   return name.removesuffix(suffix), found
 
 
-def _decompressed(f: BinaryIO, compression: str | None) -> Any:
+def _decompressed(f: BinaryIO, compression: str | None) -> Iterator[bytes]:
   match compression:
-    case "gzip":
-      return gzip.GzipFile(fileobj=f)
     case "bzip2":
-      return bz2.BZ2File(f)
+      return _streams(f, bz2.BZ2Decompressor)
     case "xz":
-      return lzma.LZMAFile(f)
+      return _streams(f, lzma.LZMADecompressor)
+    case "gzip":
+      stream: Any = gzip.GzipFile(fileobj=f)
     case "zstd":
-      return pa.CompressedInputStream(pa.PythonFile(f, "r"), "zstd")
-  return f
+      stream = pa.CompressedInputStream(pa.PythonFile(f, "r"), "zstd")
+    case _:
+      stream = f
+  return iter(lambda: stream.read(_BLOCK_BYTES), b"")
 
 
-def _blocks(file: str, stream: Any, compression: str | None) -> Iterator[bytes]:
-  """Reads bytes in blocks; refuses what its first bytes show to be no text."""
+def _streams(f: BinaryIO, make: Callable[[], Any]) -> Iterator[bytes]:
+  """Decompresses streams that follow each other; Python's files would stop at what is damaged."""
+  decompressor = make()
+  while True:
+    data = b""
+    if decompressor.eof:
+      data = (decompressor.unused_data or f.read(_BLOCK_BYTES)).lstrip(b"\0")  # padding of xz
+      if not data:
+        return
+      decompressor = make()
+    elif decompressor.needs_input:
+      data = f.read(_BLOCK_BYTES)
+      if not data:
+        raise EOFError("its end is missing")
+    yield decompressor.decompress(data, _BLOCK_BYTES)
+
+
+def _blocks(file: str, blocks: Iterator[bytes], compression: str | None) -> Iterator[bytes]:
+  """Names the file in errors; refuses what its first bytes show to be no text."""
   is_first = True
   while True:
     try:
-      block = stream.read(_BLOCK_BYTES)
+      block = next(blocks, None)
     except _DECOMPRESSION_ERRORS as error:
       if compression is None:
         raise
       raise ValueError(f"{file} must be a whole {compression} file: {error}") from error
-    if is_first:
+    if block is None:
+      return
+    if block and is_first:
+      is_first = False
       for offset, magic, kind in _REFUSED:
         if block[offset:].startswith(magic):
           raise ValueError(f"{file} is {kind}; {_READABLE}")
-    if not block:
-      return
-    yield block
-    is_first = False
+    if block:
+      yield block
 
 
 def _utf8(file: str, blocks: Iterable[bytes], faults: Faults) -> Iterator[str]:
   """Decodes UTF-8, without a byte-order mark; refuses a file that is largely something else."""
-  rest, size, bad, nul, is_first = b"", 0, 0, 0, True
+  rest, size, bad, controls, is_first = b"", 0, 0, 0, True
   for block in itertools.chain(blocks, [b""]):
     data = rest + block
     end = _whole_characters(data) if block else len(data)
@@ -180,11 +204,11 @@ def _utf8(file: str, blocks: Iterable[bytes], faults: Faults) -> Iterator[str]:
       faults[f"{file}: places that are not UTF-8, read as U+FFFD"] += places
       bad += places
     size += len(data)
-    nul += text.count("\0")
-    if (bad > _BAD_PLACES and bad > _BAD_SHARE * size) or nul > _NUL_SHARE * size:
+    controls += len(data) - len(data.translate(None, _CONTROLS))
+    if any(bad + controls > max(least, share * size) for least, share in _BAD_PLACES):
       raise ValueError(
-        f"{file} must be UTF-8, but {bad} places of its first {size} bytes are not, and {nul} bytes "
-        f"are 0; {_READABLE}"
+        f"{file} must be UTF-8 text, but {bad} places of its first {size} bytes are not UTF-8 and "
+        f"{controls} are control characters; {_READABLE}"
       )
     if is_first:
       text = text.removeprefix("\ufeff")
@@ -316,7 +340,7 @@ def _parquet_rows(file: str, f: BinaryIO, text_field: str) -> Iterator[tuple[str
             yield f"{file} row {number}", row
             number += 1
         return
-  except (pa.ArrowException, OSError, LookupError) as error:
+  except (pa.ArrowException, OSError, LookupError, UnicodeError) as error:
     raise ValueError(f"{file} must be a whole Parquet file; row {number}: {error}") from error
   raise ValueError(
     f"data.text_field must be a column; {text_field!r} is not one of {file}'s columns "
@@ -326,9 +350,9 @@ def _parquet_rows(file: str, f: BinaryIO, text_field: str) -> Iterator[tuple[str
 
 def _text_of(row: Any, text_field: str) -> Any:
   """Returns a row's text; a row may be the text itself, and a dot leads to a nested field."""
-  if isinstance(row, str):
+  if not isinstance(row, dict):
     return row
-  if isinstance(row, dict) and text_field in row:
+  if text_field in row:
     return row[text_field]
   for part in text_field.split("."):
     row = row.get(part) if isinstance(row, dict) else None

@@ -10,7 +10,9 @@ holds an unfinished preparation, which is continued, or made again when its inpu
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping
+import queue
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from absl import logging
@@ -148,7 +150,7 @@ def _inputs(
   if known != before:
     folder.write_json(cache, {"files": known, "sha256": folder.json_sha256(known)})
   if config.tokenizer:
-    path = epath.Path(config.tokenizer)
+    path = epath.Path(config.tokenizer).expanduser()
     loaded = tokenizer_lib.load_tokenizer(path, vocab_size, config.eos_token)
     tokenizer: dict[str, Any] = {"sha256": sources.file_sha256(path)}
     end = tokenizer_lib.eos_id(loaded, tokenizer_lib.folder_of(path), config.eos_token)
@@ -257,7 +259,7 @@ def _tokenizer(
   path = directory / "tokenizer.json"
   if not path.exists():
     if config.tokenizer:
-      given = epath.Path(config.tokenizer)
+      given = epath.Path(config.tokenizer).expanduser()
       text = given.read_text(encoding="utf-8")
       for name, content in tokenizer_lib.files_beside(given, config.eos_token).items():
         with folder.whole(directory / name) as temporary:
@@ -265,10 +267,28 @@ def _tokenizer(
     else:
       train = [source for name, source in text_sources.items() if name.startswith("train-")]
       texts = sources.sample(train, config, _SAMPLE_BYTES)
-      text = tokenizer_lib.train_tokenizer(texts, vocab_size).to_str(pretty=True)
+      trained = _interruptible(lambda: tokenizer_lib.train_tokenizer(texts, vocab_size))
+      text = trained.to_str(pretty=True)
     with folder.whole(path) as temporary:
       temporary.write_text(text, encoding="utf-8")
   return tokenizer_lib.load_tokenizer(path, vocab_size)
+
+
+def _interruptible(work: Callable[[], Tokenizer]) -> Tokenizer:
+  """Returns what `work` does; Ctrl-C ends the wait at once, which native code would hold up."""
+  result: queue.SimpleQueue[Tokenizer | BaseException] = queue.SimpleQueue()
+
+  def run() -> None:
+    try:
+      result.put(work())
+    except BaseException as error:
+      result.put(error)
+
+  threading.Thread(target=run, daemon=True).start()
+  found = result.get()
+  if isinstance(found, BaseException):
+    raise found
+  return found
 
 
 def _make(

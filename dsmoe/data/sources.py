@@ -74,7 +74,10 @@ def find_source(name: str, is_train: bool) -> Source:
       if _is_program(file) and stdlib_is_train(file) == is_train
     }
   else:
-    root, names = _find(name)
+    try:
+      root, names = _find(name)
+    except KeyError as error:  # how etils names a file system it does not know
+      raise ValueError(f"data must be on disk or on gs://, got {name!r}") from error
   found = tuple((file, root / file) for file in sorted(names) if (root / file).is_file())
   if not found:
     field = "train_globs" if is_train else "validation_globs"

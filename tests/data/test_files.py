@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import pickle
 import random
 import tarfile
 
@@ -63,7 +64,8 @@ def test_compressed_text(tmp_path, suffix, compress):
 @pytest.mark.parametrize("suffix, compress", COMPRESSIONS.items())
 def test_damaged_compressed_files_are_named(tmp_path, suffix, compress):
   data = compress(random.Random(0).randbytes(2000).hex().encode())
-  for damaged in (data[:-1], data[: len(data) // 2], data[:20] + b"????????" + data[28:]):
+  damages = (data[:-1], data[: len(data) // 2], data[:20] + b"????????" + data[28:])
+  for damaged in (*damages, data + b"garbage", data + bytes([data[0] ^ 1]) + data[1:]):
     with pytest.raises(ValueError, match=rf"a.txt{suffix} must be a whole \w+ file"):
       read(tmp_path, "a.txt" + suffix, damaged)
   with pytest.raises(ValueError, match=rf"a.jsonl{suffix} does not begin as"):
@@ -126,9 +128,9 @@ def test_byte_order_mark(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a"])
 def test_other_encodings_are_refused(tmp_path, name, encoding):
   text = "\n".join(json.dumps({"text": "Häuser für Möwen"}, ensure_ascii=False) for _ in range(20))
-  with pytest.raises(ValueError, match=rf"{name} (is UTF-|must be UTF-8, but)"):
+  with pytest.raises(ValueError, match=rf"{name} (is UTF-|must be UTF-8 text, but)"):
     read(tmp_path, name, text.encode(encoding))
-  with pytest.raises(ValueError, match=rf"{name}.gz (is UTF-|must be UTF-8, but)"):
+  with pytest.raises(ValueError, match=rf"{name}.gz (is UTF-|must be UTF-8 text, but)"):
     read(tmp_path, name + ".gz", gzip.compress(text.encode(encoding)))
 
 
@@ -150,18 +152,31 @@ def npy(values):
 @pytest.mark.parametrize(
   "name, data, what",
   [
-    ("a.csv", b"id,text\n1,x\n", "a.csv is a CSV table"),
-    ("A.TSV", b"id\ttext\n1\tx\n", "A.TSV is a TSV table"),
-    ("a.csv.gz", gzip.compress(b"id,text\n1,x\n"), "a.csv.gz is a CSV table"),
+    ("a.csv", b"id,text\n1,x\n", "a.csv is a .csv file"),
+    ("A.TSV", b"id\ttext\n1\tx\n", "A.TSV is a .tsv file"),
+    ("a.csv.gz", gzip.compress(b"id,text\n1,x\n"), "a.csv.gz is a .csv file"),
     ("a.txt", tar(b"text " * 50_000), "a.txt is a tar archive"),
-    ("a.tar.gz", gzip.compress(tar(b"text")), "a.tar.gz is a tar archive"),
+    ("a.tar.gz", gzip.compress(tar(b"text")), "a.tar.gz is a .tar file"),
     ("a", b"PK\x03\x04" + b"word/document.xml" * 99, "a is a zip archive"),
-    ("a.arrow", b"ARROW1\0\0" + b"text" * 99, "a.arrow is an Arrow file"),
-    ("a.pdf", b"%PDF-1.4\n" + b"text " * 99, "a.pdf is a PDF document"),
+    ("a.arrow", b"ARROW1\0\0" + b"text" * 99, "a.arrow is a .arrow file"),
+    ("a.pdf", b"%PDF-1.4\n" + b"text " * 99, "a.pdf is a .pdf file"),
     ("a.parquet.gz", gzip.compress(parquet(text=["x"])), "is Parquet in a compressed file"),
-    ("a.png", random.Random(0).randbytes(500), "a.png must be UTF-8, but"),
-    ("a.npy", npy(np.arange(100)), "a.npy must be UTF-8, but"),
-    ("a.gz", gzip.compress(gzip.compress(b"text" * 99)), "a.gz must be UTF-8, but"),
+    ("a.png", random.Random(0).randbytes(500), "a.png is a .png file"),
+    ("a.npy", npy(np.arange(100)), "a.npy is a .npy file"),
+    ("a.feather.bin", b"ARROW1\0\0" + b"text" * 99, "a.feather.bin is an Arrow file"),
+    ("b.bin", b"%PDF-1.4\n" + b"text " * 99, "b.bin is a PDF document"),
+    ("tar.gz", gzip.compress(tar(b"text")), "tar.gz is a tar archive"),
+    ("image", random.Random(0).randbytes(500), "image must be UTF-8 text, but"),
+    ("array", npy(np.arange(100)), "array must be UTF-8 text, but"),
+    ("a.bin", pa.Codec("brotli").compress(LINES[-300:], asbytes=True), "a.bin must be UTF-8 text"),
+    ("list", pickle.dumps(["text"] * 5 + list(range(50))), "list must be UTF-8 text, but"),
+    (
+      "a.parquet",
+      parquet(text=pa.array([b"a\xff"]).view(pa.string())),
+      "a.parquet must be a whole",
+    ),
+    ("a.json", b"[1, 2]", "must be a string; at a.json row 0 it is 1"),
+    ("a.gz", gzip.compress(gzip.compress(b"text" * 99)), "a.gz must be UTF-8 text, but"),
     ("a.parquet", b"no parquet", "a.parquet must be a whole Parquet file"),
     ("a.parquet", parquet(text=["x"] * 99)[:-9], "a.parquet must be a whole Parquet file"),
     ("a.parquet", b"", "a.parquet must be a whole Parquet file"),
@@ -173,6 +188,8 @@ def npy(values):
     ("a.json", b'{"id1": "x", "id2": "y"}', "must be a string; at a.json:1 it is None"),
     ("a.json", b'{\n"id1": "x",\n "id2": "y"}', "must be a string; at a.json row 0 it is None"),
   ],
+  # Compressed data has the time in it, and names of tests must not.
+  ids=lambda value: value if isinstance(value, str) else "data",
 )
 def test_what_is_not_readable_is_named(tmp_path, name, data, what):
   with pytest.raises(ValueError, match=what):

@@ -4,7 +4,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import random
 import re
+import signal
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +18,7 @@ from tokenizers import Tokenizer
 from dsmoe.data import batches, encoding, shards
 from dsmoe.data import folder as folder_lib
 from dsmoe.data import tokenizer as tokenizer_lib
+from tests import runs
 from tests.data import cases
 from tests.data.cases import EOS, VOCAB, data_config, text_config, texts_of, token_documents, words
 
@@ -64,7 +68,7 @@ def test_manifest(folder, prepared):
       '{"text": "x"}\n{"body": "y"}',
       r"'text' must be a string; at a.jsonl:2 it is None",
     ),
-    ("a.jsonl", '{"text": "x"}\n["y"]', r"'text' must be a string; at a.jsonl:2 it is None"),
+    ("a.jsonl", '{"text": "x"}\n["y"]', r"'text' must be a string; at a.jsonl:2 it is \['y'\]"),
     ("a.txt", "", r"must have text; .*a.txt' \(train-0\) has none$"),
     ("a.txt", " \n\u3000\t" * 9, r"a.txt' \(train-0\) has none but white space"),
     ("a.jsonl", '{"text": ""}\n{"text": " "}', r"\(train-0\) has none but white space"),
@@ -180,6 +184,15 @@ def test_anything_else_than_before_is_an_error(tmp_path):
   )
 
 
+def test_paths_in_the_home_folder(folder, prepared, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(prepared.manifest.parent))
+  config = text_config(folder, tokenizer="~/tokenizer.json")
+  prepared.manifest.parent.joinpath("more").mkdir()
+  again = batches.prepare(config, VOCAB, "~/more/cache")
+  assert again.manifest == prepared.manifest.parent / "more" / "cache" / "manifest.json"
+  assert again.train_tokens == prepared.train_tokens
+
+
 def test_a_given_tokenizer(folder, prepared, tmp_path):
   path = str(prepared.manifest.parent / "tokenizer.json")
   again = batches.prepare(text_config(folder, tokenizer=path), VOCAB + 100, tmp_path)
@@ -232,7 +245,7 @@ def test_every_training_file_is_opened_before_anything_is_made(tmp_path):
   config = make_sources(tmp_path)
   (tmp_path / "b.csv").write_text("id,text")
   config = dataclasses.replace(config, train_globs=(f"{tmp_path}/[ab].*",))
-  with pytest.raises(ValueError, match=r"b.csv is a CSV table"):
+  with pytest.raises(ValueError, match=r"b.csv is a .csv file"):
     batches.prepare(config, VOCAB, tmp_path / "cache")
   assert set(contents(tmp_path / "cache")) == set()
 
@@ -486,3 +499,42 @@ def test_settings_in_tokenizer_json_do_not_cut_documents(folder, prepared, tmp_p
   made = batches.prepare(config, VOCAB, tmp_path / "data")
   assert token_documents(made.train[0]) == token_documents(prepared.train[0])
   assert made.validation_tokens == prepared.validation_tokens
+
+
+PREPARE = """
+import sys
+from tests.data import cases
+from dsmoe.data import batches, encoding, shards
+shards.SHARD_BYTES, encoding._BATCH_CHARS = 2**20, 2**16
+folder = sys.argv[1]
+config = cases.data_config(train_globs=(f"{folder}/a.txt",), validation_globs=(f"{folder}/v.txt",))
+print("starts", flush=True)
+batches.prepare(config, 4000, f"{folder}/cache")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("what", ["inputs.json", "train-0-00000.arrayrecord*.tmp"])
+def test_signals_end_a_preparation_soon(tmp_path, number, what):
+  """While the tokenizer is trained, and while text is tokenised."""
+  rng = random.Random(0)
+  letters = "abcdefghijklmnopqrstuvwxyz"
+  sizes = (99_999, 1_500_000) if what == "inputs.json" else (2_000, 600_000)
+  vocabulary = ["".join(rng.choices(letters, k=rng.randrange(2, 9))) for _ in range(sizes[0])]
+  (tmp_path / "a.txt").write_text(" ".join(rng.choices(vocabulary, k=sizes[1])))
+  (tmp_path / "v.txt").write_text("text")
+  process = runs.start("-c", PREPARE, tmp_path)
+  assert runs.wait_for(lambda: list((tmp_path / "cache").glob(what)), process)
+  time.sleep(0.2)
+  process.send_signal(number)
+  sent = time.monotonic()
+  code, out, err = runs.finish(process)
+  assert code == -number, (code, out, err)
+  assert time.monotonic() - sent < 3
+  if what == "inputs.json":
+    assert not (tmp_path / "cache" / "tokenizer.json").exists()
+    return
+  (tmp_path / "cache" / "train-0-00009.arrayrecord.x.tmp").write_text("of a killed process")
+  left = runs.start("-c", PREPARE, tmp_path)
+  assert runs.finish(left)[0] == 0
+  assert not list((tmp_path / "cache").glob("*.tmp"))

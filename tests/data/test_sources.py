@@ -96,6 +96,12 @@ def test_a_folder_is_not_a_source(tmp_path):
       sources.find_source(name, is_train=True)
 
 
+@pytest.mark.parametrize("name", ["file:///tmp/a.txt", "hdfs://a/b.txt"])
+def test_other_file_systems_are_refused(name):
+  with pytest.raises(ValueError, match=rf"must be on disk or on gs://, got '{name}'"):
+    sources.find_source(name, is_train=True)
+
+
 def test_sample_takes_parts_of_long_documents(tmp_path, monkeypatch):
   monkeypatch.setattr(files, "PIECE_CHARS", 100)
   text = "".join(f"line {i}\n" for i in range(10_000))
