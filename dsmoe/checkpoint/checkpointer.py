@@ -210,7 +210,7 @@ def _read(
   checksums = contents.saved_checksums(workdir, step)
   with contents.named_damage(workdir, step):
     restored = manager.restore(step, args=ocp.args.Composite(**items))
-    if checksums:
+    if checksums is not None:
       for name, (checksum, _) in integrity.measure(restored["state"]).items():
         contents.compare_checksum(name, checksums, checksum)
       if "data" in items:

@@ -82,11 +82,11 @@ def saved_shapes(workdir: epath.PathLike, step: int) -> dict[str, tuple[int, ...
     return shapes(handler.metadata(step_folder(workdir, step) / "state").tree)
 
 
-def saved_checksums(workdir: epath.PathLike, step: int) -> dict[str, str]:
-  """Returns a checkpoint's checksums by dotted name, see `integrity`; {} if it has none."""
+def saved_checksums(workdir: epath.PathLike, step: int) -> dict[str, str] | None:
+  """Returns a checkpoint's checksums by dotted name, see `integrity`; None if it has none."""
   path = step_folder(workdir, step) / "checksums"
   if not path.exists():
-    return {}
+    return None
   with named_damage(workdir, step):
     return {name: str(value) for name, value in json.loads((path / "metadata").read_text()).items()}
 

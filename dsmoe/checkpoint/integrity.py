@@ -9,6 +9,7 @@ import numpy as np
 
 from dsmoe.checkpoint import contents
 
+_BLOCK = 1 << 18  # numbers that NumPy mixes at once
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
@@ -24,7 +25,9 @@ def measure(tree: Any) -> dict[str, tuple[str, bool]]:
     single number always changes it; other damage leaves it as it is once in 2**32 times.
   """
   named = [(contents.name_of(path), x) for path, x in jax.tree.leaves_with_path(tree)]
-  sums = jax.device_get(_sums([x for _, x in named]))
+  # One program: several with collectives at once can block XLA's threads on CPU.
+  compiled = iter(jax.device_get(_measured([x for _, x in named if not _is_on_host(x)])))
+  sums = [_on_host(x) if _is_on_host(x) else next(compiled) for _, x in named]
   return {
     name: (f"{x.dtype} {int(checksum):08x}", bool(finite))
     for (name, x), (checksum, finite) in zip(named, sums)
@@ -35,15 +38,38 @@ def checksum_of_blocks(blocks: Iterable[np.ndarray]) -> str:
   """Returns the checksum of an array whose rows come in blocks, joined in row-major order."""
   total, offset, dtype = 0, 0, ""
   for block in blocks:
-    bits = np.ascontiguousarray(block).view(f"u{block.dtype.itemsize}").reshape(-1)
-    place = np.arange(offset, offset + block.size, dtype=np.uint64).astype(np.uint32)
-    total += int(_mixed(bits.astype(np.uint32), place).sum(dtype=np.uint64))
+    total += _sum(block.reshape(-1), offset)
     offset, dtype = offset + block.size, block.dtype.name
   return f"{dtype} {total % 2**32:08x}"
 
 
+def _is_on_host(x) -> bool:
+  """Whether NumPy can read an array in place; compiling for it would take seconds."""
+  if isinstance(x, np.ndarray | np.generic):
+    return True
+  return len(x.devices()) == 1 and next(iter(x.devices())).platform == "cpu"
+
+
+def _on_host(x) -> tuple[int, bool]:
+  flat = np.asarray(x).reshape(-1)
+  finite = all(np.isfinite(flat[i : i + _BLOCK]).all() for i in range(0, flat.size, _BLOCK))
+  return _sum(flat, 0) % 2**32, finite
+
+
+def _sum(flat: np.ndarray, offset: int) -> int:
+  """Returns what numbers add to a checksum, of which the first has the place `offset`."""
+  total = 0
+  for first in range(0, flat.size, _BLOCK):
+    block = np.ascontiguousarray(flat[first : first + _BLOCK])
+    bits = block.view(f"u{block.dtype.itemsize}").astype(np.uint32)
+    start = offset + first
+    place = np.arange(start, start + block.size, dtype=np.uint64).astype(np.uint32)
+    total += int(_mixed(bits, place).sum(dtype=np.uint64))
+  return total
+
+
 @jax.jit
-def _sums(arrays: list) -> list:
+def _measured(arrays: list) -> list:
   return [(_checksum(x), jnp.all(jnp.isfinite(x))) for x in arrays]
 
 

@@ -135,8 +135,10 @@ def check_arrays(
     ValueError: naming the checkpoint and the first array that is damaged.
   """
   checksums = contents.saved_checksums(workdir, step)
+  if checksums is None:
+    return
   with contents.named_damage(workdir, step):
-    for path, shape in shapes.items() if checksums else ():
+    for path, shape in shapes.items():
       found = integrity.checksum_of_blocks(_blocks(arrays[path], shape))
       contents.compare_checksum(".".join(path), checksums, found)
 

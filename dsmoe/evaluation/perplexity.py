@@ -109,7 +109,7 @@ def _check_round_trip(prepared: records.PreparedData, config: DataConfig) -> Non
     return
   encoder = tokenizer_lib.text_only(prepared.tokenizer)
   for document in itertools.islice(sources.validation_documents(config), _SAMPLE_DOCUMENTS):
-    text = document[:_SAMPLE_CHARACTERS]
+    text = document.text[:_SAMPLE_CHARACTERS]
     found = encoder.decode(encoder.encode(text, add_special_tokens=False).ids, False)
     if found != text:
       place = next((i for i, (a, b) in enumerate(zip(text, found)) if a != b), len(found))

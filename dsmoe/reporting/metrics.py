@@ -77,11 +77,21 @@ class RunningLoad:
 
   @classmethod
   def from_rows(cls, rows: Iterable[Mapping[str, Any]], window: int | None = None) -> "RunningLoad":
-    """Rebuilds the sum from metrics lines, so that a resumed run continues it."""
+    """Rebuilds the sum from metrics lines, so that a resumed run continues it.
+
+    Raises:
+      ValueError: naming the line, for counts that are none or change their shape.
+    """
     running = cls(window)
     for row in rows:
       if row.get("expert_counts"):
-        running.add(np.asarray(row["expert_counts"]))
+        try:
+          running.add(np.asarray(row["expert_counts"]))
+        except ValueError as error:
+          raise ValueError(
+            f"expert_counts of step {row['step']} in {METRICS_FILE} are damaged ({error}): delete "
+            "that line, or the file if its curves are not needed"
+          ) from error
     return running
 
   def add(self, counts_LE: np.ndarray) -> None:

@@ -204,6 +204,15 @@ def test_a_damaged_file_of_a_checkpoint_is_named(tmp_path, damage):
   assert max(files(folder), key=lambda path: path.stat().st_size) in refused
 
 
+@pytest.mark.parametrize("text", ["{}", "[1]", "{", '{"data": 1}', "null"])
+def test_damaged_checksums_are_named(tmp_path, text):
+  save(tmp_path, small_state(5), 5)
+  (tmp_path / "checkpoints" / "5" / "checksums" / "metadata").write_text(text)
+  for read in readers(tmp_path, 5):
+    with pytest.raises(ValueError, match=r"checkpoint 5 in .* must be whole, it cannot be read"):
+      read()
+
+
 def test_another_data_position_is_named(tmp_path):
   save(tmp_path, small_state(5), 50)
   [path] = (tmp_path / "checkpoints" / "5" / "data").glob("metadata")

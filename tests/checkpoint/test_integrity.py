@@ -31,7 +31,8 @@ def checksum_by_loop(array):
   return f"{array.dtype} {total % 2**32:08x}"
 
 
-def test_checksums_match_a_loop():
+def test_checksums_match_a_loop(monkeypatch):
+  monkeypatch.setattr(integrity, "_BLOCK", 9)
   measured = integrity.measure(ARRAYS)
   assert measured == {name: (checksum_by_loop(x), True) for name, x in ARRAYS.items()}
 
@@ -41,6 +42,15 @@ def test_checksums_of_blocks_are_those_of_the_whole():
     rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(-1)
     blocks = [rows[first : first + 3] for first in range(0, max(len(rows), 1), 3)]
     assert integrity.checksum_of_blocks(blocks) == checksum_by_loop(array)
+
+
+def test_what_is_compiled_matches_what_the_host_computes(monkeypatch):
+  alone = integrity.measure(ARRAYS)
+  assert integrity.measure(jax.tree.map(jnp.asarray, ARRAYS)) == alone
+  monkeypatch.setattr(integrity, "_is_on_host", lambda x: False)
+  assert integrity.measure(ARRAYS) == alone
+  broken = {"matrix": ARRAYS["matrix"] * np.float32(np.inf)}
+  assert not integrity.measure(broken)["matrix"][1]
 
 
 def test_checksums_do_not_depend_on_the_mesh():

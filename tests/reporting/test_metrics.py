@@ -117,6 +117,13 @@ def test_running_load_goes_on_after_a_resume(tmp_path, window):
     np.testing.assert_array_equal(resumed.statistics()[name], value)
 
 
+@pytest.mark.parametrize("counts", ["abc", [[1, 2], [3]], [[1, 2, 3]], [[1, -2]], 7, [[0.5, 1]]])
+def test_damaged_counts_are_named_by_their_line(counts):
+  rows = [{"step": 10, "expert_counts": [[1, 2]]}, {"step": 20, "expert_counts": counts}]
+  with pytest.raises(ValueError, match=r"of step 20 in metrics\.jsonl are damaged .*delete that"):
+    metrics.RunningLoad.from_rows(rows)
+
+
 def test_lines_hold_plain_numbers(tmp_path):
   with metrics.MetricsWriter(tmp_path / "new", tensorboard=False) as writer:
     writer.write(
