@@ -2,6 +2,12 @@
 
 import importlib.metadata
 import os
+import signal
+
+# A shell starts what runs in the background with Ctrl-C ignored, and so would be the processes that
+# tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".jax_cache")
 

@@ -55,6 +55,7 @@ def test_uninterrupted_run_logs_each_step_once(uninterrupted):
   assert checkpoint_steps(uninterrupted) == [39, 40]
 
 
+@pytest.mark.slow
 def test_killed_run_ends_as_if_never_stopped(uninterrupted, tmp_path):
   seed = random.SystemRandom().randrange(2**32)
   print(f"seed of the kills: {seed}")  # shown when the test fails
@@ -88,6 +89,7 @@ def test_killed_run_ends_as_if_never_stopped(uninterrupted, tmp_path):
   assert_same_end(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_saves_and_exits(uninterrupted, tmp_path, name):
   """Meanwhile a second run in the same workdir is refused."""
@@ -113,7 +115,7 @@ def test_ctrl_c_before_the_first_step_says_so(tmp_path):
   process.send_signal(signal.SIGINT)
   code, out, err = runs.finish(process)
   assert code == 130 and "Traceback" not in err, out + err
-  assert err.splitlines()[-1].startswith("train: stopped by Ctrl-C; the same command goes on")
+  assert err.splitlines()[-1].startswith("error: stopped by Ctrl-C; the same command goes on")
 
 
 def test_changed_config_is_refused_by_name(uninterrupted):
@@ -126,6 +128,7 @@ def test_changed_config_is_refused_by_name(uninterrupted):
   assert checkpoint_steps(uninterrupted) == [39, 40]
 
 
+@pytest.mark.slow
 def test_explosion_stops_with_the_last_good_state_saved(tmp_path):
   overrides = ("--config.optim.learning_rate=1e30", "--config.optim.clip_norm=0.0")
   code, out, err = runs.finish(runs.start_training(tmp_path, *overrides))
@@ -189,6 +192,7 @@ def test_an_evaluation_that_fails_comes_after_the_save(tmp_path, monkeypatch):
   assert kinds == [(1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_an_older_checkpoint(tmp_path):
   """The newest is damaged; what came after the older one is kept aside."""
   config = quick_config()
@@ -215,6 +219,7 @@ def test_a_run_goes_on_from_an_older_checkpoint(tmp_path):
   assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [1, 2, 3, 4, 4]
 
 
+@pytest.mark.slow
 def test_weights_of_another_run_are_not_forgotten(tmp_path, monkeypatch):
   """A run that was stopped before its first step goes on with them, though they are not named."""
   config = quick_config(num_steps=2)
@@ -235,6 +240,7 @@ def test_weights_of_another_run_are_not_forgotten(tmp_path, monkeypatch):
   runs.assert_bitwise_equal({p: a[p] for p in weights}, {p: b[p] for p in weights})
 
 
+@pytest.mark.slow
 def test_a_changed_batch_size_goes_on_at_the_next_row(tmp_path, monkeypatch):
   """The rows themselves are compared in tests/data/test_batches.py."""
   starts = []
@@ -395,6 +401,7 @@ def test_a_new_run_starts_with_anothers_weights(tmp_path, capsys):
     train.train(config, tmp_path / "imported", allow_config_change=True)
 
 
+@pytest.mark.slow
 def test_a_new_run_takes_the_tokenizer_of_its_weights(tmp_path):
   """Its first validation loss is then that of the other's end; it resumes by the same command."""
   corpus = make_folder(tmp_path)

@@ -72,8 +72,6 @@ def train_iterator(
     ValueError: if the numbers do not fit, or the tokenizer lacks the fill-in-the-middle marks.
   """
   local_size = _local_size(batch_size, process_index, process_count)
-  if config.seed < 0:
-    raise ValueError(f"data.seed must be at least 0, got {config.seed}")
   _warn_of_small_sources(prepared, config, batch_size)
   position = position or first_position(config)
   rows_before = rows_of_sources(position.sequences, config.train_weights)

@@ -102,7 +102,7 @@ def test_the_config_of_a_step(tmp_path):
   """Of the run that saved it, however often the config was changed after it."""
   for batch_size, step in ((8, 0), (4, 20), (2, 20), (16, 30)):
     config = config_of_two_layers(batch_size=batch_size)
-    checkpoint.record_config(tmp_path, config, step, True)
+    checkpoint.record_config(tmp_path, config, step)
   steps = {step: checkpoint.config_of_step(tmp_path, step).batch_size for step in (20, 30, 40)}
   assert steps == {20: 8, 30: 2, 40: 16}
 

@@ -29,7 +29,7 @@ def corpus(tmp_path_factory):
 def source(corpus, tmp_path):
   """What with_tokenizer_of reads of a run: its config and its data."""
   config = config_of(corpus)
-  checkpoint.record_config(tmp_path / "source", config, 0, False)
+  checkpoint.record_config(tmp_path / "source", config, 0)
   records.prepare(config.data, VOCAB, tmp_path / "source" / "data")
   return tmp_path / "source"
 
@@ -52,7 +52,7 @@ def test_the_sources_tokenizer_and_its_files_are_taken(corpus, source, tmp_path)
 
 def test_a_cache_elsewhere_is_found(corpus, tmp_path):
   config = config_of(corpus, cache_dir=str(tmp_path / "cache"))
-  checkpoint.record_config(tmp_path / "source", config, 0, False)
+  checkpoint.record_config(tmp_path / "source", config, 0)
   records.prepare(config.data, VOCAB, tmp_path / "cache")
   taken = checkpoint.with_tokenizer_of(config_of(corpus), tmp_path / "source")
   assert taken.data.tokenizer == str(tmp_path / "cache" / "tokenizer.json")
@@ -88,7 +88,7 @@ def test_another_tokenizer_is_refused_unless_allowed(corpus, source, tmp_path):
 
 def test_a_source_without_a_tokenizer(corpus, tmp_path):
   """As after random tokens, or an import of weights alone."""
-  checkpoint.record_config(tmp_path / "source", small_config(), 0, False)
+  checkpoint.record_config(tmp_path / "source", small_config(), 0)
   with pytest.raises(ValueError, match=r"tokenizer.json that the weights in .*--allow_other"):
     checkpoint.with_tokenizer_of(config_of(corpus), tmp_path / "source")
   for config in (config_of(corpus, tokenizer="given.json"), small_config()):

@@ -215,8 +215,6 @@ def test_iterator_errors(prepared, folder):
       read(prepared, config, 8, 0, 3)
     with pytest.raises(ValueError, match=r"process_index \(2\) .* process_count \(2\)"):
       read(prepared, config, 8, 2, 2)
-  with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
-    batches.train_iterator(prepared, dataclasses.replace(config, seed=-1), 8)
 
 
 def flat(tensors, name="tokens"):

@@ -170,5 +170,5 @@ def test_a_port_in_use_is_refused_at_once():
 def test_a_key_file_must_hold_a_key():
   args = ("--workdir=nowhere", "--api_key_file=nokey")
   code, _, err = runs.finish(runs.start("scripts/serve.py", *args))
-  assert code == 1 and "api_key_file must hold a key, nokey does not" in err
+  assert code == 2 and "api_key_file must hold a key, nokey does not" in err
   assert "Traceback" not in err
