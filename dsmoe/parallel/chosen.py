@@ -40,8 +40,7 @@ def chosen(x_MD, routed: Routed, experts: ExpertWeights, real_M=None):
     def add(k, y_MD):
       return y_MD + _expert(x_MD, experts, expert_MK[0, k], gate_MK[:, k])
 
-    # A loop, written out by XLA where that pays: on CPU each choice of a program that is written
-    # out copies its expert, and the loop takes one buffer for all of them.
+    # Written out, XLA:CPU would copy each choice's expert into a buffer of its own.
     return jax.lax.fori_loop(0, K, add, jnp.zeros(x_MD.shape, jnp.float32)).astype(x_MD.dtype)
   E = experts.num_experts
   if real_M is not None:
