@@ -135,12 +135,13 @@ def test_a_client_that_leaves_gives_its_pages_back(client):
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
   before = metric("dsmoe_batcher_new_tokens_total")
-  stream = complete(client, max_tokens=230, stream=True)
+  # Two rows run at once, so that 60 choices take seconds: the client leaves long before the end.
+  stream = complete(client, max_tokens=230, n=60, stream=True)
   next(iter(stream))
   stream.close()
+  wait_until(lambda: metric("dsmoe_vanished_clients_total") == 1)
   wait_until(lambda: metric("dsmoe_running_rows") == 0)
-  assert metric("dsmoe_vanished_clients_total") == 1
-  assert metric("dsmoe_batcher_new_tokens_total") - before < 230
+  assert metric("dsmoe_batcher_new_tokens_total") - before < 60 * 230
 
 
 def test_the_programs_were_compiled_at_the_start(client):
