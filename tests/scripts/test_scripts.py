@@ -68,6 +68,7 @@ def test_compute_report_counts_both_devices_of_a_chip():
   assert values["mfu"]["causal"] == pytest.approx(0.266, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_bench_train(tmp_path):
   args = ("scripts/bench_train.py", f"--config={runs.SHORT_RUN}", "--steps=2")
   values = json.loads(runs.run(*args, "--json=-"))
@@ -85,6 +86,7 @@ def test_generate(workdir):
   assert len(sampled) > len("alpha beta\n") and sampled != likeliest
 
 
+@pytest.mark.slow
 def test_generate_from_a_file(workdir, tmp_path):
   path = tmp_path / "prompts.jsonl"
   prompts = ["alpha", "beta gamma", "alpha beta"]
@@ -115,6 +117,7 @@ def test_generate_talks(workdir):
   assert "new tokens" in err
 
 
+@pytest.mark.slow
 def test_bench_decode(tmp_path):
   args = ["scripts/bench_decode.py", "--config=experiments/bench_small.py", "--prompt_tokens=9"]
   args += ["--config.model.hidden_size=32", "--config.model.vocab_size=64", "--new_tokens=65"]
