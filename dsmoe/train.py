@@ -29,7 +29,7 @@ from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
-from dsmoe.reporting import metrics, output, plots, progress
+from dsmoe.reporting import metrics, output, plots, progress, routing_trace
 from dsmoe.training import kernel_check, train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
@@ -272,6 +272,11 @@ def _train(
     start = time.perf_counter()
     batch = mesh_lib.to_global(next(batches), mesh)
     step_fn = step_fn.lower(state, batch).compile()
+    recorded = [step for step in config.log.routing_trace_steps if step > first]
+    recording_step_fn = step_fn
+    if recorded:
+      recording = train_step.make_train_step(config, mesh, record_routing=True)
+      recording_step_fn = recording.lower(state, batch).compile()
     cpu.release_memory()
     bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
 
@@ -291,7 +296,9 @@ def _train(
       is_last = step == config.num_steps
 
       # --- step; the next batch is read while the device computes
-      state, step_metrics = step_fn(state, batch)
+      fn = recording_step_fn if step in recorded else step_fn
+      state, step_metrics = fn(state, batch)
+      experts = step_metrics.pop("expert_LBSK", None)
       batch = mesh_lib.to_global(next(batches), mesh)
       step_metrics = jax.device_get(step_metrics)
       if step == first + 1 and (first == 0 or step_metrics["finite"]):
@@ -307,6 +314,10 @@ def _train(
           f"loss ({step_metrics['losses'].total}) and gradient norm ({step_metrics['grad_norm']}) "
           f"must be finite, at step {step}; {last_good}"
         )
+
+      if experts is not None:
+        counts_LE = step_metrics["load"].counts_LE
+        routing_trace.write(workdir, step, experts, counts_LE, config.num_microbatches)
 
       # --- log
       if step % config.log.log_every_steps == 0 or is_last:

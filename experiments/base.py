@@ -166,4 +166,7 @@ def get_config() -> config_dict.ConfigDict:
   g.sample_tokens = 128  # length of the text the model writes at the end of a run; 0: none
   g.tensorboard = True  # write TensorBoard events beside metrics.jsonl
   g.plots = True  # draw the plots at the end of the run
+  # Steps whose routing is recorded: the experts that each token chose, in all MoE layers, as files
+  # in <workdir>/routing_traces; the format is in dsmoe/reporting/routing_trace.py.
+  g.routing_trace_steps = ()
   return c

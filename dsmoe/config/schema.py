@@ -377,6 +377,8 @@ class LogConfig:
   sample_tokens: int
   tensorboard: bool
   plots: bool
+  # It has a default because runs saved before it existed do not have it.
+  routing_trace_steps: tuple[int, ...] = ()
 
   def __post_init__(self):
     numbers(self)
@@ -428,6 +430,17 @@ class Config:
       or self.model.uses_router_bias
       or not self.model.num_moe_layers,
       f"balance.methods 'bias' needs model.topk_method 'noaux_tc', got {self.model.topk_method!r}",
+    )
+    traced = self.log.routing_trace_steps
+    require(
+      all(1 <= step <= self.num_steps for step in traced),
+      f"log.routing_trace_steps must be from 1 to num_steps ({self.num_steps}), got {traced}",
+    )
+    require(
+      not traced or self.model.num_moe_layers > 0,
+      f"log.routing_trace_steps ({traced}) needs a model with experts: first_k_dense_replace "
+      f"({self.model.first_k_dense_replace}) must be below num_hidden_layers "
+      f"({self.model.num_hidden_layers})",
     )
     E, devices = self.model.n_routed_experts, self.mesh.expert
     if devices > 1 and self.model.num_moe_layers:

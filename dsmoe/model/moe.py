@@ -33,6 +33,7 @@ class MoEStats(NamedTuple):
   groups_per_token: jax.Array  # float32 mean
   balance_loss: jax.Array  # float32, summed over sequences
   dispatch: DispatchStats
+  expert_BSK: jax.Array | None = None  # int32, each token's experts, where they are recorded
 
 
 class MoEOptions(NamedTuple):
@@ -47,6 +48,8 @@ class MoEOptions(NamedTuple):
   # Index of this layer in its stack, where `Experts` holds the weights of the whole stack,
   # [L, E, ...]; None where it holds those of one layer.
   layer: int | None = None
+  # The stats carry each token's experts.
+  record_routing: bool = False
 
 
 TRAINING = MoEOptions()
@@ -120,5 +123,6 @@ class MoE(nnx.Module):
       groups_per_token=routing.groups_touched(routed.expert_MK, config),
       balance_loss=balance_loss,
       dispatch=dispatched,
+      expert_BSK=routed.expert_MK.reshape(B, S, -1) if options.record_routing else None,
     )
     return y_BSD, stats
