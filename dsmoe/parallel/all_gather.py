@@ -69,7 +69,8 @@ def own_experts(x_TD, routed: Routed, experts: ExpertWeights, config: ModelConfi
   sizes_O, starts_O = (jax.lax.dynamic_slice_in_dim(a, first, O) for a in (counts_E, starts_E))
   weight_P = permute.weights_of_rows(routed.gate_MK, row_TK, pair_P.shape[0])
   x_PD = permute.permute(x_TD, pair_P, row_TK)
-  y_PD = experts_of_rows(x_PD, weight_P, weights, sizes_O, starts_O, alignment, config)
+  with jax.named_scope("experts"):
+    y_PD = experts_of_rows(x_PD, weight_P, weights, sizes_O, starts_O, alignment, config)
   return permute.combine(y_PD, pair_P, row_TK)
 
 

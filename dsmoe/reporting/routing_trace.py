@@ -20,7 +20,7 @@ Shapes: L MoE layers, B rows, S positions, M tokens, K experts a token, E expert
 import io
 import re
 import zipfile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -74,13 +74,14 @@ def write(
   place_M = np.concatenate(places)
   order_M = np.argsort(place_M)
   buffer = io.BytesIO()
-  scalars = (step, B, S, num_microbatches, jax.process_count())
+  numbers = (step, B, S, num_microbatches, jax.process_count())
+  scalars: dict[str, Any] = {n: np.int64(value) for n, value in zip(_SCALARS, numbers)}
   np.savez_compressed(
     buffer,
     expert_LMK=np.concatenate(parts, axis=1)[:, order_M],
     place_M=place_M[order_M],
     counts_LE=np.asarray(counts_LE, np.int32),
-    **{name: np.int64(value) for name, value in zip(_SCALARS, scalars)},
+    **scalars,
   )
   path = epath.Path(workdir) / FOLDER / f"step_{step}_process_{jax.process_index()}.npz"
   path.parent.mkdir(parents=True, exist_ok=True)
