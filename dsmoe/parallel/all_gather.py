@@ -16,6 +16,7 @@ from dsmoe.config import ModelConfig
 from dsmoe.parallel import collectives
 from dsmoe.parallel.experts import ExpertWeights
 from dsmoe.parallel.local import local
+from dsmoe.parallel.stats import nothing_dropped
 from pallas_kernels import grouped_matmul, permute
 from pallas_kernels import quantized_matmul as quantized
 from pallas_kernels.grouped_matmul import tile_table
@@ -23,14 +24,16 @@ from pallas_kernels.routing import Routed
 
 
 def all_gather(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
-  """Returns each token's sum over its experts; see `dispatch.routed_experts`."""
-  if collectives.devices_along("expert") == 1:
+  """Returns each token's sum over its experts, and stats; see `dispatch.routed_experts`."""
+  num_devices = collectives.devices_along("expert")
+  if num_devices == 1:
     return local(x_MD, routed, experts, config)
   with jax.named_scope("exchange"):
     x_TD, routed = gathered_tokens(x_MD, routed)
   y_TD = _own_experts(x_TD, routed, experts, config)
   with jax.named_scope("exchange"):
-    return collectives.sum_to_owners(y_TD, "expert")
+    y_MD = collectives.sum_to_owners(y_TD, "expert")
+  return y_MD, nothing_dropped(sent_rows=x_MD.shape[0] * (num_devices - 1))
 
 
 def gathered_tokens(x_MD, routed: Routed) -> tuple[jax.Array, Routed]:
