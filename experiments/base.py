@@ -71,9 +71,9 @@ def get_config() -> config_dict.ConfigDict:
   # What is kept for the backward pass. none: all that it reads | dots: outputs of matmuls | full:
   # the input of each layer. The rest is computed again.
   m.remat = "none"
-  # local: permute tokens to their experts, one grouped matmul | all_gather: with mesh.expert above
-  # 1, gather the tokens of the axis' devices, each of which applies its own experts, and scatter
-  # the sums | dense: every expert computes every token; slow, for tests.
+  # local: permute tokens to their experts, one grouped matmul | all_to_all: with mesh.expert above
+  # 1, send each row to the device that owns its expert, and back | all_gather: gather the tokens of
+  # the axis' devices, each of which applies its own experts, and scatter the sums | dense: every expert computes every token; slow, for tests.
   m.dispatch = "local"
   # Options of the exchange of rows among the devices along mesh.expert. A dispatch that does not
   # read one refuses any other value than the default.

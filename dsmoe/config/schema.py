@@ -91,6 +91,7 @@ EXCHANGE_FIELDS: dict[str, tuple[str, ...]] = {
   "local": (),
   "dense": (),
   "all_gather": (),
+  "all_to_all": ("receive_capacity", "dropless_fallback", "moe_chunks", "precision"),
 }
 
 
@@ -433,8 +434,8 @@ class Config:
     if devices > 1 and self.model.num_moe_layers:
       require(
         self.model.dispatch != "local",
-        f"mesh.expert ({devices}) above 1 needs model.dispatch 'all_gather', got "
-        f"{self.model.dispatch!r}",
+        f"mesh.expert ({devices}) above 1 needs an exchange as model.dispatch, such as "
+        f"'all_to_all', got {self.model.dispatch!r}",
       )
       require(
         E % devices == 0,

@@ -12,7 +12,7 @@ import jax
 
 from dsmoe import platforms
 from dsmoe.config import ModelConfig
-from dsmoe.parallel import all_gather, chosen, collectives, dense, local
+from dsmoe.parallel import all_gather, all_to_all, chosen, collectives, dense, local
 from dsmoe.parallel.experts import ExpertWeights
 from dsmoe.parallel.stats import DispatchStats, nothing_dropped
 from pallas_kernels.routing import Routed
@@ -22,6 +22,7 @@ BACK_ENDS: dict[str, Callable] = {
   "local": local.local,
   "dense": dense.dense,
   "all_gather": all_gather.all_gather,
+  "all_to_all": all_to_all.all_to_all,
 }
 
 

@@ -83,7 +83,10 @@ RULES = [
   ),
   ({"model.compute_dtype": "f16"}, "compute_dtype must be one of bfloat16, float32, got 'f16'"),
   ({"model.remat": "all"}, "remat must be one of none, dots, full, got 'all'"),
-  ({"model.dispatch": "far"}, "dispatch must be one of local, dense, all_gather, got 'far'"),
+  (
+    {"model.dispatch": "far"},
+    "dispatch must be one of local, dense, all_gather, all_to_all, got 'far'",
+  ),
   (
     {"model.exchange.receive_capacity": 0.0},
     "exchange.receive_capacity must be positive, got 0.0",
@@ -193,7 +196,7 @@ RULES = [
   ({"mesh.expert": 0}, "expert must be at least 1, got 0"),
   (
     {"mesh.expert": 2},
-    "mesh.expert (2) above 1 needs model.dispatch 'all_gather', got 'local'",
+    "mesh.expert (2) above 1 needs an exchange as model.dispatch, such as 'all_to_all', got 'local'",
   ),
   (
     {"mesh.expert": 5, "model.dispatch": "all_gather"},
