@@ -74,9 +74,11 @@ class ExchangeConfig:
   dropless_fallback: str = "none"
   moe_chunks: int = 1
   precision: str = "compute_dtype"
+  devices_per_group: int = 8
 
   def __post_init__(self):
     numbers(self)
+    at_least(self, 1, "devices_per_group")
     require(
       self.receive_capacity > 0,
       f"exchange.receive_capacity must be positive, got {self.receive_capacity}",
@@ -92,6 +94,9 @@ EXCHANGE_FIELDS: dict[str, tuple[str, ...]] = {
   "dense": (),
   "all_gather": (),
   "all_to_all": ("receive_capacity", "dropless_fallback", "moe_chunks", "precision"),
+  "ring": (),
+  "replicated": (),
+  "hierarchical": ("receive_capacity", "devices_per_group"),
 }
 
 
@@ -453,6 +458,11 @@ class Config:
       require(
         E % devices == 0,
         f"model.n_routed_experts ({E}) must be divisible by mesh.expert ({devices})",
+      )
+      group = self.model.exchange.devices_per_group
+      require(
+        self.model.dispatch != "hierarchical" or devices % group == 0,
+        f"mesh.expert ({devices}) must be divisible by model.exchange.devices_per_group ({group})",
       )
     o = self.optim
     tail = o.decay_steps if o.schedule == "wsd" else 0

@@ -12,7 +12,17 @@ import jax
 
 from dsmoe import platforms
 from dsmoe.config import ModelConfig
-from dsmoe.parallel import all_gather, all_to_all, chosen, collectives, dense, local
+from dsmoe.parallel import (
+  all_gather,
+  all_to_all,
+  chosen,
+  collectives,
+  dense,
+  hierarchical,
+  local,
+  replicated,
+  ring,
+)
 from dsmoe.parallel.experts import ExpertWeights
 from dsmoe.parallel.stats import DispatchStats, nothing_dropped
 from pallas_kernels.routing import Routed
@@ -23,6 +33,9 @@ BACK_ENDS: dict[str, Callable] = {
   "dense": dense.dense,
   "all_gather": all_gather.all_gather,
   "all_to_all": all_to_all.all_to_all,
+  "ring": ring.ring,
+  "replicated": replicated.replicated,
+  "hierarchical": hierarchical.hierarchical,
 }
 
 

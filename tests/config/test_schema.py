@@ -85,11 +85,17 @@ RULES = [
   ({"model.remat": "all"}, "remat must be one of none, dots, full, got 'all'"),
   (
     {"model.dispatch": "far"},
-    "dispatch must be one of local, dense, all_gather, all_to_all, got 'far'",
+    "dispatch must be one of local, dense, all_gather, all_to_all, ring, replicated, hierarchical, "
+    "got 'far'",
   ),
   (
     {"model.exchange.receive_capacity": 0.0},
     "exchange.receive_capacity must be positive, got 0.0",
+  ),
+  ({"model.exchange.devices_per_group": 0}, "devices_per_group must be at least 1, got 0"),
+  (
+    {"mesh.expert": 4, "model.dispatch": "hierarchical"},
+    "mesh.expert (4) must be divisible by model.exchange.devices_per_group (8)",
   ),
   ({"model.exchange.moe_chunks": 0}, "exchange.moe_chunks must be at least 1, got 0"),
   (
