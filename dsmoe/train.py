@@ -31,7 +31,7 @@ from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
-from dsmoe.reporting import metrics, output, plots, progress
+from dsmoe.reporting import metrics, output, plots, progress, routing_trace
 from dsmoe.training import kernel_check, train_step
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -82,11 +82,17 @@ def step_line(host_metrics: dict, router_bias, tokens: int) -> dict:
     line |= metrics.load_statistics(load.counts_LE)
     line["groups_per_token"] = load.groups_per_token_L
     line["expert_counts"] = load.counts_LE
+    line["dropped_rows"] = dropped_rows(load)
   bias = [np.asarray(leaf) for _, leaf in parameters.by_stack(router_bias)]
   if bias:
     line["router_bias"] = np.concatenate(bias)
     line["bias_range"] = metrics.bias_range(line["router_bias"])
   return line
+
+
+def dropped_rows(load: train_step.LoadStats | None) -> int:
+  """Returns how many rows found no room in a step, over all layers, devices and microbatches."""
+  return 0 if load is None else int(load.dispatch.dropped_rows.sum(dtype=np.int64))
 
 
 def throughput(tokens: int, flops: float, step_secs: float) -> dict:
@@ -271,6 +277,11 @@ def _train(
     start = time.perf_counter()
     batch = mesh_lib.to_global(next(batches), mesh)
     step_fn = step_fn.lower(state, batch).compile()
+    recorded = [step for step in config.log.routing_trace_steps if step > first]
+    recording_step_fn = step_fn
+    if recorded:
+      recording = train_step.make_train_step(config, mesh, record_routing=True)
+      recording_step_fn = recording.lower(state, batch).compile()
     cpu.release_memory()
     bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
 
@@ -290,7 +301,9 @@ def _train(
       is_last = step == config.num_steps
 
       # --- step; the next batch is read while the device computes
-      state, step_metrics = step_fn(state, batch)
+      fn = recording_step_fn if step in recorded else step_fn
+      state, step_metrics = fn(state, batch)
+      experts = step_metrics.pop("expert_LBSK", None)
       batch = mesh_lib.to_global(next(batches), mesh)
       step_metrics = jax.device_get(step_metrics)
       if step == first + 1 and (first == 0 or step_metrics["finite"]):
@@ -307,6 +320,10 @@ def _train(
           f"must be finite, at step {step}; {last_good}"
         )
 
+      if experts is not None:
+        counts_LE = step_metrics["load"].counts_LE
+        routing_trace.write(workdir, step, experts, counts_LE, config.num_microbatches)
+
       # --- log
       if step % config.log.log_every_steps == 0 or is_last:
         line = step_line(step_metrics, state.router_bias, position_after(step).tokens)
@@ -320,6 +337,9 @@ def _train(
         logged_step, logged_time = step, now
         writer.write(step, line)
         bar.update(step, line)
+      elif dropped := dropped_rows(step_metrics["load"]):
+        writer.write(step, {"dropped_rows": dropped})
+        bar.update(step, {"dropped_rows": dropped})
       else:
         bar.update(step, {})
 

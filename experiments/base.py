@@ -71,10 +71,28 @@ def get_config() -> config_dict.ConfigDict:
   # What is kept for the backward pass. none: all that it reads | dots: outputs of matmuls | full:
   # the input of each layer. The rest is computed again.
   m.remat = "none"
-  # local: permute tokens to their experts, one grouped matmul | all_gather: with mesh.expert above
-  # 1, gather the tokens of the axis' devices, each of which applies its own experts, and scatter
-  # the sums | dense: every expert computes every token; slow, for tests.
+  # local: permute tokens to their experts, one grouped matmul. With mesh.expert above 1:
+  # all_to_all: send each row to the device that owns its expert, and back | all_gather: gather the
+  # tokens of the axis' devices, each of which applies its own experts, and scatter the sums | ring:
+  # the same tokens pass each device in turn, in the memory of one device's tokens | replicated: hot
+  # experts are copied for the microbatch, so that all devices compute equally many rows |
+  # hierarchical: a token crosses to a group of devices once, however many of its experts live there
+  # | dense: every expert computes every token; slow, for tests.
   m.dispatch = "local"
+  # Options of the exchange of rows among the devices along mesh.expert. A dispatch that does not
+  # read one refuses any other value than the default.
+  x = m.exchange = config_dict.ConfigDict()
+  # Rows that a device has room to receive, over the mean (its tokens times num_experts_per_tok).
+  # Rows beyond it are dropped, and counted as dropped_rows in metrics.jsonl.
+  x.receive_capacity = 2.0
+  # What is done about dropped rows. none: they are counted | layer: the layer is computed again by
+  # a path that drops nothing | step: the whole step is.
+  x.dropless_fallback = "none"
+  x.moe_chunks = 1  # parts into which a device's tokens are split; each is exchanged on its own
+  # Of the rows on their way to the experts. compute_dtype | fp8: E4M3 with a scale for each 1 x 128
+  # tile. The way back is always in compute_dtype.
+  x.precision = "compute_dtype"
+  x.devices_per_group = 8  # of hierarchical: neighbours along mesh.expert joined by fast links
   m.attention_chunk_tokens = 128  # queries computed at once; memory is linear in sequence length
   # Of the attention projections and all experts, forward and backward. compute_dtype | fp8: E4M3
   # by V3's recipe, scales per 1 x 128 tile and 128 x 128 block | fp8_ue8m0: scales are powers of 2.
@@ -153,4 +171,7 @@ def get_config() -> config_dict.ConfigDict:
   g.sample_tokens = 128  # length of the text the model writes at the end of a run; 0: none
   g.tensorboard = True  # write TensorBoard events beside metrics.jsonl
   g.plots = True  # draw the plots at the end of the run
+  # Steps whose routing is recorded: the experts that each token chose, in all MoE layers, as files
+  # in <workdir>/routing_traces; the format is in dsmoe/reporting/routing_trace.py.
+  g.routing_trace_steps = ()
   return c

@@ -16,6 +16,7 @@ BESIDE = (
   "planning",
   "compilers",
   "kernel_bench",
+  "expert_parallel_bench",
 )
 
 

@@ -90,14 +90,16 @@ def executed(
 ) -> Iterator[tuple[Instruction, str, int]]:
   """Yields (instruction, its computation, how often it runs), following loops and branches.
 
-  Every branch of a conditional counts; a loop without a constant bound counts once.
+  Every branch of a conditional counts; a loop without a known bound counts once.
   """
   for instruction in computations[name]:
     called = re.search(r"(?:body|to_apply)=%([\w.\-]+)", instruction.attributes)
     branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
     if instruction.opcode == "while" and called:
       condition = re.search(r"condition=%([\w.\-]+)", instruction.attributes)
+      known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.attributes)
       trips = _trips(computations, condition[1]) if condition else 1
+      trips = int(known[1]) if known else trips
       yield from executed(computations, called[1], times * trips)
     elif instruction.opcode == "call" and called:
       yield from executed(computations, called[1], times)
@@ -119,6 +121,11 @@ def _trips(computations: dict[str, list[Instruction]], condition: str) -> int:
     if i.opcode == "constant" and re.match(r"[su]32\[\]", i.shape)
   }
   return bounds.pop() if len(bounds) == 1 else 1
+
+
+def data_bytes(shape: str) -> int:
+  """Returns the bytes of a shape's elements, wherever they lie, or of all in a tuple of shapes."""
+  return sum(_bytes(match[1], match[2], None) for match in _ARRAY.finditer(shape))
 
 
 def array_bytes(shape: str) -> int:

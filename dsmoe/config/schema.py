@@ -67,6 +67,40 @@ class KernelsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExchangeConfig:
+  """How rows are brought to the devices that own their experts; see `dsmoe/parallel`."""
+
+  receive_capacity: float = 2.0
+  dropless_fallback: str = "none"
+  moe_chunks: int = 1
+  precision: str = "compute_dtype"
+  devices_per_group: int = 8
+
+  def __post_init__(self):
+    numbers(self)
+    at_least(self, 1, "devices_per_group")
+    require(
+      self.receive_capacity > 0,
+      f"exchange.receive_capacity must be positive, got {self.receive_capacity}",
+    )
+    one_of("exchange.dropless_fallback", self.dropless_fallback, ("none", "step", "layer"))
+    require(self.moe_chunks >= 1, f"exchange.moe_chunks must be at least 1, got {self.moe_chunks}")
+    one_of("exchange.precision", self.precision, ("compute_dtype", "fp8"))
+
+
+# Which fields of `ExchangeConfig` each `dispatch` reads; the others must have their defaults.
+EXCHANGE_FIELDS: dict[str, tuple[str, ...]] = {
+  "local": (),
+  "dense": (),
+  "all_gather": (),
+  "all_to_all": ("receive_capacity", "dropless_fallback", "moe_chunks", "precision"),
+  "ring": (),
+  "replicated": (),
+  "hierarchical": ("receive_capacity", "devices_per_group"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The model's sizes and how it is computed; `experiments/base.py` explains every field."""
 
@@ -107,6 +141,7 @@ class ModelConfig:
   # These have defaults because runs saved before they existed do not have them.
   matmul_precision: str = "compute_dtype"
   kernels: KernelsConfig = KernelsConfig()
+  exchange: ExchangeConfig = ExchangeConfig()
 
   @property
   def num_moe_layers(self) -> int:
@@ -155,7 +190,8 @@ class ModelConfig:
     one_of("topk_method", self.topk_method, ("noaux_tc", "group_limited_greedy", "greedy"))
     one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
     one_of("remat", self.remat, ("none", "dots", "full"))
-    one_of("dispatch", self.dispatch, ("local", "dense", "all_gather"))
+    one_of("dispatch", self.dispatch, tuple(EXCHANGE_FIELDS))
+    self._check_exchange()
     one_of("matmul_precision", self.matmul_precision, ("compute_dtype", "fp8", "fp8_ue8m0"))
     require(
       self.matmul_precision == "compute_dtype" or self.dispatch != "dense",
@@ -163,6 +199,16 @@ class ModelConfig:
     )
     if self.num_moe_layers:
       self._check_experts()
+
+  def _check_exchange(self):
+    """Refuses options of the exchange that the chosen dispatch would not read."""
+    for field in dataclasses.fields(self.exchange):
+      value = getattr(self.exchange, field.name)
+      if value != field.default and field.name not in EXCHANGE_FIELDS[self.dispatch]:
+        raise ValueError(
+          f"exchange.{field.name} ({value!r}) must be {field.default!r} with dispatch "
+          f"{self.dispatch!r}, which does not read it"
+        )
 
   def _check_experts(self):
     """Checks the rules that hold only for a model with experts."""
@@ -337,6 +383,8 @@ class LogConfig:
   sample_tokens: int
   tensorboard: bool
   plots: bool
+  # It has a default because runs saved before it existed do not have it.
+  routing_trace_steps: tuple[int, ...] = ()
 
   def __post_init__(self):
     numbers(self)
@@ -389,16 +437,32 @@ class Config:
       or not self.model.num_moe_layers,
       f"balance.methods 'bias' needs model.topk_method 'noaux_tc', got {self.model.topk_method!r}",
     )
+    traced = self.log.routing_trace_steps
+    require(
+      all(1 <= step <= self.num_steps for step in traced),
+      f"log.routing_trace_steps must be from 1 to num_steps ({self.num_steps}), got {traced}",
+    )
+    require(
+      not traced or self.model.num_moe_layers > 0,
+      f"log.routing_trace_steps ({traced}) needs a model with experts: first_k_dense_replace "
+      f"({self.model.first_k_dense_replace}) must be below num_hidden_layers "
+      f"({self.model.num_hidden_layers})",
+    )
     E, devices = self.model.n_routed_experts, self.mesh.expert
     if devices > 1 and self.model.num_moe_layers:
       require(
         self.model.dispatch != "local",
-        f"mesh.expert ({devices}) above 1 needs model.dispatch 'all_gather', got "
-        f"{self.model.dispatch!r}",
+        f"mesh.expert ({devices}) above 1 needs an exchange as model.dispatch, such as "
+        f"'all_to_all', got {self.model.dispatch!r}",
       )
       require(
         E % devices == 0,
         f"model.n_routed_experts ({E}) must be divisible by mesh.expert ({devices})",
+      )
+      group = self.model.exchange.devices_per_group
+      require(
+        self.model.dispatch != "hierarchical" or devices % group == 0,
+        f"mesh.expert ({devices}) must be divisible by model.exchange.devices_per_group ({group})",
       )
     o = self.optim
     tail = o.decay_steps if o.schedule == "wsd" else 0

@@ -97,6 +97,7 @@ class Transformer(nnx.Module):
     segments_BS=None,
     targets_BS=None,
     balance_loss: Callable | None = None,
+    record_routing: bool = False,
   ) -> ModelOutput:
     """Runs every layer on this device's part of the batch.
 
@@ -106,11 +107,13 @@ class Transformer(nnx.Module):
       segments_BS: int32 document numbers; None when a row is one document.
       targets_BS: int32 next tokens, for multi-token prediction; None leaves it out.
       balance_loss: a loss on each layer's scores that the stats carry; see `MoEOptions`.
+      record_routing: whether the stats carry each token's experts.
     """
     config = self.config
     embed_VD = self.gathered_embed()
     cos_sin = platforms.computed_once(lambda x: rope.cos_sin(x, config), positions_BS)
-    block_args = (cos_sin, attention.within_rows(segments_BS), MoEOptions(balance_loss))
+    options = MoEOptions(balance_loss, record_routing=record_routing)
+    block_args = (cos_sin, attention.within_rows(segments_BS), options)
     x_BSD = embed_VD[tokens_BS]
     stats: list[MoEStats] = []
     for name in ("dense_layers", "moe_layers"):

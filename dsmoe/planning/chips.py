@@ -21,6 +21,7 @@ class Chip:
   hbm_bytes: float | None = None
   hbm_bytes_per_sec: float | None = None
   interconnect_bytes_per_sec: float | None = None  # ICI or NVLink, both directions summed
+  network_bytes_per_sec: float | None = None  # a GPU's share of its host's, both directions summed
   devices_per_chip: int = 1
   clock_hz: float | None = None  # at which the matrix units reach the peak
   mxu_size: int | None = None  # rows and columns of a TPU's matrix unit
@@ -98,7 +99,9 @@ _TABLE = (
     hbm_bytes=80 * _GB,
     hbm_bytes_per_sec=3352 * _GB,
     interconnect_bytes_per_sec=900 * _GB,
-    source="NVIDIA H100 data sheet, SXM; 3.35 TB/s there, 3,352 GB/s in XLA's device description",
+    network_bytes_per_sec=100 * _GB,
+    source="NVIDIA H100 data sheet, SXM; 3.35 TB/s there, 3,352 GB/s in XLA's device description. "
+    "Network: NVIDIA DGX H100 data sheet, a 400 Gb/s adapter for each GPU",
   ),
   Chip(
     name="h800",

@@ -20,6 +20,7 @@ from dsmoe.config import Config, ModelConfig
 from dsmoe.model import mtp, parameters
 from dsmoe.parallel import collectives
 from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.parallel.stats import DispatchStats
 from dsmoe.training import balance, losses, optim
 from pallas_kernels import varying
 
@@ -48,6 +49,7 @@ class LoadStats(NamedTuple):
 
   counts_LE: jax.Array  # int32
   groups_per_token_L: jax.Array  # float32
+  dispatch: DispatchStats  # int32 [L] each: what the exchanges of rows dropped and sent
 
 
 def model_parts(config: Config):
@@ -143,8 +145,13 @@ def _target_weights(batch, config: Config):
   return [batch["weights"], *later]
 
 
-def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weight, config: Config):
-  """Returns this device's share of (Losses, LoadStats) on one microbatch, summed over devices.
+def _loss(
+  graphdef, params, router_bias, batch, totals, num_sequences, mtp_weight, config: Config, record
+):
+  """Returns the loss on one microbatch, what it consists of, and each token's experts.
+
+  These are this device's share of the total loss, ((Losses, LoadStats) summed over devices, int32
+  [L, B, S, K] of this device's tokens or None).
 
   Args:
     params: in compute dtype, sharded.
@@ -153,11 +160,14 @@ def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weigh
       `_target_weights`.
     num_sequences: of the whole batch.
     mtp_weight: lambda.
+    record: whether the experts are returned.
   """
   model = nnx.merge(graphdef, params, router_bias)
   balancer = balance.make(config.balance)
   targets = batch["targets"]
-  out = model(batch["tokens"], batch["positions"], _segments(batch, config), targets, balancer.loss)
+  out = model(
+    batch["tokens"], batch["positions"], _segments(batch, config), targets, balancer.loss, record
+  )
   head_DV = model.gathered_head()
 
   def cross_entropy(hidden_BSD, depth, weights):
@@ -185,17 +195,20 @@ def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weigh
     balance_loss += jnp.sum(out.stats.balance_loss) / num_sequences
     total += balance_loss
     share = batch["tokens"].shape[0] / num_sequences
-    stats = LoadStats(out.stats.counts_E, out.stats.groups_per_token * share)
+    stats = LoadStats(out.stats.counts_E, out.stats.groups_per_token * share, out.stats.dispatch)
   mtp_loss = sum((p.cross_entropy for _, p in depths), zero) / max(len(depths), 1)
   each = Losses(
     total, parts.cross_entropy, config.loss.z_loss_weight * parts.z_loss, mtp_loss, balance_loss
   )
   each, stats = collectives.sum_over_batch((each, stats))
-  return each.total, (each, stats)
+  return each.total, ((each, stats), None if out.stats is None else out.stats.expert_BSK)
 
 
-def _loss_and_grads(config: Config, graphdef):
-  """Returns the function run inside shard_map: (params, bias, step, batch) -> sums, gradients."""
+def _loss_and_grads(config: Config, graphdef, record: bool = False):
+  """Returns the function run inside shard_map: (params, bias, step, batch) -> sums, gradients.
+
+  Its third result are the experts of each token, see `_loss`.
+  """
 
   def run(params, router_bias, step, batch):
     n = config.num_microbatches
@@ -206,28 +219,38 @@ def _loss_and_grads(config: Config, graphdef):
 
     def microbatch(part):
       def loss(p):
-        return _loss(graphdef, p, router_bias, part, totals, num_sequences, weight, config)
+        return _loss(graphdef, p, router_bias, part, totals, num_sequences, weight, config, record)
 
-      (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(cast)
-      return aux, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+      (_, (aux, experts)), grads = jax.value_and_grad(loss, has_aux=True)(cast)
+      return aux, jax.tree.map(lambda g: g.astype(jnp.float32), grads), experts
 
     if n == 1:
       return microbatch(batch)
     parts = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
 
     def accumulate(total, part):
-      return jax.tree.map(jnp.add, total, microbatch(part)), None
+      *sums, experts = microbatch(part)
+      return jax.tree.map(jnp.add, total, tuple(sums)), experts
 
-    return jax.lax.scan(accumulate, _no_microbatch(config.model, cast), parts)[0]
+    sums, experts = jax.lax.scan(accumulate, _no_microbatch(config.model, cast), parts)
+    return *sums, jax.tree.map(_join_microbatches, experts)
 
   return run
+
+
+def _join_microbatches(a):
+  """Joins microbatches, [n, L, B, ...] -> [L, n B, ...]."""
+  a = jnp.moveaxis(a, 0, 1)
+  return a.reshape(a.shape[0], a.shape[1] * a.shape[2], *a.shape[3:])
 
 
 def _no_microbatch(config: ModelConfig, params):
   """Returns zeros of what a microbatch yields: ((Losses, LoadStats or None), gradients)."""
   depths = config.num_nextn_predict_layers
   zero, L = jnp.zeros(()), config.num_moe_layers + (depths if config.num_moe_layers else 0)
-  load = LoadStats(jnp.zeros((L, config.n_routed_experts), jnp.int32), jnp.zeros(L)) if L else None
+  none_L = jnp.zeros(L, jnp.int32)
+  counts_LE = jnp.zeros((L, config.n_routed_experts), jnp.int32)
+  load = LoadStats(counts_LE, jnp.zeros(L), DispatchStats(none_L, none_L)) if L else None
   grads = jax.tree.map(lambda p: varying.zeros_like_operands(p.shape, jnp.float32, p), params)
   return (Losses(zero, zero, zero, zero, zero), load), grads
 
@@ -245,13 +268,14 @@ def _norms(grads) -> dict[str, jax.Array]:
   return norms
 
 
-def make_train_step(config: Config, mesh):
+def make_train_step(config: Config, mesh, record_routing: bool = False):
   """Returns the jitted step: (state, batch) -> (state, metrics).
 
   The state is donated. `batch` holds global arrays [B, S] as `data.py` yields them.
   Metrics: `losses` (Losses), `load` (LoadStats or None), `grad_norm`, `grad_norms`,
   `learning_rate`, `finite` (bool: losses and gradients; when false the state returned is
-  the old one).
+  the old one), and with `record_routing` `expert_LBSK`: int32, the experts that each token chose
+  in each MoE layer, split over the mesh like the batch.
 
   Raises:
     ValueError: when the batch does not divide over the mesh and microbatches.
@@ -262,10 +286,14 @@ def make_train_step(config: Config, mesh):
   bias_specs = parameters.specs(router_bias)
   replicated = jax.sharding.PartitionSpec()
   loss_and_grads = mesh_lib.shard_map(
-    _loss_and_grads(config, graphdef),
+    _loss_and_grads(config, graphdef, record_routing),
     mesh,
     in_specs=(specs, bias_specs, replicated, mesh_lib.batch_spec()),
-    out_specs=((replicated, replicated), specs),
+    out_specs=(
+      (replicated, replicated),
+      specs,
+      jax.sharding.PartitionSpec(None, *mesh_lib.batch_spec()),
+    ),
   )
   optimizer = optim.make(config.optim, config.num_steps)
   learning_rate = optim.schedule(config.optim, config.num_steps)
@@ -273,7 +301,9 @@ def make_train_step(config: Config, mesh):
   shardings = state_shardings(config, mesh)
 
   def train_step(state: TrainState, batch):
-    (each, load), grads = loss_and_grads(state.params, state.router_bias, state.step, batch)
+    (each, load), grads, experts = loss_and_grads(
+      state.params, state.router_bias, state.step, batch
+    )
     with jax.named_scope("optimizer"):
       grad_norm = optax.tree.norm(grads)
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -292,6 +322,8 @@ def make_train_step(config: Config, mesh):
       "learning_rate": learning_rate(state.step),
       "finite": finite,
     }
+    if record_routing:
+      metrics["expert_LBSK"] = experts
     return new, metrics
 
   return jax.jit(

@@ -56,7 +56,8 @@ def permute(x_MD, pair_P, row_MK, implementation: str | None = None):
   """
   _check("x_MD", x_MD, row_MK.shape[0], pair_P, row_MK)
   implementation = chosen(implementation, x_MD.dtype, x_MD.shape[1])
-  return _permute(implementation, *_operands(implementation, x_MD, pair_P, row_MK))
+  with jax.named_scope("permute"):
+    return _permute(implementation, *_operands(implementation, x_MD, pair_P, row_MK))
 
 
 def combine(y_PD, pair_P, row_MK, implementation: str | None = None):
@@ -75,7 +76,8 @@ def combine(y_PD, pair_P, row_MK, implementation: str | None = None):
   """
   _check("y_PD", y_PD, pair_P.shape[0], pair_P, row_MK)
   implementation = chosen(implementation, y_PD.dtype, y_PD.shape[1])
-  return _combine(implementation, *_operands(implementation, y_PD, pair_P, row_MK))
+  with jax.named_scope("combine"):
+    return _combine(implementation, *_operands(implementation, y_PD, pair_P, row_MK))
 
 
 def _operands(implementation: str, a, pair_P, row_MK):

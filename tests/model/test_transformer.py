@@ -138,14 +138,14 @@ def test_a_stack_written_out_equals_the_scanned_one(monkeypatch):
         lambda *a: run(*a),  # a new function, or jit would take the first trace again
         mesh_of(1),
         in_specs=(*specs, none, mesh_lib.batch_spec()),
-        out_specs=((none, none), specs[0]),
+        out_specs=((none, none), specs[0], none),
       )
     )
     args = (params, bias, jnp.zeros((), jnp.int32), random_batch(config, 12))
     scans.append(sum(e.primitive.name == "scan" for e in equations(step.trace(*args).jaxpr.jaxpr)))
     outs.append(step(*args))
   assert scans[0] > scans[1]  # each layer's own loops, not one stack's
-  ((losses, load), grads), ((losses2, load2), grads2) = outs
+  ((losses, load), grads, _), ((losses2, load2), grads2, _) = outs
   np.testing.assert_array_equal(load.counts_LE, load2.counts_LE)
   assert load.counts_LE.shape[0] == 3 + config.model.num_nextn_predict_layers
   jax.tree.map(assert_close, (losses, grads), (losses2, grads2))

@@ -26,11 +26,12 @@ def first_step(
   scanned: bool = False,
   expert: int = 1,
   precision: str = "compute_dtype",
+  exchange: tuple[tuple[str, str | float], ...] = (),
 ):
   """Returns (initial params, state after one step, metrics) as NumPy arrays.
 
   `scanned` takes the path of deep models, whose layers are scanned; `expert` of the devices lie
-  along that axis.
+  along that axis; `exchange` has fields of `model.exchange`.
   """
   config = small_config(
     **{
@@ -40,6 +41,7 @@ def first_step(
       "optim.warmup_steps": 0,
       "mesh.expert": expert,
       "model.matmul_precision": precision,
+      **{f"model.exchange.{name}": value for name, value in exchange},
       "model.v_head_dim": 12,  # 24 with qk_nope_head_dim, which is split over `expert`
     }
   )
@@ -62,6 +64,17 @@ def first_step(
     dict(dispatch="dense"),
     dict(num_devices=2, expert=2, dispatch="all_gather"),
     dict(num_devices=4, expert=4, dispatch="all_gather", num_microbatches=4),
+    dict(num_devices=8, expert=4, dispatch="ring", num_microbatches=2, remat="full", scanned=True),
+    dict(num_devices=8, expert=4, dispatch="replicated", remat="full", scanned=True),
+    dict(
+      num_devices=8,
+      expert=4,
+      dispatch="hierarchical",
+      num_microbatches=2,
+      remat="full",
+      scanned=True,
+      exchange=(("devices_per_group", 2), ("receive_capacity", 4.0)),
+    ),
     dict(
       num_devices=8,
       expert=4,
@@ -80,6 +93,7 @@ def test_step_does_not_depend_on_how_it_is_computed(variant):
   jax.tree.map(np.testing.assert_array_equal, before_other, before)
   # Integers and the bias they move: exactly equal.
   np.testing.assert_array_equal(metrics["load"].counts_LE, expected_metrics["load"].counts_LE)
+  assert metrics["load"].dispatch.dropped_rows.tolist() == [0] * 5
   jax.tree.map(np.testing.assert_array_equal, actual.router_bias, expected.router_bias)
   assert_close(metrics["load"].groups_per_token_L, expected_metrics["load"].groups_per_token_L)
   assert_close(metrics["losses"], expected_metrics["losses"])

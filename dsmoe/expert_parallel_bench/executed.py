@@ -1,0 +1,203 @@
+"""Runs the layer with each exchange on attached devices: checked against the oracle, then timed.
+
+Words: `wire` counts rows that leave a device; `logical` counts for every back end alike the rows
+that a deduplicated exchange delivers, one for each device that owns an expert of the token, a row
+that stays on its device included. Both are one way, of x; the sums travel back in as many rows.
+
+Shapes: N devices that the batch is split over, M tokens of each, E experts, K experts a token.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.progress
+
+from dsmoe import platforms
+from dsmoe.config import ModelConfig
+from dsmoe.expert_parallel_bench import layer, profile
+from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.planning import chips, exchanges
+
+STAMP = "no claim about accelerators"
+# The largest difference from the oracle over the oracle's largest magnitude.
+_LIMITS = {"float32": 1e-4, "bfloat16": 5e-2, "fp8": 1e-1}
+_PROFILED_RUNS = 3
+
+
+def measure(
+  config: ModelConfig,
+  mesh: jax.sharding.Mesh,
+  back_ends: list[str],
+  routings: Mapping[str, np.ndarray],
+  rounds: int,
+  check_tokens: int,
+) -> list[dict[str, Any]]:
+  """Measures every back end with every routing, forward and forward + backward.
+
+  Args:
+    config: of the model; its dispatch is replaced.
+    mesh: over the attached devices.
+    back_ends: names in `dispatch.BACK_ENDS`.
+    routings: by name int32 [N, M, K].
+    rounds: how often each program is timed, in turns, after two rounds that are not counted.
+    check_tokens: tokens of each device, at most, that the oracle computes.
+
+  Returns:
+    A row for each routing, back end and direction. A back end that does not run or is wrong has
+    one with `error` for each routing and is not timed.
+  """
+  rows, device = [], mesh.devices.flat[0]
+  head: dict[str, Any] = {
+    "device": f"{mesh.size} x {device.device_kind}",
+    "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+    "stamp": STAMP if device.platform == "cpu" else None,
+  }
+  for routing, expert_NMK in routings.items():
+    programs = {}
+    for name in back_ends:
+      own = layer.config_of(config, name)
+      about = head | {"routing": routing, "back_end": name}
+      about |= {"tokens_per_device": expert_NMK.shape[1], "exchange": layer.options_of(own)}
+      try:
+        check(own, mesh, expert_NMK[:, :check_tokens])
+        for direction, run, args in _programs(own, mesh, expert_NMK):
+          programs[name, direction] = (about, run, args)
+      except Exception as error:
+        rows.append(
+          about | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        )
+    secs = _in_turns(programs, rounds)
+    for (name, direction), (about, run, args) in programs.items():
+      parts = profile.secs_of_parts(run, args, mesh.size, _PROFILED_RUNS)
+      outcome = jax.device_get(run(*args)[1])
+      found = figures(layer.config_of(config, name), mesh, expert_NMK, outcome, direction)
+      found |= timings(secs[name, direction], expert_NMK, parts, found, device)
+      rows.append(about | {"direction": direction} | found)
+  return rows
+
+
+def _programs(config: ModelConfig, mesh, expert_NMK: np.ndarray):
+  """Yields (direction, compiled program, its arguments)."""
+  options = platforms.compiler_options(mesh_lib.platform_of(mesh))
+  run, args = layer.forward(config, mesh), layer.inputs(config, mesh, expert_NMK)
+  fns: dict[str, tuple[Callable, tuple]] = {
+    "forward": (run, args[:3]),
+    "forward + backward": (layer.with_gradients(run), args),
+  }
+  for direction, (fn, own) in fns.items():
+    yield direction, jax.jit(fn, compiler_options=options).lower(*own).compile(), own
+
+
+def check(config: ModelConfig, mesh, expert_NMK: np.ndarray) -> None:
+  """Compares a back end's output and every gradient with the dense oracle's.
+
+  For the comparison its receive buffers hold whatever comes: what is dropped would differ.
+
+  Raises:
+    AssertionError: naming what differs and by how much.
+  """
+  roomy = layer.with_room_for_all(config, mesh.shape["expert"])
+  oracle = layer.config_of(_in_compute_dtype(config), "dense")
+  args = layer.inputs(config, mesh, expert_NMK)
+  options = platforms.compiler_options(mesh_lib.platform_of(mesh))
+  results = []
+  for own in (roomy, oracle):
+    fn = layer.with_gradients(layer.forward(own, mesh))
+    results.append(jax.jit(fn, compiler_options=options)(*args))
+  (y, outcome, grads), (expected, _, expected_grads) = results
+  wanted_NE = np.stack(
+    [np.bincount(e.ravel(), minlength=config.n_routed_experts) for e in expert_NMK]
+  )
+  if not np.array_equal(outcome.counts_NE, wanted_NE):
+    raise AssertionError("the router did not choose the experts that the routing names")
+  if dropped := int(np.sum(outcome.dropped_N)):
+    raise AssertionError(f"{dropped} rows were dropped although the buffers have room for all")
+  fp8 = "fp8" in (config.matmul_precision[:3], config.exchange.precision)
+  limit = _LIMITS["fp8" if fp8 else config.compute_dtype]
+  named = {"output": (y, expected)}
+  for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads)):
+    named["gradient of " + (jax.tree_util.keystr(path[1:]) or "x")] = (a, b)
+  for what, (a, b) in named.items():
+    difference = float(_difference(a, b))
+    if not difference <= limit:
+      raise AssertionError(
+        f"the {what} differs from the oracle's by {difference:.2g}, limit {limit}"
+      )
+
+
+@jax.jit
+def _difference(a, b):
+  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+  return jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-30)
+
+
+def _in_compute_dtype(config: ModelConfig) -> ModelConfig:
+  """Returns the config without FP8, which the oracle does not compute in."""
+  return dataclasses.replace(config, matmul_precision="compute_dtype")
+
+
+def _in_turns(programs: dict[Any, tuple], rounds: int) -> dict[Any, list[float]]:
+  """Times each program once a round, so that a busy machine slows all of them; returns seconds."""
+  secs: dict[Any, list[float]] = {key: [] for key in programs}
+  to = rich.console.Console(stderr=True)
+  for number in rich.progress.track(range(rounds + 2), "timing", console=to, transient=True):
+    for key, (_, run, args) in programs.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run(*args))
+      if number >= 2:
+        secs[key].append(time.perf_counter() - start)
+  return secs
+
+
+def figures(config: ModelConfig, mesh, expert_NMK, outcome, direction: str) -> dict[str, Any]:
+  """Returns what a run sent and dropped, and the least that its routing needs.
+
+  Returns:
+    `wire_bytes_per_token`, `logical_bytes_per_token`, `least_bytes_per_token` (a row for every
+    other device that owns an expert of the token): of x, one way, a pass. `dropped_rows`: of all
+    devices. `exchanged_bytes`: of a forward pass, that the device which sends most sends, rows of
+    x and as many sums; `logical_bytes`: the same count of logical rows. None with a backward pass.
+  """
+  T, row = expert_NMK.shape[0] * expert_NMK.shape[1], exchanges.row_bytes(config)
+  E, degree = config.n_routed_experts, mesh.shape["expert"]
+  least, logical = exchanges.least_rows(expert_NMK, E, degree)
+  # How often rows travel in the backward pass depends on what is rematerialised.
+  both_ways = row + exchanges.sum_bytes(config) if direction == "forward" else None
+  return {
+    "wire_bytes_per_token": int(outcome.sent_N.sum()) * row / T,
+    "least_bytes_per_token": int(least.sum()) * row / T,
+    "logical_bytes_per_token": int(logical.sum()) * row / T,
+    "dropped_rows": int(outcome.dropped_N.sum()),
+    "exchanged_bytes": both_ways and int(outcome.sent_N.max()) * both_ways,
+    "logical_bytes": both_ways and int(logical.max()) * both_ways,
+  }
+
+
+def timings(secs: list[float], expert_NMK, parts: dict, found: dict, device) -> dict[str, Any]:
+  """Returns medians and rates; bandwidths are of one direction of one device's links."""
+  median = statistics.median(secs)
+  exchange = parts.get("exchange") or None
+  chip = chips.of_device(device)
+  peak = chip and chip.interconnect_bytes_per_sec and chip.interconnect_bytes_per_sec / 2
+  wire, logical = (
+    found[name] / exchange if exchange and found[name] else None
+    for name in ("exchanged_bytes", "logical_bytes")
+  )
+  return {
+    "median_secs": median,
+    "spread": (max(secs) - min(secs)) / median,
+    "tokens_per_sec": expert_NMK.shape[0] * expert_NMK.shape[1] / median,
+    "parts_secs": parts,
+    "wire_bytes_per_sec": wire,
+    "logical_bytes_per_sec": logical,
+    "link_peak_bytes_per_sec": peak,
+    "of_link_peak": wire / peak if wire and peak else None,
+    "chip": chip and chip.name,
+  }
