@@ -365,7 +365,8 @@ def _attention(config: Config):
   S = min(config.data.sequence_length, ATTENTION_TOKENS)
   H, A, U = min(model.num_attention_heads, NUM_HEADS), model.qk_head_dim, model.v_head_dim
   q, v = (jax.ShapeDtypeStruct((1, S, H, size), dtype) for size in (A, U))
-  implementation = chosen_attention(model.kernels.attention, q, v)
+  runs = config.mesh.context > 1
+  implementation = chosen_attention(model.kernels.attention, q, v, runs)
   packed = not config.data.cross_document_attention
 
   def results(implementation, q_BSHA, k_BSHA, v_BSHU, segments_BS, dout_BSHU):

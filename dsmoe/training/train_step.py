@@ -17,7 +17,7 @@ from dsmoe import model as model_lib
 from dsmoe import platforms
 from dsmoe.config import Config, ModelConfig
 from dsmoe.model import mtp, parameters
-from dsmoe.parallel import collectives
+from dsmoe.parallel import collectives, context
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import balance, losses, optim
 from pallas_kernels import varying
@@ -114,11 +114,11 @@ def _segments(batch, config: Config):
 
 
 def _target_weights(batch, config: Config):
-  """Returns the weights of the next-token targets, then of each MTP depth's."""
+  """Returns this device's weights of the next-token targets, then of each MTP depth's."""
   depths = range(1, config.model.num_nextn_predict_layers + 1)
   segments = _segments(batch, config)
   later = [mtp.depth_weights(batch["weights"], segments, k) for k in depths]
-  return [batch["weights"], *later]
+  return context.own_tokens([batch["weights"], *later])
 
 
 def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weight, config: Config):
@@ -126,7 +126,7 @@ def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weigh
 
   Args:
     params: in compute dtype, sharded.
-    batch: this device's part of the microbatch, arrays [B, S].
+    batch: this device's rows of the microbatch, arrays [B, S].
     totals: sum of target weights over the whole batch, one float32 for each of
       `_target_weights`.
     num_sequences: of the whole batch.
@@ -143,7 +143,7 @@ def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weigh
       loss, parts = losses.chunked_cross_entropy(
         hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
         head_DV,
-        mtp.shift(targets, depth).reshape(-1),
+        context.own_tokens(mtp.shift(targets, depth)).reshape(-1),
         weights.reshape(-1),
         config.loss.z_loss_weight,
         config.loss.cross_entropy_chunk_tokens,
@@ -162,7 +162,7 @@ def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weigh
   if out.stats is not None:
     balance_loss += jnp.sum(out.stats.balance_loss) / num_sequences
     total += balance_loss
-    share = batch["tokens"].shape[0] / num_sequences
+    share = out.hidden_BSD[..., 0].size / (num_sequences * batch["tokens"].shape[1])
     stats = LoadStats(out.stats.counts_E, out.stats.groups_per_token * share)
   mtp_loss = sum((p.cross_entropy for _, p in depths), zero) / max(len(depths), 1)
   each = Losses(
@@ -178,8 +178,8 @@ def _loss_and_grads(config: Config, graphdef):
   def run(params, router_bias, step, batch):
     n = config.num_microbatches
     totals = collectives.sum_over_batch([jnp.sum(w) for w in _target_weights(batch, config)])
-    num_sequences = collectives.sum_over_batch(jnp.sum(jnp.ones_like(batch["weights"][:, 0])))
-    cast = parameters.compute_cast(params, config.model)
+    num_sequences = batch["tokens"].shape[0] * collectives.num_batch_shards()
+    cast = context.vary(parameters.compute_cast(params, config.model))
     weight = _mtp_weight(config, step)
 
     def microbatch(part):
@@ -189,14 +189,17 @@ def _loss_and_grads(config: Config, graphdef):
       (_, aux), grads = jax.value_and_grad(loss, has_aux=True)(cast)
       return aux, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
+    def whole(aux, grads):
+      return aux, context.sum_gradients(grads, params)
+
     if n == 1:
-      return microbatch(batch)
+      return whole(*microbatch(batch))
     parts = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
 
     def accumulate(total, part):
       return jax.tree.map(jnp.add, total, microbatch(part)), None
 
-    return jax.lax.scan(accumulate, _no_microbatch(config.model, cast), parts)[0]
+    return whole(*jax.lax.scan(accumulate, _no_microbatch(config.model, cast), parts)[0])
 
   return run
 
@@ -305,15 +308,16 @@ def make_eval_step(config: Config, mesh):
   def evaluate(params, router_bias, batch):
     model = nnx.merge(graphdef, parameters.compute_cast(params, config.model), router_bias)
     hidden_BSD = model(batch["tokens"], batch["positions"], _segments(batch, config)).hidden_BSD
+    targets_BS, weights_BS = context.own_tokens((batch["targets"], batch["weights"]))
     _, parts = losses.chunked_cross_entropy(
       hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
       model.gathered_head(),
-      batch["targets"].reshape(-1),
-      batch["weights"].reshape(-1),
+      targets_BS.reshape(-1),
+      weights_BS.reshape(-1),
       0.0,
       config.loss.cross_entropy_chunk_tokens,
     )
-    return collectives.sum_over_batch((parts.cross_entropy, jnp.sum(batch["weights"])))
+    return collectives.sum_over_batch((parts.cross_entropy, jnp.sum(weights_BS)))
 
   replicated = jax.sharding.PartitionSpec()
   run = mesh_lib.shard_map(

@@ -6,6 +6,7 @@ qk_rope), C of them the value (kv_lora), P pages of a row.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -71,7 +72,9 @@ def _check_floating(name: str, array, rank: int) -> None:
     raise ValueError(f"{name} must be bfloat16 or float32, got {array.dtype}")
 
 
-def _checked(q_BSHA, k_BTHA, v_BTHU, segments_BT, implementation, chunk_tokens: int, starts_Y=None):
+def _checked(
+  q_BSHA, k_BTHA, v_BTHU, segments_BT, implementation, chunk_tokens: int, starts_Y=None
+) -> tuple[str, tuple[Any, ...]]:
   """Checks what `causal_attention` takes; returns the implementation and its positional operands."""
   _check_floating("q_BSHA", q_BSHA, 4)
   _check_floating("v_BTHU", v_BTHU, 4)
@@ -84,7 +87,7 @@ def _checked(q_BSHA, k_BTHA, v_BTHU, segments_BT, implementation, chunk_tokens: 
       raise ValueError(f"S ({S}) must be divisible by the number of starts_Y ({starts_Y.size})")
     if S > T:
       raise ValueError(f"S ({S}) must not exceed T ({T})")
-  arrays = {
+  arrays: dict[str, tuple] = {
     "k_BTHA": (k_BTHA, (B, T, H, A), q_BSHA.dtype),
     "v_BTHU": (v_BTHU, (B, T, H, v_BTHU.shape[3]), q_BSHA.dtype),
   }
@@ -147,9 +150,10 @@ def causal_attention(
   if starts_Y is not None:
     starts_Y = jnp.asarray(starts_Y)
   if implementation == "xla":
-    return cpu.causal_attention(*operands, scale, chunk_tokens, starts_Y)
+    q_BSHA, k_BTHA, v_BTHU, segments_BT = operands
+    return cpu.causal_attention(q_BSHA, k_BTHA, v_BTHU, segments_BT, scale, chunk_tokens, starts_Y)
   if starts_Y is not None:
-    return reference.causal_attention(*operands, scale, starts_Y)
+    return CAUSAL_IMPLEMENTATIONS[implementation](*operands, scale, starts_Y=starts_Y)
   return CAUSAL_IMPLEMENTATIONS[implementation](*operands, scale)
 
 

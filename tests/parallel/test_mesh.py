@@ -1,6 +1,9 @@
 """The mesh from its config, and what it refuses."""
 
+import types
+
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,8 +33,30 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
 
 
 def test_an_axis_that_does_not_exist_yet_is_refused():
-  with pytest.raises(ValueError, match=r"mesh.context must be 1 \(that axis does not exist yet\)"):
-    MeshConfig(**ONES | {"context": 2})
+  with pytest.raises(ValueError, match=r"mesh.stage must be 1 \(that axis does not exist yet\)"):
+    MeshConfig(**ONES | {"stage": 2})
+
+
+def _mesh_of_processes(process_of_device, **sizes):
+  """Stands for a mesh over several processes: axes stage, data, expert, context, model."""
+  sizes = ONES | sizes
+  devices = [types.SimpleNamespace(process_index=p) for p in process_of_device]
+  grid = np.array(devices).reshape(*(sizes[axis] for axis in mesh_lib.AXES))
+  return types.SimpleNamespace(devices=grid, shape=sizes)
+
+
+def test_processes_that_share_rows_read_the_same_part_of_a_batch():
+  def parts(mesh):
+    return [mesh_lib.part_of_rows(mesh, process) for process in range(4)]
+
+  own = _mesh_of_processes([0, 0, 1, 1, 2, 2, 3, 3], data=2, expert=2, context=2)
+  assert parts(own) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+  shared = _mesh_of_processes([0, 0, 1, 1, 2, 2, 3, 3], data=2, context=4)
+  assert parts(shared) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+  mixed = _mesh_of_processes([0, 1, 0, 1, 2, 3, 2, 3], data=4, context=2)
+  assert parts(mixed) == [(0, 2), (0, 2), (1, 2), (1, 2)]
+  with pytest.raises(ValueError, match=r"same rows of a batch or none in common, got \[\(0, 1\)"):
+    parts(_mesh_of_processes([0, 0, 0, 1], data=2, context=2))
 
 
 def test_named_wraps_every_spec():
