@@ -78,11 +78,17 @@ def step_line(host_metrics: dict, router_bias, tokens: int) -> dict:
     line |= metrics.load_statistics(load.counts_LE)
     line["groups_per_token"] = load.groups_per_token_L
     line["expert_counts"] = load.counts_LE
+    line["dropped_rows"] = dropped_rows(load)
   bias = [np.asarray(leaf) for _, leaf in parameters.by_stack(router_bias)]
   if bias:
     line["router_bias"] = np.concatenate(bias)
     line["bias_range"] = metrics.bias_range(line["router_bias"])
   return line
+
+
+def dropped_rows(load: train_step.LoadStats | None) -> int:
+  """Returns how many rows found no room in a step, over all layers, devices and microbatches."""
+  return 0 if load is None else int(load.dispatch.dropped_rows.sum(dtype=np.int64))
 
 
 def throughput(tokens: int, flops: float, step_secs: float) -> dict:
@@ -315,6 +321,9 @@ def _train(
         logged_step, logged_time = step, now
         writer.write(step, line)
         bar.update(step, line)
+      elif dropped := dropped_rows(step_metrics["load"]):
+        writer.write(step, {"dropped_rows": dropped})
+        bar.update(step, {"dropped_rows": dropped})
       else:
         bar.update(step, {})
 

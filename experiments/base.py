@@ -71,10 +71,23 @@ def get_config() -> config_dict.ConfigDict:
   # What is kept for the backward pass. none: all that it reads | dots: outputs of matmuls | full:
   # the input of each layer. The rest is computed again.
   m.remat = "none"
-  # local: permute tokens to their experts, one grouped matmul | all_gather: with mesh.expert above
-  # 1, gather the tokens of the axis' devices, each of which applies its own experts, and scatter
-  # the sums | dense: every expert computes every token; slow, for tests.
+  # local: permute tokens to their experts, one grouped matmul | all_to_all: with mesh.expert above
+  # 1, send each row to the device that owns its expert, and back | all_gather: gather the tokens of
+  # the axis' devices, each of which applies its own experts, and scatter the sums | dense: every expert computes every token; slow, for tests.
   m.dispatch = "local"
+  # Options of the exchange of rows among the devices along mesh.expert. A dispatch that does not
+  # read one refuses any other value than the default.
+  x = m.exchange = config_dict.ConfigDict()
+  # Rows that a device has room to receive, over the mean (its tokens times num_experts_per_tok).
+  # Rows beyond it are dropped, and counted as dropped_rows in metrics.jsonl.
+  x.receive_capacity = 2.0
+  # What is done about dropped rows. none: they are counted | layer: the layer is computed again by
+  # a path that drops nothing | step: the whole step is.
+  x.dropless_fallback = "none"
+  x.moe_chunks = 1  # parts into which a device's tokens are split; each is exchanged on its own
+  # Of the rows on their way to the experts. compute_dtype | fp8: E4M3 with a scale for each 1 x 128
+  # tile. The way back is always in compute_dtype.
+  x.precision = "compute_dtype"
   m.attention_chunk_tokens = 128  # queries computed at once; memory is linear in sequence length
   # Of the attention projections and all experts, forward and backward. compute_dtype | fp8: E4M3
   # by V3's recipe, scales per 1 x 128 tile and 128 x 128 block | fp8_ue8m0: scales are powers of 2.

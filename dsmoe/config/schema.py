@@ -67,6 +67,35 @@ class KernelsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExchangeConfig:
+  """How rows are brought to the devices that own their experts; see `dsmoe/parallel`."""
+
+  receive_capacity: float = 2.0
+  dropless_fallback: str = "none"
+  moe_chunks: int = 1
+  precision: str = "compute_dtype"
+
+  def __post_init__(self):
+    numbers(self)
+    require(
+      self.receive_capacity > 0,
+      f"exchange.receive_capacity must be positive, got {self.receive_capacity}",
+    )
+    one_of("exchange.dropless_fallback", self.dropless_fallback, ("none", "step", "layer"))
+    require(self.moe_chunks >= 1, f"exchange.moe_chunks must be at least 1, got {self.moe_chunks}")
+    one_of("exchange.precision", self.precision, ("compute_dtype", "fp8"))
+
+
+# Which fields of `ExchangeConfig` each `dispatch` reads; the others must have their defaults.
+EXCHANGE_FIELDS: dict[str, tuple[str, ...]] = {
+  "local": (),
+  "dense": (),
+  "all_gather": (),
+  "all_to_all": ("receive_capacity", "dropless_fallback", "moe_chunks", "precision"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The model's sizes and how it is computed; `experiments/base.py` explains every field."""
 
@@ -107,6 +136,7 @@ class ModelConfig:
   # These have defaults because runs saved before they existed do not have them.
   matmul_precision: str = "compute_dtype"
   kernels: KernelsConfig = KernelsConfig()
+  exchange: ExchangeConfig = ExchangeConfig()
 
   @property
   def num_moe_layers(self) -> int:
@@ -155,7 +185,8 @@ class ModelConfig:
     one_of("topk_method", self.topk_method, ("noaux_tc", "group_limited_greedy", "greedy"))
     one_of("compute_dtype", self.compute_dtype, ("bfloat16", "float32"))
     one_of("remat", self.remat, ("none", "dots", "full"))
-    one_of("dispatch", self.dispatch, ("local", "dense", "all_gather"))
+    one_of("dispatch", self.dispatch, tuple(EXCHANGE_FIELDS))
+    self._check_exchange()
     one_of("matmul_precision", self.matmul_precision, ("compute_dtype", "fp8", "fp8_ue8m0"))
     require(
       self.matmul_precision == "compute_dtype" or self.dispatch != "dense",
@@ -163,6 +194,16 @@ class ModelConfig:
     )
     if self.num_moe_layers:
       self._check_experts()
+
+  def _check_exchange(self):
+    """Refuses options of the exchange that the chosen dispatch would not read."""
+    for field in dataclasses.fields(self.exchange):
+      value = getattr(self.exchange, field.name)
+      if value != field.default and field.name not in EXCHANGE_FIELDS[self.dispatch]:
+        raise ValueError(
+          f"exchange.{field.name} ({value!r}) must be {field.default!r} with dispatch "
+          f"{self.dispatch!r}, which does not read it"
+        )
 
   def _check_experts(self):
     """Checks the rules that hold only for a model with experts."""
@@ -394,8 +435,8 @@ class Config:
     if devices > 1 and self.model.num_moe_layers:
       require(
         self.model.dispatch != "local",
-        f"mesh.expert ({devices}) above 1 needs model.dispatch 'all_gather', got "
-        f"{self.model.dispatch!r}",
+        f"mesh.expert ({devices}) above 1 needs an exchange as model.dispatch, such as "
+        f"'all_to_all', got {self.model.dispatch!r}",
       )
       require(
         E % devices == 0,

@@ -19,6 +19,7 @@ from dsmoe.model import routing
 from dsmoe.model.layers import SwiGLU, normal
 from dsmoe.parallel import dispatch
 from dsmoe.parallel.experts import ExpertWeights
+from dsmoe.parallel.stats import DispatchStats
 
 
 class RouterBias(nnx.Variable):
@@ -31,6 +32,7 @@ class MoEStats(NamedTuple):
   counts_E: jax.Array  # int32, tokens each expert received
   groups_per_token: jax.Array  # float32 mean
   balance_loss: jax.Array  # float32, summed over sequences
+  dispatch: DispatchStats
 
 
 class MoEOptions(NamedTuple):
@@ -97,7 +99,7 @@ class MoE(nnx.Module):
     x_MD = x_BSD.reshape(B * S, D)
     with jax.named_scope("routing"):
       routed, logits_ME = self.route(x_MD)
-    y_MD = dispatch.routed_experts(
+    y_MD, dispatched = dispatch.routed_experts(
       x_MD,
       routed,
       self.experts.weights(options.layer),
@@ -117,5 +119,6 @@ class MoE(nnx.Module):
       counts_E=routed.counts_E,
       groups_per_token=routing.groups_touched(routed.expert_MK, config),
       balance_loss=balance_loss,
+      dispatch=dispatched,
     )
     return y_BSD, stats

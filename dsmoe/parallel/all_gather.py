@@ -16,6 +16,7 @@ from dsmoe.config import ModelConfig
 from dsmoe.parallel import collectives
 from dsmoe.parallel.experts import ExpertWeights
 from dsmoe.parallel.local import local
+from dsmoe.parallel.stats import nothing_dropped
 from pallas_kernels import grouped_matmul, permute
 from pallas_kernels import quantized_matmul as quantized
 from pallas_kernels.grouped_matmul import tile_table
@@ -23,14 +24,16 @@ from pallas_kernels.routing import Routed
 
 
 def all_gather(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
-  """Returns each token's sum over its experts; see `dispatch.routed_experts`."""
-  if collectives.devices_along("expert") == 1:
+  """Returns each token's sum over its experts, and stats; see `dispatch.routed_experts`."""
+  num_devices = collectives.devices_along("expert")
+  if num_devices == 1:
     return local(x_MD, routed, experts, config)
   with jax.named_scope("exchange"):
     x_TD, routed = gathered_tokens(x_MD, routed)
-  y_TD = _own_experts(x_TD, routed, experts, config)
+  y_TD = own_experts(x_TD, routed, experts, config)
   with jax.named_scope("exchange"):
-    return collectives.sum_to_owners(y_TD, "expert")
+    y_MD = collectives.sum_to_owners(y_TD, "expert")
+  return y_MD, nothing_dropped(sent_rows=x_MD.shape[0] * (num_devices - 1))
 
 
 def gathered_tokens(x_MD, routed: Routed) -> tuple[jax.Array, Routed]:
@@ -54,28 +57,59 @@ def gathered_tokens(x_MD, routed: Routed) -> tuple[jax.Array, Routed]:
   return x_TD, Routed(expert_TK, gate_TK, counts_E, rank_TK)
 
 
-def _own_experts(x_TD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
+def own_experts(x_TD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
   """Returns the sum of this device's experts' shares of every token, [T, D] in x's dtype."""
   weights, (T, K) = experts.own(), routed.expert_MK.shape
-  (O, D, F), E, P = weights[0].shape, routed.counts_E.shape[0], T * K
-  fp8, kernels = config.matmul_precision != "compute_dtype", config.kernels
-  if fp8:
-    alignment = quantized.row_alignment(P, E, kernels.quantized_matmul)
-  else:
-    alignment = grouped_matmul.row_alignment(P, E, kernels.grouped_matmul)
+  O, E = weights[0].shape[0], routed.counts_E.shape[0]
+  alignment = row_alignment(T * K, E, config)
   counts_E = routed.counts_E
   pair_P, row_TK = permute.expert_order(routed.expert_MK, routed.rank_MK, counts_E, alignment)
   first = jax.lax.axis_index("expert") * O
   starts_E = permute.group_starts(counts_E, alignment)
   sizes_O, starts_O = (jax.lax.dynamic_slice_in_dim(a, first, O) for a in (counts_E, starts_E))
-  own_P = permute.in_a_group(pair_P.shape[0], sizes_O, starts_O)
   weight_P = permute.weights_of_rows(routed.gate_MK, row_TK, pair_P.shape[0])
+  x_PD = permute.permute(x_TD, pair_P, row_TK)
+  y_PD = experts_of_rows(x_PD, weight_P, weights, sizes_O, starts_O, alignment, config)
+  return permute.combine(y_PD, pair_P, row_TK)
 
-  # Neither the other devices' rows nor their gradients are defined behind an expert: both are 0.
-  x_PD = jnp.where(own_P[:, None], permute.permute(x_TD, pair_P, row_TK), 0)
-  if fp8:
+
+def row_alignment(P: int, E: int, config: ModelConfig) -> int:
+  """Returns what the starts of E groups of P rows in all should be multiples of."""
+  if config.matmul_precision != "compute_dtype":
+    return quantized.row_alignment(P, E, config.kernels.quantized_matmul)
+  return grouped_matmul.row_alignment(P, E, config.kernels.grouped_matmul)
+
+
+def experts_of_rows(
+  x_PD, weight_P, weights, sizes_O, starts_O, alignment: int, config: ModelConfig
+):
+  """Applies experts to their rows, which lie where `starts_O` and `sizes_O` say.
+
+  Args:
+    x_PD: rows; those of no expert may be undefined, and get neither a result nor a gradient.
+    weight_P: float32, what each row's result is multiplied by.
+    weights: the experts' matrices, [O, D, F] twice and [O, F, D].
+    sizes_O, starts_O: int32, how many rows each expert has, and the first of them.
+    alignment: divides every start.
+    config: matmul_precision, kernels.
+
+  Returns:
+    [P, D] in x's dtype, zeros in rows of no expert.
+  """
+  own_P = permute.in_a_group(x_PD.shape[0], sizes_O, starts_O)
+  x_PD = jnp.where(own_P[:, None], x_PD, 0)
+  y_PD = multiplied_rows(x_PD, weight_P, weights, sizes_O, starts_O, alignment, config)
+  return jnp.where(own_P[:, None], y_PD, 0)
+
+
+def multiplied_rows(
+  x_PD, weight_P, weights, sizes_O, starts_O, alignment: int, config: ModelConfig
+):
+  """`experts_of_rows`, of which rows of no expert are undefined in results and gradients."""
+  (P, D), (O, _, F), kernels = x_PD.shape, weights[0].shape, config.kernels
+  if config.matmul_precision != "compute_dtype":
     implementation, power_of_two = config.quantization
-    y_PD = quantized.quantized_grouped_swiglu(
+    return quantized.quantized_grouped_swiglu(
       x_PD,
       weight_P,
       *weights,
@@ -85,15 +119,13 @@ def _own_experts(x_TD, routed: Routed, experts: ExpertWeights, config: ModelConf
       alignment,
       starts_O,
     )
-  else:
-    y_PD = grouped_matmul.grouped_swiglu(
-      x_PD,
-      weight_P,
-      *weights,
-      sizes_O,
-      implementation=kernels.grouped_matmul,
-      alignment=alignment,
-      group_starts_E=starts_O,
-      tile=tile_table.tile(kernels.tuned, kernels.grouped_matmul, P, O, D, F, x_TD.dtype),
-    )
-  return permute.combine(jnp.where(own_P[:, None], y_PD, 0), pair_P, row_TK)
+  return grouped_matmul.grouped_swiglu(
+    x_PD,
+    weight_P,
+    *weights,
+    sizes_O,
+    implementation=kernels.grouped_matmul,
+    alignment=alignment,
+    group_starts_E=starts_O,
+    tile=tile_table.tile(kernels.tuned, kernels.grouped_matmul, P, O, D, F, x_PD.dtype),
+  )

@@ -30,8 +30,8 @@ def sum_over_batch(x: Any) -> Any:
   """Sums a tree of arrays over every device that holds a part of the batch: rows, or tokens of rows.
 
   Raises:
-    ValueError: for an array that is the same on several of those devices, which would be counted
-      several times.
+    ValueError: for an array that is the same along one of those axes and differs along another: it
+      would be counted several times.
   """
   varies = varying.varying_axes(x)
   return jax.lax.psum(x, tuple(a for a in TOKEN_AXES if a in varies or devices_along(a) > 1))

@@ -7,6 +7,7 @@ from dsmoe.config import ModelConfig
 from dsmoe.parallel import collectives
 from dsmoe.parallel.all_gather import gathered_tokens
 from dsmoe.parallel.experts import ExpertWeights
+from dsmoe.parallel.stats import nothing_dropped
 from pallas_kernels.routing import Routed
 
 
@@ -15,11 +16,13 @@ def dense(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
 
   Along an axis `expert` of several devices each applies its own experts to the tokens of all.
   """
-  if collectives.devices_along("expert") == 1:
-    return _masked(x_MD, routed, experts, 0)
+  num_devices = collectives.devices_along("expert")
+  if num_devices == 1:
+    return _masked(x_MD, routed, experts, 0), nothing_dropped()
   x_TD, routed = gathered_tokens(x_MD, routed)
   first = jax.lax.axis_index("expert") * experts.num_experts
-  return collectives.sum_to_owners(_masked(x_TD, routed, experts, first), "expert")
+  y_MD = collectives.sum_to_owners(_masked(x_TD, routed, experts, first), "expert")
+  return y_MD, nothing_dropped(sent_rows=x_MD.shape[0] * (num_devices - 1))
 
 
 def _masked(x_MD, routed: Routed, experts: ExpertWeights, first):

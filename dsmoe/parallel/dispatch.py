@@ -1,17 +1,20 @@
 """The chooser of the path from tokens to their experts and back.
 
-Every back end has one signature, `(x_MD, routed, experts, config) -> y_MD`, and equals the dense
-oracle in value and gradient.
+Every back end has one signature, `(x_MD, routed, experts, config) -> (y_MD, DispatchStats)`,
+and equals the dense oracle in value and gradient.
 
 Shapes: M tokens, D hidden, E experts, K experts a token.
 """
 
 from collections.abc import Callable
 
+import jax
+
 from dsmoe import platforms
 from dsmoe.config import ModelConfig
-from dsmoe.parallel import all_gather, chosen, collectives, dense, local
+from dsmoe.parallel import all_gather, all_to_all, chosen, collectives, dense, local
 from dsmoe.parallel.experts import ExpertWeights
+from dsmoe.parallel.stats import DispatchStats, nothing_dropped
 from pallas_kernels.routing import Routed
 
 # By their names in the config.
@@ -19,6 +22,7 @@ BACK_ENDS: dict[str, Callable] = {
   "local": local.local,
   "dense": dense.dense,
   "all_gather": all_gather.all_gather,
+  "all_to_all": all_to_all.all_to_all,
 }
 
 
@@ -29,20 +33,20 @@ def routed_experts(
   config: ModelConfig,
   real_M=None,
   inference: bool = False,
-):
+) -> tuple[jax.Array, DispatchStats]:
   """Sends tokens to their experts and sums what comes back, each times its gate.
 
   Args:
     x_MD: tokens.
     routed: their experts and gates.
     experts: the layer's weights, in x's dtype.
-    config: dispatch, matmul_precision, kernels.
+    config: dispatch, exchange, matmul_precision, kernels.
     real_M: bool, tokens that count; the others' results are undefined. None: all count.
     inference: no gradient is taken. Few tokens then read only the experts they chose, unless the
       config names a grouped matmul, another back end or FP8, whose paths are the same everywhere.
 
   Returns:
-    [M, D] in x's dtype.
+    ([M, D] in x's dtype; this device's `DispatchStats`).
   """
   M = x_MD.shape[0]
   if (
@@ -53,5 +57,5 @@ def routed_experts(
     and config.matmul_precision == "compute_dtype"
     and platforms.reads_chosen_experts(M)
   ):
-    return chosen.chosen(x_MD, routed, experts, real_M)
+    return chosen.chosen(x_MD, routed, experts, real_M), nothing_dropped()
   return BACK_ENDS[config.dispatch](x_MD, routed, experts, config)

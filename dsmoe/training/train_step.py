@@ -19,6 +19,7 @@ from dsmoe.config import Config, ModelConfig
 from dsmoe.model import mtp, parameters
 from dsmoe.parallel import collectives, context
 from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.parallel.stats import DispatchStats
 from dsmoe.training import balance, losses, optim
 from pallas_kernels import varying
 
@@ -47,6 +48,7 @@ class LoadStats(NamedTuple):
 
   counts_LE: jax.Array  # int32
   groups_per_token_L: jax.Array  # float32
+  dispatch: DispatchStats  # int32 [L] each: what the exchanges of rows dropped and sent
 
 
 def model_parts(config: Config):
@@ -163,7 +165,7 @@ def _loss(graphdef, params, router_bias, batch, totals, num_sequences, mtp_weigh
     balance_loss += jnp.sum(out.stats.balance_loss) / num_sequences
     total += balance_loss
     share = out.hidden_BSD[..., 0].size / (num_sequences * batch["tokens"].shape[1])
-    stats = LoadStats(out.stats.counts_E, out.stats.groups_per_token * share)
+    stats = LoadStats(out.stats.counts_E, out.stats.groups_per_token * share, out.stats.dispatch)
   mtp_loss = sum((p.cross_entropy for _, p in depths), zero) / max(len(depths), 1)
   each = Losses(
     total, parts.cross_entropy, config.loss.z_loss_weight * parts.z_loss, mtp_loss, balance_loss
@@ -208,7 +210,9 @@ def _no_microbatch(config: ModelConfig, params):
   """Returns zeros of what a microbatch yields: ((Losses, LoadStats or None), gradients)."""
   depths = config.num_nextn_predict_layers
   zero, L = jnp.zeros(()), config.num_moe_layers + (depths if config.num_moe_layers else 0)
-  load = LoadStats(jnp.zeros((L, config.n_routed_experts), jnp.int32), jnp.zeros(L)) if L else None
+  none_L = jnp.zeros(L, jnp.int32)
+  counts_LE = jnp.zeros((L, config.n_routed_experts), jnp.int32)
+  load = LoadStats(counts_LE, jnp.zeros(L), DispatchStats(none_L, none_L)) if L else None
   grads = jax.tree.map(lambda p: varying.zeros_like_operands(p.shape, jnp.float32, p), params)
   return (Losses(zero, zero, zero, zero, zero), load), grads
 

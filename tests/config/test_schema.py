@@ -83,7 +83,27 @@ RULES = [
   ),
   ({"model.compute_dtype": "f16"}, "compute_dtype must be one of bfloat16, float32, got 'f16'"),
   ({"model.remat": "all"}, "remat must be one of none, dots, full, got 'all'"),
-  ({"model.dispatch": "far"}, "dispatch must be one of local, dense, all_gather, got 'far'"),
+  (
+    {"model.dispatch": "far"},
+    "dispatch must be one of local, dense, all_gather, all_to_all, got 'far'",
+  ),
+  (
+    {"model.exchange.receive_capacity": 0.0},
+    "exchange.receive_capacity must be positive, got 0.0",
+  ),
+  ({"model.exchange.moe_chunks": 0}, "exchange.moe_chunks must be at least 1, got 0"),
+  (
+    {"model.exchange.dropless_fallback": "all"},
+    "exchange.dropless_fallback must be one of none, step, layer, got 'all'",
+  ),
+  (
+    {"model.exchange.precision": "int8"},
+    "exchange.precision must be one of compute_dtype, fp8, got 'int8'",
+  ),
+  (
+    {"model.exchange.receive_capacity": 3.0},
+    "exchange.receive_capacity (3.0) must be 2.0 with dispatch 'local', which does not read it",
+  ),
   (
     {"model.matmul_precision": "fp4"},
     "matmul_precision must be one of compute_dtype, fp8, fp8_ue8m0, got 'fp4'",
@@ -176,7 +196,7 @@ RULES = [
   ({"mesh.expert": 0}, "expert must be at least 1, got 0"),
   (
     {"mesh.expert": 2},
-    "mesh.expert (2) above 1 needs model.dispatch 'all_gather', got 'local'",
+    "mesh.expert (2) above 1 needs an exchange as model.dispatch, such as 'all_to_all', got 'local'",
   ),
   (
     {"mesh.expert": 5, "model.dispatch": "all_gather"},
@@ -342,7 +362,7 @@ def test_fields_that_a_saved_config_does_not_have_yet():
   new = _values()
   old = json.loads(json.dumps(new))
   del old["data"]["skip_null_rows"], old["model"]["kernels"]["tuned"], old["model"]["rope_scaling"]
-  del old["seed"]
+  del old["seed"], old["model"]["exchange"]
   lines = config_lib.differences(config_lib.with_defaults(old), new)
   assert [line.split(":")[0] for line in lines] == ["model.rope_scaling", "seed"]
   assert "skip_null_rows" not in old["data"]

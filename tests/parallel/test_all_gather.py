@@ -58,7 +58,7 @@ def _run(back_end: str, mesh, config, x, experts, gates, weights, dy, wrap=lambd
     # Stored split over both axes, gathered over `data` only: an expert stays with its owner.
     own = [jax.lax.all_gather(w, "data", axis=1, tiled=True) for w in weights]
     routed = Routed(experts, gates, *ranks(experts, E)[::-1])
-    return dispatch.BACK_ENDS[back_end](x, routed, ExpertWeights(*own), config)
+    return dispatch.BACK_ENDS[back_end](x, routed, ExpertWeights(*own), config)[0]
 
   spec = (TOKENS, TOKENS, TOKENS, (WEIGHTS, WEIGHTS, WEIGHTS))
   split = mesh_lib.shard_map(wrap(one_device), mesh, spec, TOKENS)
@@ -128,7 +128,7 @@ def test_every_token_goes_to_every_other_device_once():
 
   def forward(x, experts, gates, weights):
     routed = Routed(experts, gates, *ranks(experts, E)[::-1])
-    return dispatch.BACK_ENDS["all_gather"](x, routed, ExpertWeights(*weights), _config())
+    return dispatch.BACK_ENDS["all_gather"](x, routed, ExpertWeights(*weights), _config())[0]
 
   spec = (TOKENS, TOKENS, TOKENS, (WEIGHTS, WEIGHTS, WEIGHTS))
   text = jax.jit(mesh_lib.shard_map(forward, mesh, spec, TOKENS)).lower(*arguments).compile()
@@ -157,7 +157,7 @@ def test_compiles_for_a_tpu_with_its_kernels_and_sums_no_rows():
   def one_device(x, logits, *weights):
     own = [jax.lax.all_gather(w, "data", axis=1, tiled=True) for w in weights]
     routed = route(logits, None, rule, "mosaic_tpu")
-    return dispatch.BACK_ENDS["all_gather"](x, routed, ExpertWeights(*own), model)
+    return dispatch.BACK_ENDS["all_gather"](x, routed, ExpertWeights(*own), model)[0]
 
   specs = (TOKENS, TOKENS, WEIGHTS, WEIGHTS, WEIGHTS)
   split = mesh_lib.shard_map(one_device, mesh, specs, TOKENS)

@@ -80,7 +80,7 @@ def test_back_ends_match_loops_in_value_and_every_gradient(back_end, grouped_mat
   def run(x, experts, gates, weights, dy):
     fn = dispatch.BACK_ENDS[back_end]
     y, vjp = jax.vjp(
-      lambda x, g, w: fn(x, _routed(experts, g), ExpertWeights(*w), config), x, gates, weights
+      lambda x, g, w: fn(x, _routed(experts, g), ExpertWeights(*w), config)[0], x, gates, weights
     )
     return y, vjp(dy)
 
@@ -99,7 +99,7 @@ def test_local_makes_nothing_of_tokens_times_experts():
 
   def size(fn):
     routed = lambda g: Routed(experts, g, *ranks(experts, E)[::-1])  # noqa: E731
-    total = lambda x, g, w: fn(x, routed(g), ExpertWeights(*w), _config()).sum()  # noqa: E731
+    total = lambda x, g, w: fn(x, routed(g), ExpertWeights(*w), _config())[0].sum()  # noqa: E731
     return largest_intermediate(jax.value_and_grad(total, (0, 1, 2)), x, gates, weights)
 
   assert size(local.local) < M * E * F
@@ -133,6 +133,6 @@ def test_experts_in_fp8_match_a_loop_over_experts(precision, power_of_two, imple
 
   with pltpu.force_tpu_interpret_mode():
     actual = value_and_gradients(
-      jax.jit(lambda x, g, w: local.local(x, _routed(experts, g), ExpertWeights(*w), config))
+      jax.jit(lambda x, g, w: local.local(x, _routed(experts, g), ExpertWeights(*w), config)[0])
     )
   assert_close(actual, value_and_gradients(jax.jit(expected)))

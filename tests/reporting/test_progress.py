@@ -25,12 +25,16 @@ def test_off_a_terminal_an_update_is_a_plain_line(capsys, monkeypatch):
     display.update(21, {})
     display.update(30, LINE | {"mfu": None})
     display.update(30, {"validation_loss": 3.5, "validation_bits_per_byte": 1.0})
+    display.update(31, {"dropped_rows": 1234})
+    display.update(40, {"loss": 3.0, "dropped_rows": 0})
     display.print("[bold]a sample[/bold]\x1b[31m " + "long " * 40 + "end")
   out = capsys.readouterr().out
   assert out.splitlines() == [
     "step 20/1000  loss 3.2500  12,346 tokens/s  MFU 41.2%  0:08:10 left",
     "step 30/1000  loss 3.2500  12,346 tokens/s  9.0 GFLOP/s  0:08:05 left",
     "step 30/1000  validation loss 3.5000  1.0000 bits/byte",
+    "step 31/1000  1,234 rows dropped",
+    "step 40/1000  loss 3.0000",
     "[bold]a sample[/bold]\\x1b[31m " + "long " * 40 + "end",
   ]
   assert _is_plain(out)
@@ -59,8 +63,10 @@ def test_summary_takes_last_values_medians_and_the_best_validation():
   rows = [
     {"step": 10, "loss": 4.0, "tokens": 100, "tokens_per_sec": 1.0, "mfu": None},
     {"step": 20, "validation_loss": 2.0, "validation_bits_per_byte": 0.5},
+    {"step": 14, "dropped_rows": 1200},
     {"step": 20, "loss": 3.0, "tokens": 2000, "tokens_per_sec": 30.0, "mfu": None},
-    {"step": 30, "loss": 2.5, "tokens": 3000, "tokens_per_sec": 20.0, "max_vio": [1.0, None, 2.0]},
+    {"step": 30, "loss": 2.5, "tokens": 3000, "tokens_per_sec": 20.0, "max_vio": [1.0, None, 2.0]}
+    | {"dropped_rows": 34},
     {"step": 30, "validation_loss": 2.25, "validation_bits_per_byte": 0.75},
   ]
   assert progress.summary(iter(rows)) == [
@@ -72,6 +78,7 @@ def test_summary_takes_last_values_medians_and_the_best_validation():
     ("best validation loss", "2.0000 at step 20"),
     ("tokens/s, median", "20"),
     ("MaxVio, mean (largest) layer", "1.5 (2)"),
+    ("rows dropped for want of room, all steps", "1,234"),
   ]
   assert progress.summary([]) == []
 
