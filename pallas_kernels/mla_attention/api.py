@@ -21,7 +21,7 @@ CAUSAL_IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 # Of those, the ones whose queries may be only some of a row's tokens.
-RUN_IMPLEMENTATIONS = ("reference", "xla")
+RUN_IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu")
 
 # The same, with the log of each softmax's normaliser as a second result; without gradients.
 _WITH_NORMALISER: dict[str, Callable] = {
@@ -39,19 +39,17 @@ DECODE_IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
-def chosen(implementation: str | None, q_BSHA, v_BSHU, runs: bool = False) -> str:
+def chosen(implementation: str | None, q_BSHA, v_BSHU, runs: int = 0) -> str:
   """Returns the implementation of causal attention that None stands for here, or the one given.
 
   Args:
     implementation: a key of `CAUSAL_IMPLEMENTATIONS`, or None.
     q_BSHA, v_BSHU: only their shapes and dtypes count.
-    runs: whether the queries are runs of a row's tokens.
+    runs: Y where the queries are runs of a row's tokens, else 0.
   """
-  if runs and implementation is None:
-    return "xla"
   refusals = {
-    "mosaic_tpu": lambda: tpu.refused(q_BSHA, v_BSHU),
-    "mosaic_gpu": lambda: gpu.refused(q_BSHA, v_BSHU),
+    "mosaic_tpu": lambda: tpu.refused(q_BSHA, v_BSHU, runs),
+    "mosaic_gpu": lambda: "it takes no runs" if runs else gpu.refused(q_BSHA, v_BSHU),
   }
   return platform.choose(implementation, CAUSAL_IMPLEMENTATIONS, "xla", refusals)
 
@@ -96,7 +94,7 @@ def _checked(
   _check(arrays)
   if chunk_tokens < 1:
     raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-  runs = starts_Y is not None
+  runs = 0 if starts_Y is None else starts_Y.size
   implementation = chosen(implementation, q_BSHA, v_BTHU, runs)
   if runs and implementation not in RUN_IMPLEMENTATIONS:
     raise ValueError(
@@ -132,8 +130,9 @@ def causal_attention(
     chunk_tokens: queries `xla` handles at once.
     starts_Y: int32, traced or not. The queries are then those of only some of the T tokens, of
       Y runs of S / Y tokens each; run y begins at the row's token starts_Y[y], and all its tokens
-      are the row's. `xla` meets no block of keys behind a run's block of queries. Only
-      `RUN_IMPLEMENTATIONS` take it, and None stands for `xla`. None: S = T, every token asks.
+      are the row's. No block of queries meets a block of keys behind it. Only `RUN_IMPLEMENTATIONS`
+      take it, and `mosaic_tpu` wants runs that are chunks of the row: multiples of 128 tokens into
+      which T divides, in ascending order. None: S = T, every token asks.
 
   Returns:
     [B, S, H, U] in v's dtype; logits and softmax are float32. Differentiable in q, k and v.

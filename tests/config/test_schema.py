@@ -214,9 +214,9 @@ RULES = [
     "chunks of a row, an early one and a late one",
   ),
   (
-    {"mesh.context": 7, "model.kernels.attention": "mosaic_tpu"},
-    "mesh.context (7) above 1 needs model.kernels.attention to be one of None, reference, xla, got "
-    "'mosaic_tpu'",
+    {"mesh.context": 7, "model.kernels.attention": "mosaic_gpu"},
+    "mesh.context (7) above 1 needs model.kernels.attention to be one of None, reference, xla, "
+    "mosaic_tpu, got 'mosaic_gpu'",
   ),
   ({"checkpoint.save_every_steps": 0}, "save_every_steps must be at least 1, got 0"),
   ({"checkpoint.keep_last": 0}, "keep_last must be at least 1, got 0"),

@@ -133,6 +133,31 @@ def test_causal_of_runs_of_a_rows_tokens(implementation, chunk, with_segments):
     assert_close(actual, _loops(*asked, segments, 0.7, places))
 
 
+@pytest.mark.parametrize("span", [128, 16384])
+@pytest.mark.parametrize("with_segments", [False, True], ids=["whole_rows", "segments"])
+def test_causal_tpu_of_chunks(monkeypatch, span, with_segments):
+  """Every device's two chunks of a row in one program; chunks of two blocks."""
+  monkeypatch.setattr(tpu, "CHUNK_TOKENS", 128)
+  monkeypatch.setattr(tpu, "SPAN_TOKENS", span)
+  length, X = 256, 2
+  q, k, v, dy = (a[:1, :, :2] for a in _inputs(13, 2 * X * length))
+  segments = (np.arange(q.shape[1])[None] >= 300).astype(np.int32) if with_segments else None
+
+  def both(starts, q, k, v, dy):
+    fn = lambda q, k, v: tpu.causal_attention(q, k, v, segments, 0.7, 128, starts)  # noqa: E731
+    y, vjp = jax.vjp(fn, q, k, v)
+    return y, vjp(dy)
+
+  both = jax.jit(both)
+  for device in range(X):
+    starts = np.array([device, 2 * X - 1 - device]) * length
+    places = (starts[:, None] + np.arange(length)).reshape(-1)
+    asked = (q[:, places], k, v, dy[:, places])
+    with pltpu.force_tpu_interpret_mode():
+      actual = jax.block_until_ready(both(starts.astype(np.int32), *asked))
+    assert_close(actual, _loops(*asked, segments, 0.7, places))
+
+
 def test_runs_meet_no_keys_behind_them():
   """What lies behind a run's last block is not read: it may be no number."""
   q, k, v, dy = _inputs(12, 12)
@@ -151,7 +176,8 @@ def test_runs_meet_no_keys_behind_them():
   [
     ([0, 5, 9], None, r"S \(11\) must be divisible by the number of starts_Y \(3\)"),
     ([], None, r"S \(11\) must be divisible by the number of starts_Y \(0\)"),
-    ([2], "mosaic_tpu", "implementation must be one of reference, xla where the queries are runs"),
+    ([2], "mosaic_gpu", "implementation must be one of reference, xla, mosaic_tpu where the quer"),
+    ([2], "mosaic_tpu", "a run must be a multiple of 128 tokens, got 11"),
   ],
 )
 def test_runs_that_do_not_fit_are_refused(starts, implementation, message):
@@ -318,6 +344,25 @@ def test_causal_compiles_inside_a_checked_shard_map():
   )
   text = jax.jit(_gradient(split)).lower(*args).compile().as_text()
   assert text.count("tpu_custom_call") == 2 and "all-reduce" not in text
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("chip", CHIPS)
+def test_chunks_of_a_row_compile_at_v3_widths(chip):
+  """Two chunks of 1,024 tokens of a row of 8,192, wherever they start; no square array."""
+  q, k, v = (
+    jax.ShapeDtypeStruct((1, *dims), jnp.bfloat16)
+    for dims in ((2048, 2, 192), (8192, 2, 192), (8192, 2, 128))
+  )
+  segments, starts = (jax.ShapeDtypeStruct(n, jnp.int32) for n in ((1, 8192), (2,)))
+
+  def gradient(q, k, v, segments, starts):
+    fn = lambda *a: causal_attention(*a, segments, 0.1, "mosaic_tpu", starts_Y=starts)  # noqa: E731
+    return _gradient(fn)(q, k, v)
+
+  text = compile_for(chip, gradient, q, k, v, segments, starts).as_text()
+  assert text.count("tpu_custom_call") == 2  # forward and backward
+  assert not re.search(r"\[(\d+,)*(2048|8192),(2048|8192)[,\]]", text)
 
 
 def _costs(fn, *args):

@@ -145,8 +145,9 @@ def test_a_layer_gathers_latents_and_scatters_their_gradient(X):
 def test_a_layer_of_v5p_gathers_latents_and_sums_no_rows():
   B, S, X, C, R = 2, 4096, 4, 128, 64
   mesh = _mesh(1, X, tpu_devices("v5p:2x2x1"))
-  sizes = dict(kv_lora_rank=C, qk_rope_head_dim=R, compute_dtype="bfloat16")
-  _, text = _layer_gradient(mesh, B, S, **sizes)
+  changes = {"kv_lora_rank": C, "qk_rope_head_dim": R, "compute_dtype": "bfloat16"}
+  _, text = _layer_gradient(mesh, B, S, **changes, **{"kernels.attention": "mosaic_tpu"})
+  assert text.count("tpu_custom_call") == 2
   latents = B * S * (C + R)
   expected = [("all-gather", latents), ("reduce-scatter", latents // X)]
   assert _collectives(text, X) == expected

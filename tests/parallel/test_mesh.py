@@ -1,5 +1,8 @@
 """The mesh from its config, and what it refuses."""
 
+import socket
+import subprocess
+import sys
 import types
 
 import jax
@@ -57,6 +60,47 @@ def test_processes_that_share_rows_read_the_same_part_of_a_batch():
   assert parts(mixed) == [(0, 2), (0, 2), (1, 2), (1, 2)]
   with pytest.raises(ValueError, match=r"same rows of a batch or none in common, got \[\(0, 1\)"):
     parts(_mesh_of_processes([0, 0, 0, 1], data=2, context=2))
+
+
+PROCESS = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jax.sharding import PartitionSpec
+from dsmoe.config import MeshConfig
+from dsmoe.parallel import collectives, context
+from dsmoe.parallel import mesh as mesh_lib
+
+x_BS = np.arange(4 * 24, dtype=np.int32).reshape(4, 24)
+for data, along in ((2, 2), (1, 4)):
+  mesh = mesh_lib.make_mesh(MeshConfig(stage=1, data=data, expert=1, context=along, model=1))
+  part, parts = mesh_lib.part_of_rows(mesh, jax.process_index())
+  batch = mesh_lib.to_global({"x": np.split(x_BS, parts)[part]}, mesh)
+
+  def squares(x_BS):
+    return collectives.sum_over_batch(jnp.sum(jnp.square(context.own_tokens(x_BS))))
+
+  fn = mesh_lib.shard_map(squares, mesh, mesh_lib.batch_spec(), PartitionSpec())
+  print(parts, batch["x"].shape, int(jax.jit(fn)(batch["x"])))
+"""
+
+
+def test_a_row_over_two_processes():
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", PROCESS, address, str(i)], stdout=subprocess.PIPE, text=True
+    )
+    for i in range(2)
+  ]
+  total = sum(i * i for i in range(4 * 24))
+  for process in processes:
+    out, _ = process.communicate(timeout=120)
+    lines = [line for line in out.splitlines() if "Gloo" not in line]  # of the two processes' link
+    assert lines == [f"2 (4, 24) {total}", f"1 (4, 24) {total}"]
 
 
 def test_named_wraps_every_spec():
