@@ -67,14 +67,14 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from jax.sharding import PartitionSpec
-from dsmoe.config import MeshConfig
+from jax.sharding import AxisType, Mesh, PartitionSpec
 from dsmoe.parallel import collectives, context
 from dsmoe.parallel import mesh as mesh_lib
 
 x_BS = np.arange(4 * 24, dtype=np.int32).reshape(4, 24)
 for data, along in ((2, 2), (1, 4)):
-  mesh = mesh_lib.make_mesh(MeshConfig(stage=1, data=data, expert=1, context=along, model=1))
+  devices = np.array(jax.devices()).reshape(1, data, 1, along, 1)
+  mesh = Mesh(devices, mesh_lib.AXES, axis_types=(AxisType.Auto,) * 5)
   part, parts = mesh_lib.part_of_rows(mesh, jax.process_index())
   batch = mesh_lib.to_global({"x": np.split(x_BS, parts)[part]}, mesh)
 

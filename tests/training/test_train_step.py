@@ -103,7 +103,7 @@ def test_step_does_not_depend_on_how_it_is_computed(variant):
   jax.tree.map(np.testing.assert_array_equal, before_other, before)
   # Integers and the bias they move: exactly equal.
   np.testing.assert_array_equal(metrics["load"].counts_LE, expected_metrics["load"].counts_LE)
-  assert metrics["load"].dispatch.dropped_rows.tolist() == [0] * 5
+  assert not metrics["load"].dispatch.dropped_rows.any()
   jax.tree.map(np.testing.assert_array_equal, actual.router_bias, expected.router_bias)
   assert_close(metrics["load"].groups_per_token_L, expected_metrics["load"].groups_per_token_L)
   assert_close(metrics["losses"], expected_metrics["losses"])
