@@ -234,7 +234,7 @@ def _train(
       print(f"weights of step {weights[2]} of {init_from}")
 
   # --- batches
-  processes = (jax.process_index(), jax.process_count())
+  processes = mesh_lib.part_of_rows(mesh, jax.process_index())
   batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, position)
 
   def position_after(step: int) -> data.Position:

@@ -156,7 +156,9 @@ def get_config() -> config_dict.ConfigDict:
   d.fim_rate = 0.0  # fill in the middle: share of documents put into order prefix, suffix, middle
   d.seed = 0  # of shuffling and of fill in the middle
 
-  # Number of devices along each mesh axis; data = -1: all that the other axes leave.
+  # Number of devices along each mesh axis; data = -1: all that the other axes leave. Rows are split
+  # over data and expert, and each row's tokens over context: sequence_length must then be divisible
+  # by twice its devices.
   c.mesh = config_dict.ConfigDict(dict(stage=1, data=-1, expert=1, context=1, model=1))
 
   k = c.checkpoint = config_dict.ConfigDict()

@@ -72,7 +72,8 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
   """
   workdir = epath.Path(workdir)
   config = run_config.load_config(workdir)
-  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1, expert=1))
+  one = dict(expert=1, context=1)
+  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1, **one))
   unusable = platforms.unusable_kernels(config.model.kernels)
   for field, reason in unusable.items():
     logging.warning("kernels.%s of %s is None here: %s", field, workdir, reason)

@@ -353,8 +353,8 @@ class MeshConfig:
     require(
       self.data == -1 or self.data >= 1, f"mesh.data must be -1 or at least 1, got {self.data}"
     )
-    at_least(self, 1, "expert")
-    for axis in ("stage", "context", "model"):
+    at_least(self, 1, "expert", "context")
+    for axis in ("stage", "model"):
       size = getattr(self, axis)
       require(size == 1, f"mesh.{axis} must be 1 (that axis does not exist yet), got {size}")
 
@@ -448,6 +448,7 @@ class Config:
       f"({self.model.first_k_dense_replace}) must be below num_hidden_layers "
       f"({self.model.num_hidden_layers})",
     )
+    self._check_context()
     E, devices = self.model.n_routed_experts, self.mesh.expert
     if devices > 1 and self.model.num_moe_layers:
       require(
@@ -475,4 +476,21 @@ class Config:
       o.schedule != "cosine" or o.warmup_steps < self.num_steps,
       f"optim.schedule 'cosine' decays after the warm-up: optim.warmup_steps ({o.warmup_steps}) "
       f"must be below num_steps ({self.num_steps})",
+    )
+
+  def _check_context(self):
+    """Checks the rules that hold where rows are split over devices."""
+    S, X, attention = self.data.sequence_length, self.mesh.context, self.model.kernels.attention
+    if X == 1:
+      return
+    require(
+      S % (2 * X) == 0,
+      f"data.sequence_length ({S}) must be divisible by twice mesh.context ({X}): each device has "
+      "two chunks of a row, an early one and a late one",
+    )
+    choices = (None, *mla_attention.RUN_IMPLEMENTATIONS)
+    require(
+      attention in choices,
+      f"mesh.context ({X}) above 1 needs model.kernels.attention to be one of "
+      f"{', '.join(map(str, choices))}, got {attention!r}",
     )

@@ -152,7 +152,7 @@ def score_text(run: LoadedRun, text_glob: str) -> dict[str, float]:
   state = train_step.TrainState(None, run.params, None, run.router_bias)
   with tempfile.TemporaryDirectory() as folder:
     prepared = records.prepare(config.data, config.model.vocab_size, folder)
-    processes = (jax.process_index(), jax.process_count())
+    processes = mesh_lib.part_of_rows(run.mesh, jax.process_index())
     held_out.warn_of_overlap(prepared.manifest, run.tokenizer_path.parent / "manifest.json")
     counted = count_bytes(prepared, config.data, config.batch_size, (-1,))
     batches = data.validation_batches(prepared, config.data, config.batch_size, *processes)

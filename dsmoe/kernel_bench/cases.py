@@ -220,7 +220,7 @@ implementations(
   "attention",
   mla_attention.causal_attention,
   mla_attention.CAUSAL_IMPLEMENTATIONS,
-  lambda s: {"segments_BS": None, "scale": s.config.qk_head_dim**-0.5},
+  lambda s: {"segments_BT": None, "scale": s.config.qk_head_dim**-0.5},
 )
 
 

@@ -11,12 +11,14 @@ Q q_lora, C kv_lora.
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dsmoe.config import ModelConfig
 from dsmoe.model import rope
 from dsmoe.model.layers import normal, ones, project, rms_norm, zeros
+from dsmoe.parallel import context
 from pallas_kernels.mla_attention import causal_attention
 
 LATENT_NORM_EPS = 1e-6  # whatever rms_norm_eps says, as in every released checkpoint's code
@@ -110,23 +112,35 @@ class MLA(nnx.Module):
     return out_BSD
 
 
-def within_rows(segments_BS) -> Callable:
+def within_rows(segments_BT) -> Callable:
   """Returns the `attend` of training: each token sees itself and earlier ones of its document.
 
+  Where rows are split over the mesh axis `context`, the latents of the other devices' tokens are
+  gathered, C + R numbers a token, and each device expands those of whole rows: for every row
+  T H (N + R + U) numbers.
+
   Args:
-    segments_BS: int32 document numbers, or None for one document a row.
+    segments_BT: int32 document numbers of whole rows, or None for one document a row.
   """
 
   def attend(mla: MLA, q_BSHA, c_BSC, k_BSR):
-    k_BSHA, v_BSHU = mla.expand(c_BSC, k_BSR)
+    starts_Y = context.own_starts(q_BSHA.shape[1])
+    if starts_Y is None:
+      c_BTC, k_BTR = c_BSC, k_BSR
+    else:
+      with jax.named_scope("context"):
+        latents_BTW = context.whole_rows(jnp.concatenate([c_BSC, k_BSR], axis=-1))
+      c_BTC, k_BTR = jnp.split(latents_BTW, [c_BSC.shape[-1]], axis=-1)
+    k_BTHA, v_BTHU = mla.expand(c_BTC, k_BTR)
     out_BSHU = causal_attention(
       q_BSHA,
-      k_BSHA,
-      v_BSHU,
-      segments_BS,
+      k_BTHA,
+      v_BTHU,
+      segments_BT,
       rope.softmax_scale(mla.config),
       implementation=mla.config.kernels.attention,
       chunk_tokens=mla.config.attention_chunk_tokens,
+      starts_Y=starts_Y,
     )
     return out_BSHU, None
 

@@ -20,6 +20,7 @@ from dsmoe.model import attention, mtp, parameters, rope
 from dsmoe.model.block import Block
 from dsmoe.model.layers import normal, ones, rms_norm
 from dsmoe.model.moe import MoEOptions, MoEStats, RouterBias
+from dsmoe.parallel import context
 from dsmoe.parallel import mesh as mesh_lib
 
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -30,7 +31,7 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 class ModelOutput(NamedTuple):
-  """What a forward pass leaves for the losses."""
+  """What a forward pass leaves for the losses, of this device's tokens: see `context.py`."""
 
   hidden_BSD: jax.Array  # after the final norm
   mtp_hidden: jax.Array | None  # [depth, B, S, D] of each MTP depth, after its norm
@@ -101,6 +102,9 @@ class Transformer(nnx.Module):
   ) -> ModelOutput:
     """Runs every layer on this device's part of the batch.
 
+    Rows come whole; where they are split over the mesh axis `context`, this device's tokens of
+    them are taken here.
+
     Args:
       tokens_BS: int32.
       positions_BS: int32, for RoPE.
@@ -110,6 +114,9 @@ class Transformer(nnx.Module):
       record_routing: whether the stats carry each token's experts.
     """
     config = self.config
+    depths = config.num_nextn_predict_layers if targets_BS is not None else 0
+    ahead = context.own_tokens([mtp.shift(targets_BS, k) for k in range(depths)])
+    tokens_BS, positions_BS = context.own_tokens((tokens_BS, positions_BS))
     embed_VD = self.gathered_embed()
     cos_sin = platforms.computed_once(lambda x: rope.cos_sin(x, config), positions_BS)
     options = MoEOptions(balance_loss, record_routing=record_routing)
@@ -129,10 +136,8 @@ class Transformer(nnx.Module):
     hidden_BSD = rms_norm(x_BSD, self.norm[...], config.rms_norm_eps)
 
     mtp_hidden = None
-    depths = config.num_nextn_predict_layers
-    if depths and targets_BS is not None:
+    if depths:
       graphdef, layers = nnx.split(self.mtp)
-      ahead = jnp.stack([mtp.shift(targets_BS, k) for k in range(depths)])  # [depth, B, S]
 
       def module(hidden_BSD, depth):
         state, tokens_BS = depth
@@ -142,7 +147,7 @@ class Transformer(nnx.Module):
         return hidden_BSD, (hidden_BSD, layer_stats)
 
       _, (mtp_hidden, layer_stats) = jax.lax.scan(
-        REMAT[config.remat](module), hidden_BSD, (layers, ahead)
+        REMAT[config.remat](module), hidden_BSD, (layers, jnp.stack(ahead))
       )
       stats += [layer_stats] if layer_stats is not None else []
     joined = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None

@@ -1,11 +1,13 @@
 """The few collectives of the model, by name; called inside `mesh.shard_map`."""
 
+import math
 from typing import Any
 
 import jax
 
-from dsmoe.parallel.mesh import BATCH_AXES
+from dsmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
 from dsmoe.parallel.sharding import COMPUTED, stored_spec
+from pallas_kernels import varying
 
 
 def gather_weight(x: jax.Array, dims: tuple[str, ...]) -> jax.Array:
@@ -25,8 +27,19 @@ def gather_weight(x: jax.Array, dims: tuple[str, ...]) -> jax.Array:
 
 
 def sum_over_batch(x: Any) -> Any:
-  """Sums a tree of arrays over every device that holds a part of the batch."""
-  return jax.lax.psum(x, BATCH_AXES)
+  """Sums a tree of arrays over every device that holds a part of the batch: rows, or tokens of rows.
+
+  Raises:
+    ValueError: for an array that is the same along one of those axes and differs along another: it
+      would be counted several times.
+  """
+  varies = varying.varying_axes(x)
+  return jax.lax.psum(x, tuple(a for a in TOKEN_AXES if a in varies or devices_along(a) > 1))
+
+
+def num_batch_shards() -> int:
+  """Returns the number of parts into which the batch's rows are split."""
+  return math.prod(devices_along(axis) for axis in BATCH_AXES)
 
 
 def devices_along(axis: str) -> int:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -11,7 +12,8 @@ from dsmoe import platforms
 from dsmoe.config import MeshConfig
 
 AXES = ("stage", "data", "expert", "context", "model")
-BATCH_AXES = ("data", "expert")
+BATCH_AXES = ("data", "expert")  # of a batch's rows
+TOKEN_AXES = (*BATCH_AXES, "context")  # of its tokens; see context.py
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -45,12 +47,35 @@ def platform_of(mesh: Mesh) -> str:
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-  """Returns the number of parts into which a batch is split."""
+  """Returns the number of parts into which a batch's rows are split."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def part_of_rows(mesh: Mesh, process_index: int) -> tuple[int, int]:
+  """Returns (part, parts): which part of each batch's rows a process must give to `to_global`.
+
+  Processes whose devices hold the same rows, as those do that share an axis `context`, give the
+  same part.
+
+  Raises:
+    ValueError: when two processes have some rows in common and others not.
+  """
+  shards_of: dict[int, set[int]] = {}
+  grid = mesh.devices.reshape(mesh.devices.shape[0], num_batch_shards(mesh), -1)
+  for (_, shard, _), device in np.ndenumerate(grid):
+    shards_of.setdefault(device.process_index, set()).add(shard)
+  parts = sorted({tuple(sorted(shards)) for shards in shards_of.values()})
+  if sum(map(len, parts)) != num_batch_shards(mesh):
+    raise ValueError(
+      f"processes must have the same rows of a batch or none in common, got {parts} of "
+      f"{num_batch_shards(mesh)} parts: let each process hold whole axes 'context' and 'model', or "
+      "one part of the rows"
+    )
+  return parts.index(tuple(sorted(shards_of[process_index]))), len(parts)
+
+
 def batch_spec() -> PartitionSpec:
-  """Returns the spec of arrays [batch, ...]."""
+  """Returns the spec of arrays [batch, ...]: each device has whole rows."""
   return PartitionSpec(BATCH_AXES)
 
 

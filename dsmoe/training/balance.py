@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dsmoe.config import BalanceConfig
+from dsmoe.parallel import collectives, context
 
 
 class Balancer(NamedTuple):
@@ -57,21 +58,22 @@ def sequence_loss(scores_BSE, num_experts_per_tok: int):
   sum_i f_i P_i, 1 when perfectly even. f has no gradient.
 
   Args:
-    scores_BSE: float32 unbiased scores of one layer.
+    scores_BSE: float32 unbiased scores of one layer, of this device's tokens of each sequence.
     num_experts_per_tok: K.
 
   Returns:
-    float32 scalar, summed (not averaged) over the B sequences.
+    float32 scalar, summed (not averaged) over the B sequences: this device's tokens' share, which
+    the devices of the mesh axis `context` sum to the whole.
 
   Source: DeepSeek-V3 (arXiv:2412.19437) equations 17-20.
   """
-  B, T, E = scores_BSE.shape
-  K = num_experts_per_tok
+  B, S, E = scores_BSE.shape
+  T, K = S * collectives.devices_along(context.AXIS), num_experts_per_tok
   _, top_BSK = jax.lax.top_k(jax.lax.stop_gradient(scores_BSE), K)
-  rows = jnp.arange(B, dtype=jnp.int32)[:, None] * E + top_BSK.reshape(B, T * K)
+  rows = jnp.arange(B, dtype=jnp.int32)[:, None] * E + top_BSK.reshape(B, S * K)
   counts = jnp.bincount(rows.reshape(-1), length=B * E).reshape(B, E)
-  f_BE = counts.astype(jnp.float32) * (E / (K * T))
-  P_BE = jnp.mean(scores_BSE / jnp.sum(scores_BSE, axis=-1, keepdims=True), axis=1)
+  f_BE = context.sum_over_rows(counts).astype(jnp.float32) * (E / (K * T))
+  P_BE = jnp.sum(scores_BSE / jnp.sum(scores_BSE, axis=-1, keepdims=True), axis=1) / T
   return jnp.sum(f_BE * P_BE)
 
 

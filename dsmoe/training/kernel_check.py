@@ -362,24 +362,30 @@ def _fp8_matmul(model: ModelConfig, tokens: int):
 
 def _attention(config: Config):
   model, dtype = config.model, jnp.dtype(config.model.compute_dtype)
-  S = min(config.data.sequence_length, ATTENTION_TOKENS)
+  S, X = config.data.sequence_length, config.mesh.context
   H, A, U = min(model.num_attention_heads, NUM_HEADS), model.qk_head_dim, model.v_head_dim
-  q, v = (jax.ShapeDtypeStruct((1, S, H, size), dtype) for size in (A, U))
-  implementation = chosen_attention(model.kernels.attention, q, v)
+  q, v = (jax.ShapeDtypeStruct((1, S // X, H, size), dtype) for size in (A, U))
+  implementation = chosen_attention(model.kernels.attention, q, v, 0 if X == 1 else 2)
+  starts_Y, S = None, min(S, ATTENTION_TOKENS) if X == 1 else S
+  if X > 1:  # the first device's two chunks, as long as the run's or multiples of 128 tokens
+    chunk = min(S // (2 * X), 128 * max(ATTENTION_TOKENS // (256 * X), 1))
+    starts_Y, S = np.array([0, (2 * X - 1) * chunk], np.int32), 2 * X * chunk
   packed = not config.data.cross_document_attention
 
   def results(implementation, q_BSHA, k_BSHA, v_BSHU, segments_BS, dout_BSHU):
     def fn(q_BSHA, k_BSHA, v_BSHU):
       return mla_attention.causal_attention(
-        q_BSHA, k_BSHA, v_BSHU, segments_BS, A**-0.5, implementation
+        q_BSHA, k_BSHA, v_BSHU, segments_BS, A**-0.5, implementation, starts_Y=starts_Y
       )
 
     names = ("q_BSHA", "k_BSHA", "v_BSHU")
     return _with_gradients(fn, names, (q_BSHA, k_BSHA, v_BSHU), dout_BSHU)
 
   def build() -> Check:
-    q_BSHA, k_BSHA = (_normal(seed, *q.shape, dtype=dtype) for seed in (1, 2))
-    v_BSHU, dout_BSHU = (_normal(seed, *v.shape, dtype=dtype) for seed in (3, 4))
+    shapes = ((S // X, A), (S, A), (S, U), (S // X, U))
+    q_BSHA, k_BSHA, v_BSHU, dout_BSHU = (
+      _normal(i, 1, tokens, H, size, dtype=dtype) for i, (tokens, size) in enumerate(shapes, 1)
+    )
     segments_BS = None
     if packed:  # two documents
       segments_BS = (jnp.arange(S, dtype=jnp.int32) >= 2 * S // 5).astype(jnp.int32)[None]
@@ -388,7 +394,7 @@ def _attention(config: Config):
       implementation,
       "reference",
       "model.kernels.attention=xla",
-      f"{S} tokens, {H} heads of {A} and {U}, {dtype.name}",
+      f"{S} tokens{f' over {X} devices' * (X > 1)}, {H} heads of {A} and {U}, {dtype.name}",
       _matmul_limit(dtype),
       results,
       (q_BSHA, k_BSHA, v_BSHU, segments_BS, dout_BSHU),

@@ -6,6 +6,7 @@ optimizer's elementwise update runs outside it on the sharded arrays.
 Shapes: B batch, S sequence, D hidden, L MoE layers, E routed experts.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from dsmoe import model as model_lib
 from dsmoe import platforms
 from dsmoe.config import Config, ModelConfig
 from dsmoe.model import mtp, parameters
-from dsmoe.parallel import collectives
+from dsmoe.parallel import collectives, context
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.parallel.stats import DispatchStats
 from dsmoe.training import balance, losses, optim
@@ -138,11 +139,11 @@ def _segments(batch, config: Config):
 
 
 def _target_weights(batch, config: Config):
-  """Returns the weights of the next-token targets, then of each MTP depth's."""
+  """Returns this device's weights of the next-token targets, then of each MTP depth's."""
   depths = range(1, config.model.num_nextn_predict_layers + 1)
   segments = _segments(batch, config)
   later = [mtp.depth_weights(batch["weights"], segments, k) for k in depths]
-  return [batch["weights"], *later]
+  return context.own_tokens([batch["weights"], *later])
 
 
 def _loss(
@@ -155,7 +156,7 @@ def _loss(
 
   Args:
     params: in compute dtype, sharded.
-    batch: this device's part of the microbatch, arrays [B, S].
+    batch: this device's rows of the microbatch, arrays [B, S].
     totals: sum of target weights over the whole batch, one float32 for each of
       `_target_weights`.
     num_sequences: of the whole batch.
@@ -175,7 +176,7 @@ def _loss(
       loss, parts = losses.chunked_cross_entropy(
         hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
         head_DV,
-        mtp.shift(targets, depth).reshape(-1),
+        context.own_tokens(mtp.shift(targets, depth)).reshape(-1),
         weights.reshape(-1),
         config.loss.z_loss_weight,
         config.loss.cross_entropy_chunk_tokens,
@@ -194,7 +195,7 @@ def _loss(
   if out.stats is not None:
     balance_loss += jnp.sum(out.stats.balance_loss) / num_sequences
     total += balance_loss
-    share = batch["tokens"].shape[0] / num_sequences
+    share = out.hidden_BSD[..., 0].size / (num_sequences * batch["tokens"].shape[1])
     stats = LoadStats(out.stats.counts_E, out.stats.groups_per_token * share, out.stats.dispatch)
   mtp_loss = sum((p.cross_entropy for _, p in depths), zero) / max(len(depths), 1)
   each = Losses(
@@ -213,8 +214,8 @@ def _loss_and_grads(config: Config, graphdef, record: bool = False):
   def run(params, router_bias, step, batch):
     n = config.num_microbatches
     totals = collectives.sum_over_batch([jnp.sum(w) for w in _target_weights(batch, config)])
-    num_sequences = collectives.sum_over_batch(jnp.sum(jnp.ones_like(batch["weights"][:, 0])))
-    cast = parameters.compute_cast(params, config.model)
+    num_sequences = batch["tokens"].shape[0] * collectives.num_batch_shards()
+    cast = context.vary(parameters.compute_cast(params, config.model))
     weight = _mtp_weight(config, step)
 
     def microbatch(part):
@@ -224,8 +225,11 @@ def _loss_and_grads(config: Config, graphdef, record: bool = False):
       (_, (aux, experts)), grads = jax.value_and_grad(loss, has_aux=True)(cast)
       return aux, jax.tree.map(lambda g: g.astype(jnp.float32), grads), experts
 
+    def whole(aux, grads, experts):
+      return aux, context.sum_gradients(grads, params), experts
+
     if n == 1:
-      return microbatch(batch)
+      return whole(*microbatch(batch))
     parts = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
 
     def accumulate(total, part):
@@ -233,7 +237,7 @@ def _loss_and_grads(config: Config, graphdef, record: bool = False):
       return jax.tree.map(jnp.add, total, tuple(sums)), experts
 
     sums, experts = jax.lax.scan(accumulate, _no_microbatch(config.model, cast), parts)
-    return *sums, jax.tree.map(_join_microbatches, experts)
+    return whole(*sums, jax.tree.map(_join_microbatches, experts))
 
   return run
 
@@ -292,7 +296,7 @@ def make_train_step(config: Config, mesh, record_routing: bool = False):
     out_specs=(
       (replicated, replicated),
       specs,
-      jax.sharding.PartitionSpec(None, *mesh_lib.batch_spec()),
+      jax.sharding.PartitionSpec(None, *mesh_lib.batch_spec(), context.AXIS),
     ),
   )
   optimizer = optim.make(config.optim, config.num_steps)
@@ -323,7 +327,8 @@ def make_train_step(config: Config, mesh, record_routing: bool = False):
       "finite": finite,
     }
     if record_routing:
-      metrics["expert_LBSK"] = experts
+      take = functools.partial(context.in_row_order, devices=mesh.shape[context.AXIS], axis=2)
+      metrics["expert_LBSK"] = jax.tree.map(take, experts)
     return new, metrics
 
   return jax.jit(
@@ -359,15 +364,16 @@ def make_eval_step(config: Config, mesh):
   def evaluate(params, router_bias, batch):
     model = nnx.merge(graphdef, parameters.compute_cast(params, config.model), router_bias)
     hidden_BSD = model(batch["tokens"], batch["positions"], _segments(batch, config)).hidden_BSD
+    targets_BS, weights_BS = context.own_tokens((batch["targets"], batch["weights"]))
     _, parts = losses.chunked_cross_entropy(
       hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
       model.gathered_head(),
-      batch["targets"].reshape(-1),
-      batch["weights"].reshape(-1),
+      targets_BS.reshape(-1),
+      weights_BS.reshape(-1),
       0.0,
       config.loss.cross_entropy_chunk_tokens,
     )
-    return collectives.sum_over_batch((parts.cross_entropy, jnp.sum(batch["weights"])))
+    return collectives.sum_over_batch((parts.cross_entropy, jnp.sum(weights_BS)))
 
   replicated = jax.sharding.PartitionSpec()
   run = mesh_lib.shard_map(

@@ -3,6 +3,7 @@
 from pallas_kernels.mla_attention.api import (
   CAUSAL_IMPLEMENTATIONS,
   DECODE_IMPLEMENTATIONS,
+  RUN_IMPLEMENTATIONS,
   causal_attention,
   decode_attention,
   decode_width,
@@ -12,6 +13,7 @@ from pallas_kernels.mla_attention.api import (
 __all__ = [
   "CAUSAL_IMPLEMENTATIONS",
   "DECODE_IMPLEMENTATIONS",
+  "RUN_IMPLEMENTATIONS",
   "causal_attention",
   "decode_attention",
   "decode_width",

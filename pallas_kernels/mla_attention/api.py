@@ -1,11 +1,12 @@
 """Validation and choice of implementation for MLA's attention.
 
-Shapes: B rows, S queries, H heads, A query and key dim (qk_nope + qk_rope), U value dim; of
-decoding S new tokens, N pages of T tokens, W numbers a token (kv_lora + qk_rope), C of them the
-value (kv_lora), P pages of a row.
+Shapes: B rows, S queries, T keys, Y runs of queries, H heads, A query and key dim (qk_nope +
+qk_rope), U value dim; of decoding S new tokens, N pages of T tokens, W numbers a token (kv_lora +
+qk_rope), C of them the value (kv_lora), P pages of a row.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -18,6 +19,9 @@ CAUSAL_IMPLEMENTATIONS: dict[str, Callable] = {
   "mosaic_tpu": tpu.causal_attention,
   "mosaic_gpu": gpu.causal_attention,
 }
+
+# Of those, the ones whose queries may be only some of a row's tokens.
+RUN_IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu")
 
 # The same, with the log of each softmax's normaliser as a second result; without gradients.
 _WITH_NORMALISER: dict[str, Callable] = {
@@ -35,14 +39,17 @@ DECODE_IMPLEMENTATIONS: dict[str, Callable] = {
 }
 
 
-def chosen(implementation: str | None, q_BSHA, v_BSHU) -> str:
+def chosen(implementation: str | None, q_BSHA, v_BSHU, runs: int = 0) -> str:
   """Returns the implementation of causal attention that None stands for here, or the one given.
 
-  Of the arrays only shapes and dtypes count.
+  Args:
+    implementation: a key of `CAUSAL_IMPLEMENTATIONS`, or None.
+    q_BSHA, v_BSHU: only their shapes and dtypes count.
+    runs: Y where the queries are runs of a row's tokens, else 0.
   """
   refusals = {
-    "mosaic_tpu": lambda: tpu.refused(q_BSHA, v_BSHU),
-    "mosaic_gpu": lambda: gpu.refused(q_BSHA, v_BSHU),
+    "mosaic_tpu": lambda: tpu.refused(q_BSHA, v_BSHU, runs),
+    "mosaic_gpu": lambda: "it takes no runs" if runs else gpu.refused(q_BSHA, v_BSHU),
   }
   return platform.choose(implementation, CAUSAL_IMPLEMENTATIONS, "xla", refusals)
 
@@ -63,62 +70,89 @@ def _check_floating(name: str, array, rank: int) -> None:
     raise ValueError(f"{name} must be bfloat16 or float32, got {array.dtype}")
 
 
-def _checked(q_BSHA, k_BSHA, v_BSHU, segments_BS, implementation, chunk_tokens: int):
+def _checked(
+  q_BSHA, k_BTHA, v_BTHU, segments_BT, implementation, chunk_tokens: int, starts_Y=None
+) -> tuple[str, tuple[Any, ...]]:
   """Checks what `causal_attention` takes; returns the implementation and its positional operands."""
   _check_floating("q_BSHA", q_BSHA, 4)
-  _check_floating("v_BSHU", v_BSHU, 4)
-  B, S, H, _ = q_BSHA.shape
-  arrays = {
-    "k_BSHA": (k_BSHA, q_BSHA.shape, q_BSHA.dtype),
-    "v_BSHU": (v_BSHU, (B, S, H, v_BSHU.shape[3]), q_BSHA.dtype),
+  _check_floating("v_BTHU", v_BTHU, 4)
+  B, S, H, A = q_BSHA.shape
+  T = S
+  if starts_Y is not None:
+    _check({"starts_Y": (starts_Y, starts_Y.shape[:1], jnp.int32)})
+    T = v_BTHU.shape[1]
+    if not starts_Y.size or S % starts_Y.size:
+      raise ValueError(f"S ({S}) must be divisible by the number of starts_Y ({starts_Y.size})")
+    if S > T:
+      raise ValueError(f"S ({S}) must not exceed T ({T})")
+  arrays: dict[str, tuple] = {
+    "k_BTHA": (k_BTHA, (B, T, H, A), q_BSHA.dtype),
+    "v_BTHU": (v_BTHU, (B, T, H, v_BTHU.shape[3]), q_BSHA.dtype),
   }
-  if segments_BS is not None:
-    arrays["segments_BS"] = (segments_BS, (B, S), jnp.int32)
+  if segments_BT is not None:
+    arrays["segments_BT"] = (segments_BT, (B, T), jnp.int32)
   _check(arrays)
   if chunk_tokens < 1:
     raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-  implementation = chosen(implementation, q_BSHA, v_BSHU)
+  runs = 0 if starts_Y is None else starts_Y.size
+  implementation = chosen(implementation, q_BSHA, v_BTHU, runs)
+  if runs and implementation not in RUN_IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation must be one of {', '.join(RUN_IMPLEMENTATIONS)} where the queries are runs "
+      f"of a row's tokens, got {implementation!r}"
+    )
   # Rows are taken by traced numbers, which NumPy's own arrays refuse.
-  operands = varying.vary_alike(*map(jnp.asarray, (q_BSHA, k_BSHA, v_BSHU)))
-  return implementation, (*operands, None if segments_BS is None else jnp.asarray(segments_BS))
+  operands = varying.vary_alike(*map(jnp.asarray, (q_BSHA, k_BTHA, v_BTHU)))
+  return implementation, (*operands, None if segments_BT is None else jnp.asarray(segments_BT))
 
 
 def causal_attention(
   q_BSHA,
-  k_BSHA,
-  v_BSHU,
-  segments_BS,
+  k_BTHA,
+  v_BTHU,
+  segments_BT,
   scale: float,
   implementation: str | None = None,
   chunk_tokens: int = 512,
+  starts_Y=None,
 ):
   """Softmax attention of each token to itself and earlier ones of its segment.
 
-  Memory is linear in S, forward and backward, but for `reference`.
+  Memory is linear in T, forward and backward, but for `reference`.
 
   Args:
-    q_BSHA, k_BSHA: queries and keys, bfloat16 or float32.
-    v_BSHU: values, in q's dtype.
-    segments_BS: int32 document number of each token, or None for one document a row.
+    q_BSHA: queries, bfloat16 or float32.
+    k_BTHA, v_BTHU: keys and values of the whole rows, in q's dtype.
+    segments_BT: int32 document number of each token, or None for one document a row.
     scale: factor on the logits.
     implementation: a key of `CAUSAL_IMPLEMENTATIONS`; None: the compiled kernel on the
       chips listed in `pallas_kernels.platform` if it takes the operands, else `xla`.
     chunk_tokens: queries `xla` handles at once.
+    starts_Y: int32, traced or not. The queries are then those of only some of the T tokens, of
+      Y runs of S / Y tokens each; run y begins at the row's token starts_Y[y], and all its tokens
+      are the row's. No block of queries meets a block of keys behind it. Only `RUN_IMPLEMENTATIONS`
+      take it, and `mosaic_tpu` wants runs that are chunks of the row: multiples of 128 tokens into
+      which T divides, in ascending order. None: S = T, every token asks.
 
   Returns:
     [B, S, H, U] in v's dtype; logits and softmax are float32. Differentiable in q, k and v.
 
   Raises:
-    ValueError: for shapes or dtypes that do not fit together, no tokens in a chunk, or an
-      unknown implementation.
+    ValueError: for shapes or dtypes that do not fit together, no tokens in a chunk, an unknown
+      implementation, or one that takes no runs.
 
   Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2.
   """
   implementation, operands = _checked(
-    q_BSHA, k_BSHA, v_BSHU, segments_BS, implementation, chunk_tokens
+    q_BSHA, k_BTHA, v_BTHU, segments_BT, implementation, chunk_tokens, starts_Y
   )
+  if starts_Y is not None:
+    starts_Y = jnp.asarray(starts_Y)
   if implementation == "xla":
-    return cpu.causal_attention(*operands, scale, chunk_tokens)
+    q_BSHA, k_BTHA, v_BTHU, segments_BT = operands
+    return cpu.causal_attention(q_BSHA, k_BTHA, v_BTHU, segments_BT, scale, chunk_tokens, starts_Y)
+  if starts_Y is not None:
+    return CAUSAL_IMPLEMENTATIONS[implementation](*operands, scale, starts_Y=starts_Y)
   return CAUSAL_IMPLEMENTATIONS[implementation](*operands, scale)
 
 

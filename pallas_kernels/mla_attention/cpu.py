@@ -51,33 +51,42 @@ def _chunks(S: int, chunk_tokens: int):
   return [(first, min(first + chunk_tokens, S)) for first in range(0, S, chunk_tokens)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float, chunk_tokens: int):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q_BSHA, k_BTHA, v_BTHU, segments_BT, starts_Y, scale: float, chunk_tokens: int):
+  """See `causal_attention`."""
+  return _attention_fwd(q_BSHA, k_BTHA, v_BTHU, segments_BT, starts_Y, scale, chunk_tokens)[0]
+
+
+def causal_attention(
+  q_BSHA, k_BTHA, v_BTHU, segments_BT, scale: float, chunk_tokens: int, starts_Y=None
+):
   """Softmax attention of each token to itself and earlier ones of its segment.
 
   One row at a time, and of its queries `chunk_tokens` at a time against the keys up to the
-  chunk's end, in a long row against as many keys at a time (`cpu_blocks`): memory is linear in S,
+  chunk's end, in a long row against as many keys at a time (`cpu_blocks`): memory is linear in T,
   and the triangle beyond the diagonal chunks costs nothing. The gradient recomputes each chunk's
   probabilities from the saved normaliser.
 
   Args:
-    q_BSHA, k_BSHA: queries and keys; A = N + R.
-    v_BSHU: values.
-    segments_BS: int32 document number of each token, or None for one document a row.
+    q_BSHA, k_BTHA: queries and keys; A = N + R.
+    v_BTHU: values.
+    segments_BT: int32 document number of each token, or None for one document a row.
     scale: factor on the logits.
     chunk_tokens: queries handled at once.
+    starts_Y: as in `api.causal_attention`.
 
   Returns:
     [B, S, H, U] in v's dtype; logits and softmax are float32.
 
   Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2.
   """
-  return _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens)[0]
+  return _attention(q_BSHA, k_BTHA, v_BTHU, segments_BT, starts_Y, scale, chunk_tokens)
 
 
 def causal_attention_with_normaliser(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens):
   """Also returns the log of each softmax's normaliser, float32 [B, H, S]; no gradient."""
-  out_BSHU, saved = _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens)
+  operands = (q_BSHA, k_BSHA, v_BSHU, segments_BS, None)
+  out_BSHU, saved = _attention_fwd(*operands, scale, chunk_tokens)
   return out_BSHU, saved[-1]
 
 
@@ -86,14 +95,22 @@ def _heads_first(a):
   return jax.lax.optimization_barrier(a.swapaxes(1, 2))
 
 
-def _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens):
-  S, dtype = q_BSHA.shape[1], v_BSHU.dtype
-  q_BHSA, k_BHTA, v_BHTU = (_heads_first(a) for a in (q_BSHA * scale, k_BSHA, v_BSHU))
+def _block(S: int, starts_Y, chunk_tokens: int) -> int | None:
+  """Returns the tokens of a block of `cpu_blocks`; None where the chunks are written out."""
+  if starts_Y is not None:
+    return min(chunk_tokens, S // starts_Y.shape[0])
+  return chunk_tokens if S > MAX_WRITTEN_OUT_CHUNKS * chunk_tokens else None
+
+
+def _attention_fwd(q_BSHA, k_BTHA, v_BTHU, segments_BT, starts_Y, scale, chunk_tokens):
+  S, dtype = q_BSHA.shape[1], v_BTHU.dtype
+  q_BHSA, k_BHTA, v_BHTU = (_heads_first(a) for a in (q_BSHA * scale, k_BTHA, v_BTHU))
+  block = _block(S, starts_Y, chunk_tokens)
 
   def one_row(row):
     q_HSA, k_HTA, v_HTU, segments_S = row
-    if S > MAX_WRITTEN_OUT_CHUNKS * chunk_tokens:
-      return cpu_blocks.forward(q_HSA, k_HTA, v_HTU, segments_S, chunk_tokens)
+    if block:
+      return cpu_blocks.forward(q_HSA, k_HTA, v_HTU, segments_S, block, starts_Y)
     k_HAT = _swap(k_HTA)
     outs, log_z = [], []
     for first, end in _chunks(S, chunk_tokens):
@@ -111,22 +128,24 @@ def _attention_fwd(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale, chunk_tokens):
       log_z.append((top_Hs1 + jnp.log(z_Hs1))[..., 0])
     return jnp.concatenate(outs, axis=1), jnp.concatenate(log_z, axis=1)
 
-  inputs = (q_BHSA, k_BHTA, v_BHTU, segments_BS)
+  inputs = (q_BHSA, k_BHTA, v_BHTU, segments_BT)
   out_BHSU, log_z_BHS = jax.lax.map(one_row, inputs)
-  return out_BHSU.swapaxes(1, 2), (*inputs, out_BHSU, log_z_BHS)
+  return out_BHSU.swapaxes(1, 2), (starts_Y, *inputs, out_BHSU, log_z_BHS)
 
 
 def _attention_bwd(scale, chunk_tokens, saved, dout_BSHU):
   S, dtype = dout_BSHU.shape[1], dout_BSHU.dtype
   f32 = jnp.float32
+  starts_Y, *saved = saved
+  block = _block(S, starts_Y, chunk_tokens)
 
   def one_row(row):
     q_HSA, k_HTA, v_HTU, segments_S, out_HSU, log_z_HS, dout_HSU = row
     # Sum over keys of p dp, the part of the softmax's gradient all logits of a row share.
     shared_HS1 = jnp.sum(dout_HSU.astype(f32) * out_HSU, axis=-1, keepdims=True)
-    if S > MAX_WRITTEN_OUT_CHUNKS * chunk_tokens:
+    if block:
       operands = (q_HSA, k_HTA, v_HTU, segments_S, log_z_HS, dout_HSU, shared_HS1)
-      return tuple(a.astype(dtype) for a in cpu_blocks.backward(*operands, chunk_tokens))
+      return tuple(a.astype(dtype) for a in cpu_blocks.backward(*operands, block, starts_Y))
     q_HAS, k_HAT, v_HUT, dout_HUS = _swap(q_HSA, k_HTA, v_HTU, dout_HSU)
     dq = []
     dk_HAT, dv_HUT = jnp.zeros_like(k_HAT, f32), jnp.zeros_like(v_HUT, f32)
@@ -146,10 +165,10 @@ def _attention_bwd(scale, chunk_tokens, saved, dout_BSHU):
   gradients = jax.lax.map(one_row, (*saved, _heads_first(dout_BSHU)))
   dq_BHSA, dk_BHAT, dv_BHUT = jax.lax.optimization_barrier(gradients)
   dk_BTHA, dv_BTHU = (a.transpose(0, 3, 1, 2) for a in (dk_BHAT, dv_BHUT))
-  return dq_BHSA.swapaxes(1, 2) * scale, dk_BTHA, dv_BTHU, None
+  return dq_BHSA.swapaxes(1, 2) * scale, dk_BTHA, dv_BTHU, None, None
 
 
-causal_attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 class Running(NamedTuple):

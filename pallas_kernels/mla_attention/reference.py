@@ -15,20 +15,23 @@ def _softmax(logits, visible):
   return exp / jnp.where(z > 0, z, 1)
 
 
-def _logits(q_BSHA, k_BSHA, segments_BS, scale: float):
-  """Returns all logits, float32 [B, H, S, S], and which are visible, bool."""
-  place_S = jnp.arange(q_BSHA.shape[1])
-  visible_BST = (place_S[:, None] >= place_S[None, :])[None]
-  if segments_BS is not None:
-    visible_BST = visible_BST & (segments_BS[:, :, None] == segments_BS[:, None, :])
-  logits_BHST = jnp.einsum("bsha,btha->bhst", q_BSHA, k_BSHA, preferred_element_type=jnp.float32)
+def _logits(q_BSHA, k_BTHA, segments_BT, scale: float, starts_Y=None):
+  """Returns all logits, float32 [B, H, S, T], and which are visible, bool."""
+  place_S = place_T = jnp.arange(k_BTHA.shape[1])
+  if starts_Y is not None:
+    run = jnp.arange(q_BSHA.shape[1] // starts_Y.shape[0])
+    place_S = (starts_Y[:, None] + run[None, :]).reshape(-1)
+  visible_BST = (place_S[:, None] >= place_T[None, :])[None]
+  if segments_BT is not None:
+    visible_BST = visible_BST & (segments_BT[:, place_S, None] == segments_BT[:, None, :])
+  logits_BHST = jnp.einsum("bsha,btha->bhst", q_BSHA, k_BTHA, preferred_element_type=jnp.float32)
   return logits_BHST * scale, visible_BST[:, None]
 
 
-def causal_attention(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
-  """See `api.causal_attention`. Holds [B, H, S, S]."""
-  p_BHST = _softmax(*_logits(q_BSHA, k_BSHA, segments_BS, scale))
-  return jnp.einsum("bhst,bthu->bshu", p_BHST.astype(v_BSHU.dtype), v_BSHU)
+def causal_attention(q_BSHA, k_BTHA, v_BTHU, segments_BT, scale: float, starts_Y=None):
+  """See `api.causal_attention`. Holds [B, H, S, T]."""
+  p_BHST = _softmax(*_logits(q_BSHA, k_BTHA, segments_BT, scale, starts_Y))
+  return jnp.einsum("bhst,bthu->bshu", p_BHST.astype(v_BTHU.dtype), v_BTHU)
 
 
 def causal_attention_with_normaliser(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):

@@ -10,6 +10,9 @@ The gradient is one kernel: for each block of keys it goes through the queries t
 gradients of keys and values stay in VMEM meanwhile, and so does, from block to block of keys,
 the gradient of all queries of a span. Of longer rows the spans are done one after another.
 
+Queries may be runs of a row's tokens, wherever they start: the steps are then all blocks of queries
+against all of keys, and one that lies above the diagonal neither computes nor copies.
+
 The last chunk's softmax has no matmul beside it. The forward therefore takes twice the block where
 blocks pair up: of v5p's MXU slots 0.85 are filled, not 0.81 (0.55 and 0.38 of v6e's, 0.59 and
 0.42 of tpu7x's), and keys are read half as often. Four times the block would fill 0.87 with four
@@ -22,8 +25,8 @@ interpreter of TPU kernels take it `vmap`ped over rows. tokamax's splash attenti
 of 4,096 and 128 heads: 11.5 million cycles at 0.84 with the best of seven tilings, 8.9 here; one
 that fills 0.86 is slower, because it multiplies all of a diagonal block.
 
-Shapes: B rows, S tokens, H heads, A query and key dim, U value dim, n tokens of a block; within
-a step k keys and q queries of a chunk.
+Shapes: B rows, S queries, T keys (S of them, but for runs), H heads, A query and key dim, U value
+dim, n tokens of a block, Y runs of queries; within a step k keys and q queries of a chunk.
 Source: FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2.
 """
 
@@ -84,12 +87,13 @@ def _masked(logits_kq, first: int, diagonal: bool, ids):
   return logits_kq if visible_kq is None else jnp.where(visible_kq, logits_kq, HIDDEN)
 
 
-def _forward_kernel(
-  q_of_ref, k_of_ref, q_ref, k_ref, v_ref, *rest, scale, chunk
-):  # fmt: skip
-  segments, (out_ref, log_z_ref, acc_ref_Uq, top_ref, z_ref) = rest[:-5], rest[-5:]
-  step = pl.program_id(2)
+def _forward_kernel(q_of_ref, k_of_ref, *refs, scale, chunk, runs):
+  step, rest = pl.program_id(2), list(refs)
   q_block, k_block = q_of_ref[step], k_of_ref[step]
+  if runs:
+    turn_of_ref, at_of_ref, *rest = rest
+    q_block, k_block = at_of_ref[step], turn_of_ref[step]
+  q_ref, k_ref, v_ref, *segments, out_ref, log_z_ref, acc_ref_Uq, top_ref, z_ref = rest
   n = q_ref.shape[0]
   unit = scale * math.log2(math.e)  # so that exp2 will do
 
@@ -140,22 +144,26 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-  q_of_ref, k_of_ref, _whole_of_ref, q_ref, k_ref, v_ref, dout_ref, log_z_ref, shared_ref, *rest,
-  scale, chunk, first_block, num_blocks,
-):  # fmt: skip
-  segments, (dq_ref, dk_ref, dv_ref, dq_acc_ref, dk_acc_ref, dv_acc_ref) = rest[:-6], rest[-6:]
-  step = pl.program_id(2)
+  q_of_ref, k_of_ref, _whole_of_ref, *refs, scale, chunk, first_block, num_blocks, runs
+):
+  step, rest = pl.program_id(2), list(refs)
   q_block, k_block = q_of_ref[step], k_of_ref[step]
+  own, first_own = q_block, jnp.maximum(k_block, first_block)
+  if runs:
+    own_of_ref, at_of_ref, *rest = rest
+    own, first_own, q_block = own_of_ref[step], first_block, at_of_ref[step]
+  q_ref, k_ref, v_ref, dout_ref, log_z_ref, shared_ref, *rest = rest
+  *segments, dq_ref, dk_ref, dv_ref, dq_acc_ref, dk_acc_ref, dv_acc_ref = rest
   n = q_ref.shape[0]
   unit = scale * math.log2(math.e)
   dtype = q_ref.dtype
-  place = pl.multiple_of((q_block - first_block) * n, n)
+  place = pl.multiple_of((own - first_block) * n, n)
 
   @pl.when(step == 0)
   def _():
     dq_acc_ref[...] = jnp.zeros(dq_acc_ref.shape, f32)
 
-  @pl.when(q_block == jnp.maximum(k_block, first_block))
+  @pl.when(own == first_own)
   def _():
     dk_acc_ref[...] = jnp.zeros(dk_acc_ref.shape, f32)
     dv_acc_ref[...] = jnp.zeros(dv_acc_ref.shape, f32)
@@ -196,19 +204,20 @@ def _backward_kernel(
     run(diagonal=True)  # the last keys these queries see
     dq_ref[...] = (dq_acc_ref[pl.ds(place, n)] * scale).astype(dq_ref.dtype)
 
-  @pl.when(q_block == first_block + num_blocks - 1)
+  @pl.when(own == first_block + num_blocks - 1)
   def _():
     dk_ref[...] = (dk_acc_ref[...] * scale).astype(dk_ref.dtype)
     dv_ref[...] = dv_acc_ref[...].astype(dv_ref.dtype)
 
 
-def _call(name, kernel, steps, inputs, outputs, scratch, flops, transcendentals):
+def _call(name, kernel, steps, counted, inputs, outputs, scratch, flops, transcendentals):
   """Runs a kernel over (rows, heads, steps), with its costs counted.
 
   Args:
     name: of the kernel.
     kernel: gets the steps' blocks of queries and of keys, inputs, outputs and scratch.
     steps: int32 [n] arrays, blocks of queries, of keys, and what else index maps ask for.
+    counted: NumPy arrays like these, by which bytes are counted.
     inputs: (array, spec) of each.
     outputs: (shape, dtype, spec) of each.
     scratch: its shapes.
@@ -223,7 +232,7 @@ def _call(name, kernel, steps, inputs, outputs, scratch, flops, transcendentals)
   ]
   operands = list(zip(map(traffic.struct, arrays), in_specs)) + list(zip(out_shapes, out_specs))
   # Every head of every row moves as much as the first.
-  moved = traffic.bytes_moved((1, 1, grid[2]), operands, steps)
+  moved = traffic.bytes_moved((1, 1, grid[2]), operands, counted)
   call = pl.pallas_call(
     kernel,
     out_shape=out_shapes,
@@ -247,18 +256,19 @@ def _call(name, kernel, steps, inputs, outputs, scratch, flops, transcendentals)
   return call(*map(jnp.asarray, steps), *arrays)
 
 
-def _flops(steps, n: int, chunk: int, dims: int) -> tuple[int, int]:
+def _flops(q_blocks, k_blocks, n: int, chunk: int, dims: int) -> tuple[int, int]:
   """Returns (FLOPs of matmuls over `dims` numbers a logit, logits) of one head's steps."""
   chunks = n // chunk
-  on_diagonal = int(np.sum(steps[0] == steps[1]))
-  logits = (len(steps[0]) - on_diagonal) * n * n
+  on_diagonal = int(np.sum(q_blocks == k_blocks))
+  logits = int(np.sum(q_blocks > k_blocks)) * n * n
   logits += on_diagonal * chunk * chunk * (chunks * (chunks + 1) // 2)
   return 2 * logits * dims, logits
 
 
-def _specs(n: int, segments_B1S):
+def _specs(n: int, segments_B1T, runs: bool):
   """Returns makers of the specs of [B, H, S, width] by queries and keys, the spec of [B, H, 1, S]
-  by queries, and the segments as inputs."""
+  by queries, and the segments as inputs. Of runs, the last of a step's numbers is the place of its
+  queries among the row's blocks."""
 
   def rows(which):
     return lambda width: pl.BlockSpec(
@@ -269,7 +279,8 @@ def _specs(n: int, segments_B1S):
     return pl.BlockSpec((None, 1, n), lambda b, h, step, *blocks: (b, 0, blocks[which][step]))
 
   flat = pl.BlockSpec((None, None, 1, n), lambda b, h, step, *blocks: (b, h, 0, blocks[0][step]))
-  segments = [] if segments_B1S is None else [(segments_B1S, ids(0)), (segments_B1S, ids(1))]
+  of_queries = ids(-1 if runs else 0)
+  segments = [] if segments_B1T is None else [(segments_B1T, of_queries), (segments_B1T, ids(1))]
   return rows(0), rows(1), flat, segments
 
 
@@ -278,20 +289,54 @@ def _chunk(n: int, most: int) -> int:
   return max(c for c in range(LANES, max(most, LANES) + 1, LANES) if n % c == 0)
 
 
-def _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n):
-  B, H, S, A = q_BHSA.shape
-  U, dtype = v_BHSU.shape[3], v_BHSU.dtype
-  n = 2 * n if S % (2 * n) == 0 else n
-  pairs = [(i, j) for i in range(S // n) for j in range(i + 1)]
-  steps = tuple(np.array(blocks, np.int32) for blocks in zip(*pairs))
-  by_query, by_key, flat, segments = _specs(n, segments_B1S)
+def _run_blocks(starts_Y, S: int, T: int, n: int):
+  """Returns the places of runs' blocks among the row's, traced, and such places for counting."""
+  runs, length = starts_Y.shape[0], S // starts_Y.shape[0]
+  within = np.arange(length // n, dtype=np.int32)
+  spread = np.linspace(0, T // length - 1, runs).astype(np.int32) * (length // n)
+  return (starts_Y[:, None] // n + within[None]).reshape(-1), (spread[:, None] + within).reshape(-1)
+
+
+def _forward_steps(at, num_keys: int):
+  """Returns the steps of runs: blocks of queries; of keys, no further ones than the queries see;
+  of keys, in turn; and the places of the queries. `at` holds the places of all blocks."""
+  key, query = np.tile(np.arange(num_keys, dtype=np.int32), len(at)), np.arange(len(at))
+  query = np.repeat(query.astype(np.int32), num_keys)
+  at = at[query]
+  return query, at.clip(max=key), key, at
+
+
+def _backward_steps(at, first: int, end: int, num_keys: int):
+  """Returns the steps of runs' blocks of queries first ... end - 1: of queries, no earlier ones than
+  see the keys; of keys; which block's gradient leaves; of queries, in turn; and their places."""
+  own = np.tile(np.arange(first, end, dtype=np.int32), num_keys)
+  key = np.repeat(np.arange(num_keys, dtype=np.int32), end - first)
+  # By blocks of keys: blocks of queries that see none of them.
+  before = (at[None, first:end] < np.arange(num_keys)[:, None]).sum(axis=1)
+  whole = before.clip(max=end - first - 1).astype(np.int32)[key]
+  return (first + whole).clip(min=own), key, whole, own, at[own]
+
+
+def _forward(q_BHSA, k_BHTA, v_BHTU, segments_B1T, starts_Y, scale, n):
+  (B, H, S, A), T = q_BHSA.shape, k_BHTA.shape[2]
+  U, dtype, runs = v_BHTU.shape[3], v_BHTU.dtype, starts_Y is not None
+  n = 2 * n if (S // starts_Y.shape[0] if runs else S) % (2 * n) == 0 else n
+  if runs:
+    steps, counted = (_forward_steps(at, T // n) for at in _run_blocks(starts_Y, S, T, n))
+    q_blocks, k_blocks = counted[3], counted[2]
+  else:
+    pairs = [(i, j) for i in range(S // n) for j in range(i + 1)]
+    steps = counted = tuple(np.array(blocks, np.int32) for blocks in zip(*pairs))
+    q_blocks, k_blocks = counted
+  by_query, by_key, flat, segments = _specs(n, segments_B1T, runs)
   chunk = _chunk(n, CHUNK_TOKENS)
-  flops, logits = _flops(steps, n, chunk, A + U)
+  flops, logits = _flops(q_blocks, k_blocks, n, chunk, A + U)
   return _call(
     "mla_forward",
-    functools.partial(_forward_kernel, scale=scale, chunk=chunk),
+    functools.partial(_forward_kernel, scale=scale, chunk=chunk, runs=runs),
     steps,
-    [(q_BHSA, by_query(A)), (k_BHSA, by_key(A)), (v_BHSU, by_key(U)), *segments],
+    counted,
+    [(q_BHSA, by_query(A)), (k_BHTA, by_key(A)), (v_BHTU, by_key(U)), *segments],
     [
       ((B, H, S, U), dtype, by_query(U)),
       ((B, H, 1, S), f32, flat),
@@ -302,10 +347,12 @@ def _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n):
   )
 
 
-def _backward(q_BHSA, k_BHSA, v_BHSU, dout_BHSU, log_z_BH1S, shared_BH1S, segments_B1S, scale, n):
-  B, H, S, A = q_BHSA.shape
-  U, dtype = v_BHSU.shape[3], v_BHSU.dtype
-  by_query, by_key, flat, segments = _specs(n, segments_B1S)
+def _backward(
+  q_BHSA, k_BHTA, v_BHTU, dout_BHSU, log_z_BH1S, shared_BH1S, segments_B1T, starts_Y, scale, n
+):
+  (B, H, S, A), T = q_BHSA.shape, k_BHTA.shape[2]
+  U, dtype, runs = v_BHTU.shape[3], v_BHTU.dtype, starts_Y is not None
+  by_query, by_key, flat, segments = _specs(n, segments_B1T, runs)
   chunk = _chunk(n, CHUNK_TOKENS)
   span_blocks = max(1, SPAN_TOKENS // n)
   spans = [(i, min(i + span_blocks, S // n)) for i in range(0, S // n, span_blocks)]
@@ -313,11 +360,17 @@ def _backward(q_BHSA, k_BHSA, v_BHSU, dout_BHSU, log_z_BH1S, shared_BH1S, segmen
   dq, dk, dv = [], [], []
   for first, end in spans:
     # A block of dq is whole when its own keys have been seen, and leaves before the next's.
-    pairs = [(i, j, max(j - first, 0)) for j in range(end) for i in range(max(j, first), end)]
-    steps = tuple(np.array(blocks, np.int32) for blocks in zip(*pairs))
-    flops, logits = _flops(steps, n, chunk, 3 * A + 2 * U)
+    if runs:
+      places = _run_blocks(starts_Y, S, T, n)
+      steps, counted = (_backward_steps(at, first, end, T // n) for at in places)
+      seen, q_blocks, k_blocks = T, counted[4], counted[1]
+    else:
+      pairs = [(i, j, max(j - first, 0)) for j in range(end) for i in range(max(j, first), end)]
+      steps = counted = tuple(np.array(blocks, np.int32) for blocks in zip(*pairs))
+      seen, q_blocks, k_blocks = end * n, counted[0], counted[1]
+    flops, logits = _flops(q_blocks, k_blocks, n, chunk, 3 * A + 2 * U)
     dq_spec = pl.BlockSpec(
-      (None, None, n, A), lambda b, h, step, _, __, whole_of: (b, h, whole_of[step], 0)
+      (None, None, n, A), lambda b, h, step, _, __, whole_of, *___: (b, h, whole_of[step], 0)
     )
     one_dq, one_dk, one_dv = _call(
       "mla_backward",
@@ -327,12 +380,14 @@ def _backward(q_BHSA, k_BHSA, v_BHSU, dout_BHSU, log_z_BH1S, shared_BH1S, segmen
         chunk=chunk,
         first_block=first,
         num_blocks=end - first,
+        runs=runs,
       ),
       steps,
+      counted,
       [
         (q_BHSA, by_query(A)),
-        (k_BHSA, by_key(A)),
-        (v_BHSU, by_key(U)),
+        (k_BHTA, by_key(A)),
+        (v_BHTU, by_key(U)),
         (dout_BHSU, by_query(U)),
         (log_z_BH1S, flat),
         (shared_BH1S, flat),
@@ -340,8 +395,8 @@ def _backward(q_BHSA, k_BHSA, v_BHSU, dout_BHSU, log_z_BH1S, shared_BH1S, segmen
       ],
       [
         ((B, H, (end - first) * n, A), dtype, dq_spec),
-        ((B, H, end * n, A), sum_dtype, by_key(A)),
-        ((B, H, end * n, U), sum_dtype, by_key(U)),
+        ((B, H, seen, A), sum_dtype, by_key(A)),
+        ((B, H, seen, U), sum_dtype, by_key(U)),
       ],
       [
         pltpu.VMEM(((end - first) * n, A), f32),
@@ -351,37 +406,40 @@ def _backward(q_BHSA, k_BHSA, v_BHSU, dout_BHSU, log_z_BH1S, shared_BH1S, segmen
       flops,
       logits,
     )
-    behind = ((0, 0), (0, 0), (0, S - end * n), (0, 0))
+    behind = ((0, 0), (0, 0), (0, T - seen), (0, 0))
     dq.append(one_dq)
     dk.append(jnp.pad(one_dk, behind))
     dv.append(jnp.pad(one_dv, behind))
-  dk_BHSA, dv_BHSU = (functools.reduce(jnp.add, parts).astype(dtype) for parts in (dk, dv))
-  return jnp.concatenate(dq, axis=2), dk_BHSA, dv_BHSU
+  dk_BHTA, dv_BHTU = (functools.reduce(jnp.add, parts).astype(dtype) for parts in (dk, dv))
+  return jnp.concatenate(dq, axis=2), dk_BHTA, dv_BHTU
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n):
-  return _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q_BHSA, k_BHTA, v_BHTU, segments_B1T, starts_Y, scale, n):
+  return _forward(q_BHSA, k_BHTA, v_BHTU, segments_B1T, starts_Y, scale, n)[0]
 
 
-def _attention_fwd(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n):
-  out_BHSU, log_z_BH1S = _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n)
-  return out_BHSU, (q_BHSA, k_BHSA, v_BHSU, segments_B1S, out_BHSU, log_z_BH1S)
+def _attention_fwd(q_BHSA, k_BHTA, v_BHTU, segments_B1T, starts_Y, scale, n):
+  operands = (q_BHSA, k_BHTA, v_BHTU, segments_B1T, starts_Y)
+  out_BHSU, log_z_BH1S = _forward(*operands, scale, n)
+  return out_BHSU, (*operands, out_BHSU, log_z_BH1S)
 
 
 def _attention_bwd(scale, n, saved, dout_BHSU):
-  q_BHSA, k_BHSA, v_BHSU, segments_B1S, out_BHSU, log_z_BH1S = saved
+  q_BHSA, k_BHTA, v_BHTU, segments_B1T, starts_Y, out_BHSU, log_z_BH1S = saved
   # Sum over keys of p dp, the part of the softmax's gradient all logits of a query share.
   shared_BHS = jnp.sum(dout_BHSU.astype(f32) * out_BHSU.astype(f32), axis=-1)
-  rest = (dout_BHSU, log_z_BH1S, shared_BHS[:, :, None], segments_B1S, scale, n)
-  return (*_backward(q_BHSA, k_BHSA, v_BHSU, *rest), None)
+  rest = (dout_BHSU, log_z_BH1S, shared_BHS[:, :, None], segments_B1T, starts_Y, scale, n)
+  return (*_backward(q_BHSA, k_BHTA, v_BHTU, *rest), None, None)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def refused(q_BSHA, v_BSHU) -> str | None:
-  """Returns the rule that the operands break, or None."""
+def refused(q_BSHA, v_BSHU, runs: int = 0) -> str | None:
+  """Returns the rule that the operands break, or None; `runs` is Y, or 0."""
+  if runs and (q_BSHA.shape[1] // runs) % LANES:
+    return f"a run must be a multiple of {LANES} tokens, got {q_BSHA.shape[1] // runs}"
   for name, size in (("A", q_BSHA.shape[3]), ("U", v_BSHU.shape[3])):
     if size > MOST_DIM:
       return f"{name} must be at most {MOST_DIM}, got {size}"
@@ -411,15 +469,35 @@ def _prepared(q_BSHA, k_BSHA, v_BSHU, segments_BS, block_tokens: int):
 
 
 def causal_attention(
-  q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float, block_tokens: int = BLOCK_TOKENS
+  q_BSHA,
+  k_BSHA,
+  v_BSHU,
+  segments_BS,
+  scale: float,
+  block_tokens: int = BLOCK_TOKENS,
+  starts_Y=None,
 ):
   """See `api.causal_attention`; a grid step of the gradient has at most `block_tokens` queries and
-  keys, of the forward twice as many."""
+  keys, of the forward twice as many.
+
+  Runs must be a multiple of 128 tokens and start, in ascending order, at multiples of their length,
+  into which the keys must divide.
+  """
   S = q_BSHA.shape[1]
+  if starts_Y is not None:
+    length = S // starts_Y.shape[0]
+    if rule := refused(q_BSHA, v_BSHU, starts_Y.shape[0]):
+      raise ValueError(rule)
+    if k_BSHA.shape[1] % length:
+      raise ValueError(f"T ({k_BSHA.shape[1]}) must be divisible by a run's tokens ({length})")
+    heads_first = (a.swapaxes(1, 2) for a in (q_BSHA, k_BSHA, v_BSHU))
+    segments_B1T = None if segments_BS is None else segments_BS[:, None]
+    n = max(b for b in range(LANES, min(block_tokens, length) + 1, LANES) if length % b == 0)
+    return _attention(*heads_first, segments_B1T, starts_Y, scale, n).swapaxes(1, 2)
   q_BHSA, k_BHSA, v_BHSU, segments_B1S, n = _prepared(
     q_BSHA, k_BSHA, v_BSHU, segments_BS, block_tokens
   )
-  out_BHSU = _attention(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n)
+  out_BHSU = _attention(q_BHSA, k_BHSA, v_BHSU, segments_B1S, None, scale, n)
   return out_BHSU.swapaxes(1, 2)[:, :S]
 
 
@@ -429,5 +507,5 @@ def causal_attention_with_normaliser(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale:
   q_BHSA, k_BHSA, v_BHSU, segments_B1S, n = _prepared(
     q_BSHA, k_BSHA, v_BSHU, segments_BS, BLOCK_TOKENS
   )
-  out_BHSU, log2_z_BH1S = _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, scale, n)
+  out_BHSU, log2_z_BH1S = _forward(q_BHSA, k_BHSA, v_BHSU, segments_B1S, None, scale, n)
   return out_BHSU.swapaxes(1, 2)[:, :S], log2_z_BH1S[:, :, 0, :S] * math.log(2)

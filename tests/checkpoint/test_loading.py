@@ -72,6 +72,15 @@ def test_kernels_of_another_platform_become_none_here(workdir, tmp_path, caplog)
   ]
 
 
+def test_rows_that_training_split_are_whole_here(workdir, tmp_path):
+  folder = shutil.copytree(workdir, tmp_path / "run")
+  values = json.loads((folder / "config.json").read_text())
+  values["mesh"] |= {"data": 1, "context": 7}  # rows have 14 tokens
+  (folder / "config.json").write_text(json.dumps(values))
+  run = checkpoint.load_run(folder)
+  assert run.config.mesh.context == 1 and run.mesh.shape["data"] == 8
+
+
 def test_a_run_without_a_tokenizer_says_so(workdir, tmp_path):
   run = checkpoint.load_run(workdir)
   run.tokenizer_path = tmp_path / "tokenizer.json"

@@ -211,7 +211,18 @@ RULES = [
   ({"mesh.data": 0}, "mesh.data must be -1 or at least 1, got 0"),
   *(
     ({f"mesh.{axis}": 2}, f"mesh.{axis} must be 1 (that axis does not exist yet), got 2")
-    for axis in ("stage", "context", "model")
+    for axis in ("stage", "model")
+  ),
+  ({"mesh.context": 0}, "context must be at least 1, got 0"),
+  (
+    {"mesh.context": 2},
+    "data.sequence_length (14) must be divisible by twice mesh.context (2): each device has two "
+    "chunks of a row, an early one and a late one",
+  ),
+  (
+    {"mesh.context": 7, "model.kernels.attention": "mosaic_gpu"},
+    "mesh.context (7) above 1 needs model.kernels.attention to be one of None, reference, xla, "
+    "mosaic_tpu, got 'mosaic_gpu'",
   ),
   ({"checkpoint.save_every_steps": 0}, "save_every_steps must be at least 1, got 0"),
   ({"checkpoint.keep_last": 0}, "keep_last must be at least 1, got 0"),

@@ -37,14 +37,18 @@ def _inputs(seed, tokens=S):
   return q, k, v, dy
 
 
-def _loops(q, k, v, dy, segments, scale):
-  """Value and gradients in float64, a query of a head of a row at a time."""
+def _loops(q, k, v, dy, segments, scale, places=None):
+  """Value and gradients in float64, a query of a head of a row at a time.
+
+  `places` are those of the queries in the row of keys; None: query s is token s.
+  """
   q, k, v, dy = (np.asarray(a, np.float64) for a in (q, k, v, dy))
-  y, dq, dk, dv = (np.zeros(a.shape) for a in (v, q, k, v))
+  y, dq, dk, dv = (np.zeros(a.shape) for a in (dy, q, k, v))
   for b, s, h in np.ndindex(q.shape[:3]):
-    seen = np.arange(s + 1)
+    place = s if places is None else places[s]
+    seen = np.arange(place + 1)
     if segments is not None:
-      seen = seen[segments[b, : s + 1] == segments[b, s]]
+      seen = seen[segments[b, : place + 1] == segments[b, place]]
     logits = scale * (k[b, seen, h] @ q[b, s, h])
     p = np.exp(logits - logits.max())
     p /= p.sum()
@@ -101,6 +105,90 @@ def test_causal_tpu_over_several_blocks(monkeypatch, tokens, block, span, with_s
   segments = segments if with_segments else None
   actual = _run(lambda q, k, v: tpu.causal_attention(q, k, v, segments, 0.7, block), *inputs)
   assert_close(actual, _loops(*inputs, segments, 0.7))
+
+
+@pytest.mark.parametrize(
+  "implementation, chunk", [("reference", 4), ("xla", 2), ("xla", 5), ("xla", 64)]
+)
+@pytest.mark.parametrize("with_segments", [False, True], ids=["whole_rows", "segments"])
+def test_causal_of_runs_of_a_rows_tokens(implementation, chunk, with_segments):
+  """Runs between and across blocks, first and last ones, out of order; one program for all."""
+  tokens, run = 20, 5
+  q, k, v, dy = _inputs(11, tokens)
+  segments = np.repeat(np.array([[1, 2, 0], [1, 2, 3]], np.int32), (3, 9, 8), axis=1)
+  segments = segments if with_segments else None
+
+  def attend(starts, q, k, v):
+    return causal_attention(q, k, v, segments, 0.7, implementation, chunk, starts)
+
+  def both(starts, q, k, v, dy):
+    y, vjp = jax.vjp(functools.partial(attend, starts), q, k, v)
+    return y, vjp(dy)
+
+  both = jax.jit(both)
+  for starts in ([0, 15], [5, 10], [7, 3]):
+    places = (np.array(starts)[:, None] + np.arange(run)).reshape(-1)
+    asked = (q[:, places], k, v, dy[:, places])
+    actual = both(np.array(starts, np.int32), *asked)
+    assert_close(actual, _loops(*asked, segments, 0.7, places))
+
+
+@pytest.mark.parametrize("span", [128, 16384])
+@pytest.mark.parametrize("with_segments", [False, True], ids=["whole_rows", "segments"])
+def test_causal_tpu_of_chunks(monkeypatch, span, with_segments):
+  """Every device's two chunks of a row in one program; chunks of two blocks."""
+  monkeypatch.setattr(tpu, "CHUNK_TOKENS", 128)
+  monkeypatch.setattr(tpu, "SPAN_TOKENS", span)
+  length, X = 256, 2
+  q, k, v, dy = (a[:1, :, :2] for a in _inputs(13, 2 * X * length))
+  segments = (np.arange(q.shape[1])[None] >= 300).astype(np.int32) if with_segments else None
+
+  def both(starts, q, k, v, dy):
+    fn = lambda q, k, v: tpu.causal_attention(q, k, v, segments, 0.7, 128, starts)  # noqa: E731
+    y, vjp = jax.vjp(fn, q, k, v)
+    return y, vjp(dy)
+
+  both = jax.jit(both)
+  for device in range(X):
+    starts = np.array([device, 2 * X - 1 - device]) * length
+    places = (starts[:, None] + np.arange(length)).reshape(-1)
+    asked = (q[:, places], k, v, dy[:, places])
+    with pltpu.force_tpu_interpret_mode():
+      actual = jax.block_until_ready(both(starts.astype(np.int32), *asked))
+    assert_close(actual, _loops(*asked, segments, 0.7, places))
+
+
+def test_runs_meet_no_keys_behind_them():
+  """What lies behind a run's last block is not read: it may be no number."""
+  q, k, v, dy = _inputs(12, 12)
+  starts, places = np.array([0, 2], np.int32), [0, 1, 2, 3]
+  asked, seen = (q[:, :4], k[:, :4], v[:, :4], dy[:, :4]), np.s_[:, :4]
+  expected = _loops(*asked, None, 0.7, places)
+  k[:, 4:] = v[:, 4:] = np.nan
+  fn = lambda q, k, v: causal_attention(q, k, v, None, 0.7, "xla", 2, starts)  # noqa: E731
+  y, (dq, dk, dv) = _run(fn, q[seen], k, v, dy[seen])
+  assert_close((y, (dq, dk[seen], dv[seen])), expected)
+  assert not np.any(dk[:, 4:]) and not np.any(dv[:, 4:])
+
+
+@pytest.mark.parametrize(
+  "starts, implementation, message",
+  [
+    ([0, 5, 9], None, r"S \(11\) must be divisible by the number of starts_Y \(3\)"),
+    ([], None, r"S \(11\) must be divisible by the number of starts_Y \(0\)"),
+    ([2], "mosaic_gpu", "implementation must be one of reference, xla, mosaic_tpu where the quer"),
+    ([2], "mosaic_tpu", "a run must be a multiple of 128 tokens, got 11"),
+  ],
+)
+def test_runs_that_do_not_fit_are_refused(starts, implementation, message):
+  q, k, v, _ = _inputs(0)
+  starts = np.array(starts, np.int32)
+  with pytest.raises(ValueError, match=message):
+    causal_attention(q, k, v, None, 1.0, implementation, starts_Y=starts)
+  with pytest.raises(ValueError, match=r"S \(11\) must not exceed T \(9\)"):
+    causal_attention(q, k[:, :9], v[:, :9], None, 1.0, starts_Y=np.zeros(1, np.int32))
+  with pytest.raises(ValueError, match="starts_Y must be int32, got float32"):
+    causal_attention(q, k, v, None, 1.0, starts_Y=np.zeros(1, np.float32))
 
 
 @every_implementation
@@ -258,6 +346,25 @@ def test_causal_compiles_inside_a_checked_shard_map():
   assert text.count("tpu_custom_call") == 2 and "all-reduce" not in text
 
 
+@pytest.mark.tpu
+@pytest.mark.parametrize("chip", CHIPS)
+def test_chunks_of_a_row_compile_at_v3_widths(chip):
+  """Two chunks of 1,024 tokens of a row of 8,192, wherever they start; no square array."""
+  q, k, v = (
+    jax.ShapeDtypeStruct((1, *dims), jnp.bfloat16)
+    for dims in ((2048, 2, 192), (8192, 2, 192), (8192, 2, 128))
+  )
+  segments, starts = (jax.ShapeDtypeStruct(n, jnp.int32) for n in ((1, 8192), (2,)))
+
+  def gradient(q, k, v, segments, starts):
+    fn = lambda *a: causal_attention(*a, segments, 0.1, "mosaic_tpu", starts_Y=starts)  # noqa: E731
+    return _gradient(fn)(q, k, v)
+
+  text = compile_for(chip, gradient, q, k, v, segments, starts).as_text()
+  assert text.count("tpu_custom_call") == 2  # forward and backward
+  assert not re.search(r"\[(\d+,)*(2048|8192),(2048|8192)[,\]]", text)
+
+
 def _costs(fn, *args):
   """The declared costs of the kernels of fn(*args), by name."""
   calls = [
@@ -303,10 +410,10 @@ def test_causal_costs_are_counted(monkeypatch, blocks, side):
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"k": (B, S, H, A + 1)}, r"k_BSHA must have shape \(2, 11, 3, 6\), got \(2, 11, 3, 7\)"),
-    ({"v": (B, S + 1, H, U)}, r"v_BSHU must have shape \(2, 11, 3, 5\), got \(2, 12, 3, 5\)"),
+    ({"k": (B, S, H, A + 1)}, r"k_BTHA must have shape \(2, 11, 3, 6\), got \(2, 11, 3, 7\)"),
+    ({"v": (B, S + 1, H, U)}, r"v_BTHU must have shape \(2, 11, 3, 5\), got \(2, 12, 3, 5\)"),
     ({"q": (B, H, A)}, r"q_BSHA must have 4 dimensions, none of them 0, got \(2, 3, 6\)"),
-    ({"segments": (B, S + 1)}, r"segments_BS must have shape \(2, 11\), got \(2, 12\)"),
+    ({"segments": (B, S + 1)}, r"segments_BT must have shape \(2, 11\), got \(2, 12\)"),
     ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
     ({"implementation": "fastest"}, "implementation must be one of reference, .*, got 'fastest'"),
   ],
@@ -325,9 +432,9 @@ def test_causal_refuses_other_dtypes():
   q, k, v, _ = _inputs(0)
   with pytest.raises(ValueError, match="q_BSHA must be bfloat16 or float32, got float16"):
     causal_attention(q.astype(np.float16), k, v, None, 1.0)
-  with pytest.raises(ValueError, match="k_BSHA must be float32, got bfloat16"):
+  with pytest.raises(ValueError, match="k_BTHA must be float32, got bfloat16"):
     causal_attention(q, jnp.asarray(k, jnp.bfloat16), v, None, 1.0)
-  with pytest.raises(ValueError, match="segments_BS must be int32, got float32"):
+  with pytest.raises(ValueError, match="segments_BT must be int32, got float32"):
     causal_attention(q, k, v, SEGMENTS.astype(np.float32), 1.0)
 
 

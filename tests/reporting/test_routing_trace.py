@@ -15,6 +15,7 @@ from tests.helpers import random_batch, small_config
 from tests.training.test_train_step import MARGIN_SEED
 
 SMALL = {**runs.TWO_LAYERS, "model.num_nextn_predict_layers": 2, "model.v_head_dim": 12}
+SMALL |= {"data.sequence_length": 16}
 
 
 def counts_of(expert_LMK, num_experts: int):
@@ -39,17 +40,17 @@ def recorded(folder, num_devices: int, **overrides):
   return routing_trace.read(path), counts_LE, path
 
 
-def test_four_devices_and_two_microbatches_record_what_one_device_does(tmp_path):
+def test_eight_devices_and_two_microbatches_record_what_one_device_does(tmp_path):
   one, counts_LE, _ = recorded(tmp_path / "one", 1)
-  options = {"num_microbatches": 2, "mesh.expert": 2, "model.dispatch": "all_gather"}
-  four, _, _ = recorded(tmp_path / "four", 4, **options)
-  np.testing.assert_array_equal(one.expert_LMK, four.expert_LMK)
+  options = {"num_microbatches": 2, "mesh.expert": 2, "mesh.context": 2}
+  eight, _, _ = recorded(tmp_path / "eight", 8, **options, **{"model.dispatch": "all_gather"})
+  np.testing.assert_array_equal(one.expert_LMK, eight.expert_LMK)
   np.testing.assert_array_equal(counts_of(one.expert_LMK, one.num_experts), counts_LE)
-  np.testing.assert_array_equal(four.counts_LE, counts_LE)
-  # One MoE layer and two MTP modules, 16 rows of 14 tokens, 3 experts each.
-  assert one.expert_LMK.shape == (3, 16 * 14, 3) and one.expert_LMK.dtype == np.uint8
-  assert (one.num_rows, one.sequence_length, one.num_microbatches) == (16, 14, 1)
-  assert (four.num_microbatches, four.step) == (2, 7)
+  np.testing.assert_array_equal(eight.counts_LE, counts_LE)
+  # One MoE layer and two MTP modules, 16 rows of 16 tokens, 3 experts each.
+  assert one.expert_LMK.shape == (3, 16 * 16, 3) and one.expert_LMK.dtype == np.uint8
+  assert (one.num_rows, one.sequence_length, one.num_microbatches) == (16, 16, 1)
+  assert (eight.num_microbatches, eight.step) == (2, 7)
 
 
 def test_a_run_records_the_steps_asked_for(tmp_path):

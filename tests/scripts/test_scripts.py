@@ -179,7 +179,10 @@ def test_evaluate_choices(workdir, tmp_path):
     (("serve",), "a run's workdir must hold config.json, got /nowhere"),
     (("serve", "--api_key_file=nokey"), "api_key_file must hold a key, nokey does not"),
     (("evaluate", "--text=a", "--step=x"), "flag --step=x: invalid literal for int()"),
-    (("evaluate", "--text=a", "--choices=b"), "one of --text and --choices must be given, and one only"),
+    (
+      ("evaluate", "--text=a", "--choices=b"),
+      "one of --text and --choices must be given, and one only",
+    ),
     (("evaluate", "--text=a"), "a run's workdir must hold config.json, got /nowhere"),
     (("evaluate", "--choices=/nowhere.jsonl"), "file of questions must exist, got /nowhere"),
     (("bench_train", "--steps=0"), "flag --steps=0: 0 is not a positive"),

@@ -142,6 +142,19 @@ def test_a_wrong_value_of_attention(monkeypatch, value):
     kernel_check.check(config)
 
 
+def test_attention_of_rows_that_are_split_over_devices(monkeypatch):
+  config = _config(attention="mosaic_tpu")
+  data = dataclasses.replace(config.data, sequence_length=512)
+  mesh = dataclasses.replace(config.mesh, context=2)
+  config = dataclasses.replace(config, data=data, mesh=mesh)
+  assert "attention mosaic_tpu" in kernel_check.check(config)
+  right = attention.CAUSAL_IMPLEMENTATIONS["mosaic_tpu"]
+  wrong = lambda *args, starts_Y: right(*args, starts_Y=starts_Y * 0)  # noqa: E731
+  monkeypatch.setitem(attention.CAUSAL_IMPLEMENTATIONS, "mosaic_tpu", wrong)
+  with pytest.raises(kernel_check.WrongKernelError, match="512 tokens over 2 devices, 2 heads of"):
+    kernel_check.check(config)
+
+
 def test_right_and_wrong_experts(monkeypatch):
   config = _config(grouped_matmul="mosaic_tpu")
   assert "grouped_matmul mosaic_tpu" in kernel_check.check(config)
