@@ -27,6 +27,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from dsmoe import platforms
 from dsmoe.config import ModelConfig
 from dsmoe.parallel import collectives, ragged
 from dsmoe.parallel.all_gather import multiplied_rows, row_alignment
@@ -63,10 +64,11 @@ def all_to_all(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig
     return capped(x_MD, routed, weights)
   parts = next(n for n in range(1, M + 1) if M % n == 0 and (most * (M // n) <= room or n == M))
   exact = functools.partial(_one_by_one, config=config, chunks=parts, room=most * (M // parts))
-  dropped = jnp.sum(jax.vmap(lambda r: _dropped(r, room))(_split(routed, chunks)))
+  counts_CE = _split(routed, chunks).counts_E
+  dropped = jnp.sum(jax.vmap(lambda counts_E: _dropped(counts_E, room))(counts_CE))
   overflow = collectives.sum_over_batch(dropped) > 0
   x_MD, gate_MK, weights, routed = vary_alike(x_MD, routed.gate_MK, weights, routed)
-  return _either(exact, capped, overflow, x_MD, gate_MK, weights, routed)
+  return _either(exact, capped, platforms.current(), overflow, x_MD, gate_MK, weights, routed)
 
 
 def _split(routed: Routed, chunks: int) -> Routed:
@@ -106,8 +108,10 @@ def _one_by_one(x_MD, routed: Routed, weights, config: ModelConfig, chunks: int,
   return y_CMD.reshape(x_MD.shape), jax.tree.map(lambda s: jnp.sum(s, dtype=jnp.int32), stats)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _either(exact: Callable, capped: Callable, overflow, x_MD, gate_MK, weights, routed: Routed):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _either(
+  exact: Callable, capped: Callable, platform: str, overflow, x_MD, gate_MK, weights, routed: Routed
+):
   """Runs one of two functions of (x, routed, weights), of which nothing else is kept."""
 
   def run(fn: Callable):
@@ -116,13 +120,14 @@ def _either(exact: Callable, capped: Callable, overflow, x_MD, gate_MK, weights,
   return jax.lax.cond(overflow, run(exact), run(capped), x_MD, gate_MK, weights, routed)
 
 
-def _either_backward(exact: Callable, capped: Callable, saved, cotangents):
+def _either_backward(exact: Callable, capped: Callable, platform: str, saved, cotangents):
   overflow, *operands, routed = saved
 
   def gradients(fn: Callable):
     def run(operands, routed, dy_MD):
       apply = lambda x, g, w: fn(x, routed._replace(gate_MK=g), w)[0]  # noqa: E731
-      return jax.vjp(apply, *operands)[1](dy_MD)
+      with platforms.compiling_for(platform):
+        return jax.vjp(apply, *operands)[1](dy_MD)
 
     return run
 
@@ -132,7 +137,10 @@ def _either_backward(exact: Callable, capped: Callable, saved, cotangents):
   return None, dx_MD, dgate_MK, dweights, None
 
 
-_either.defvjp(lambda exact, capped, *args: (_either(exact, capped, *args), args), _either_backward)
+_either.defvjp(
+  lambda exact, capped, platform, *args: (_either(exact, capped, platform, *args), args),
+  _either_backward,
+)
 
 
 def _kept(counts_XE, room: int):
@@ -143,11 +151,10 @@ def _kept(counts_XE, room: int):
   return kept.reshape(X, X, E // X).transpose(1, 0, 2).reshape(X, E)
 
 
-def _dropped(routed: Routed, room: int):
+def _dropped(counts_E, room: int):
   """Returns how many of this device's rows find no room."""
-  counts_XE = jax.lax.all_gather(routed.counts_E, "expert")
-  kept_XE = _kept(counts_XE, room)
-  return jnp.sum(routed.counts_E - kept_XE[jax.lax.axis_index("expert")], dtype=jnp.int32)
+  kept_XE = _kept(jax.lax.all_gather(counts_E, "expert"), room)
+  return jnp.sum(counts_E - kept_XE[jax.lax.axis_index("expert")], dtype=jnp.int32)
 
 
 def _planned(counts_E, num_rows: int, room: int, alignment: int):
@@ -165,7 +172,8 @@ def _planned(counts_E, num_rows: int, room: int, alignment: int):
     *(a[me] for a in (starts_XE, kept_XE, places_XE)),
     *(own(a) for a in (kept_XE, places_XE, starts_XE)),
   )
-  way = ragged.Way(slices, num_rows, permute.num_rows(room, O, alignment))
+  room = permute.num_rows(room, O, alignment)
+  way = ragged.Way(slices, num_rows, room, platforms.current())
   return way, sizes_XO[me], first_XO[me]
 
 
@@ -199,9 +207,9 @@ def _sent(x_MD, order, way: ragged.Way, config: ModelConfig):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sent_in_fp8(quantization, num_rows, x_MD, order, slices):
+def _sent_in_fp8(quantization, static, x_MD, order, slices):
   """Quantises the tokens, sends codes and scales, and returns their products."""
-  way, (pair_P, row_MK) = ragged.Way(slices, *num_rows), order
+  way, (pair_P, row_MK) = ragged.Way(slices, *static), order
   codes_MD, scale_TM = quantized.quantize_rows(x_MD, *quantization)
   token_P = pair_P // row_MK.shape[1]
   codes_RD, scale_RT = (ragged.exchange(a[token_P], way) for a in (codes_MD, scale_TM.T))
@@ -209,16 +217,16 @@ def _sent_in_fp8(quantization, num_rows, x_MD, order, slices):
   return (codes_RD.astype(jnp.float32) * scale_RD).astype(x_MD.dtype)
 
 
-def _sent_in_fp8_backward(quantization, num_rows, saved, d_RD):
+def _sent_in_fp8_backward(quantization, static, saved, d_RD):
   """The gradient goes straight through the quantisation, in the compute dtype."""
   order, slices = saved
-  d_PD = ragged.exchange(d_RD, ragged.back(ragged.Way(slices, *num_rows)))
+  d_PD = ragged.exchange(d_RD, ragged.back(ragged.Way(slices, *static)))
   return permute.combine(d_PD, *order), None, None
 
 
 _sent_in_fp8.defvjp(
-  lambda quantization, num_rows, x_MD, order, slices: (
-    _sent_in_fp8(quantization, num_rows, x_MD, order, slices),
+  lambda quantization, static, x_MD, order, slices: (
+    _sent_in_fp8(quantization, static, x_MD, order, slices),
     (order, slices),
   ),
   _sent_in_fp8_backward,
