@@ -2,19 +2,25 @@
 
 Devices tell each other how many rows they have for each expert. A row of x then goes straight to
 its place among the rows of its expert, so that the owner's grouped matmul needs no other order, and
-the result comes back to where the row came from. The owner multiplies by the gate, which costs four
-bytes on the way out and four for its gradient, and not by the sender, whose gradient of the gates
-would need the rows that came back: under rematerialisation those would be exchanged again.
+the result comes back to where the row came from. The owner multiplies by the gate, and not the
+sender, whose gradient of the gates would need the rows that came back: under rematerialisation
+those would be exchanged again. A gate and its gradient are four bytes each, which are padded, at
+most four for each of the axis' devices.
 
 The buffer of received rows is static: `receive_capacity` times the mean M K, or all rows that can
 come where that is less. It takes rows in the order of the devices that sent them, of each device in
 the order of its experts, and of an expert's in the order of its tokens. What comes after it is full
 is not sent, counts as dropped and adds nothing to its token.
 
-`moe_chunks` parts of the tokens are exchanged separately, with buffers of their own. With
-`dropless_fallback="layer"`, where any device of the mesh would drop a row, all devices compute the
-layer in so many parts that each fits into the same buffer whatever its routing. The backward pass
-then computes the layer again, with or without rematerialisation.
+`moe_chunks` parts of the tokens are exchanged separately, with buffers of their own, which need not
+all exist at once: the layer's value and gradient on v5p, at 2,048 tokens of 1,024 a device, take 22%
+less temporary memory in two parts. The parts do not depend on each other, so that a compiler may
+exchange one while it multiplies another. XLA:TPU of jax 0.10.2 does not: there every exchange of
+rows waits until it is done, and all of them are exposed.
+
+With `dropless_fallback="layer"`, where any device of the mesh would drop a row, all devices compute
+the layer in so many parts that each fits into the same buffer whatever its routing. The backward
+pass then computes the layer again, with or without rematerialisation.
 
 Shapes: X devices along the axis `expert`, M tokens a device, D hidden, E experts of the layer, O of
 them on each device, K experts a token, P = M K rows to send, R rows received, C chunks.
@@ -87,9 +93,9 @@ def _in_chunks(x_MD, routed: Routed, weights, config: ModelConfig, chunks: int, 
   """Exchanges parts of the tokens, written out so that they can overlap."""
   if chunks == 1:
     return _exchanged(x_MD, routed, weights, config, room)
-  parts = (x_MD.reshape(chunks, -1, x_MD.shape[1]), _split(routed, chunks))
+  x_CMD, routed = x_MD.reshape(chunks, -1, x_MD.shape[1]), _split(routed, chunks)
   done = [
-    _exchanged(*jax.tree.map(lambda a, i=i: a[i], parts), weights, config, room)
+    _exchanged(x_CMD[i], Routed(*(a[i] for a in routed)), weights, config, room)
     for i in range(chunks)
   ]
   stats = jax.tree.map(lambda *s: sum(s[1:], s[0]), *(stats for _, stats in done))
@@ -101,7 +107,8 @@ def _one_by_one(x_MD, routed: Routed, weights, config: ModelConfig, chunks: int,
 
   @jax.checkpoint
   def part(_, inputs):
-    return None, _exchanged(*inputs, weights, config, room)
+    x_MD, routed = inputs
+    return None, _exchanged(x_MD, routed, weights, config, room)
 
   parts = (x_MD.reshape(chunks, -1, x_MD.shape[1]), _split(routed, chunks))
   _, (y_CMD, stats) = jax.lax.scan(part, None, parts)
