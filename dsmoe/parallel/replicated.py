@@ -12,9 +12,10 @@ ones; they come back in slices, so that a slice of all of them takes no more tha
 
 Bytes, for DeepSeek-V3 in bfloat16: a row is 14,336 B each way, once for a chosen expert, plus 8 B
 for its place and gate. A copied expert is 88 MB on the way out, like 6,144 rows, and again for its
-gradient; under rematerialisation the backward pass copies it once more. With loads almost even a
-device copies one or two experts; the devices that own the hottest expert of all send it to every
-device that lacks rows.
+gradient; under rematerialisation the backward pass copies it once more. It pays where routing is
+skewed: with loads almost even a device still copies an expert or two for a few hundred rows. The
+owner of the hottest expert of all sends it to every device that lacks rows. Beside its experts a
+device has room for as many copies, and for the copies' gradients.
 
 Shapes: X devices along the axis `expert`, M tokens a device, D hidden, F an expert's inner size,
 E experts of the layer, O of them this device's own, K experts a token, P rows.
