@@ -68,8 +68,8 @@ def first_of(wanted_NK, C: int, *arrays):
     Which are wanted, bool [N, C]; the arrays' [N, C] of the same choices.
   """
   nth_NC = jnp.argsort(~wanted_NK, axis=1, stable=True)[:, :C]
-  wanted_NC, *arrays = (jnp.take_along_axis(a, nth_NC, axis=1) for a in (wanted_NK, *arrays))
-  return wanted_NC, arrays
+  wanted_NC, *kept = (jnp.take_along_axis(a, nth_NC, axis=1) for a in (wanted_NK, *arrays))
+  return wanted_NC, kept
 
 
 def ordered(group_NC, num_groups: int, room: int, alignment: int = 1) -> Order:

@@ -12,19 +12,23 @@ ones; they come back in slices, so that a slice of all of them takes no more tha
 
 Bytes, for DeepSeek-V3 in bfloat16: a row is 14,336 B each way, once for a chosen expert, plus 8 B
 for its place and gate. A copied expert is 88 MB on the way out, like 6,144 rows, and again for its
-gradient; under rematerialisation the backward pass copies it once more. With loads almost even a
-device copies one or two experts; the devices that own the hottest expert of all send it to every
-device that lacks rows.
+gradient; under rematerialisation the backward pass copies it once more. Whether loads are even or
+follow Zipf's law with exponent 1.2, a device copies one expert on average and two at most (8 and 64
+devices, 4,096 tokens each): it pays where routing is skewed, not for a few hundred rows. The owner
+of the hottest expert sends up to 22 copies. Beside its own experts a device has room for as many
+copies, and for their gradients.
 
 Shapes: X devices along the axis `expert`, M tokens a device, D hidden, F an expert's inner size,
 E experts of the layer, O of them this device's own, K experts a token, P rows.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dsmoe import platforms
 from dsmoe.config import ModelConfig
 from dsmoe.parallel import collectives, ragged, shares
 from dsmoe.parallel.all_gather import experts_of_rows, row_alignment
@@ -121,7 +125,7 @@ def _copies(plan: shares.Shares) -> Copies:
 
 def _copied(weights, copies: Copies):
   """Returns the weights of this device's donor that it needs, by heat; zeros in place of others."""
-  return tuple(_copy(*vary_alike(w, copies)) for w in weights)
+  return tuple(_copy(platforms.current(), *vary_alike(w, copies)) for w in weights)
 
 
 def _ways(copies: Copies) -> tuple[jax.Array, jax.Array]:
@@ -132,8 +136,8 @@ def _ways(copies: Copies) -> tuple[jax.Array, jax.Array]:
   return takes_XO, copies.copied_XO[me][None] & is_donor_X[:, None]
 
 
-@jax.custom_vjp
-def _copy(w_OAB, copies: Copies):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _copy(platform: str, w_OAB, copies: Copies):
   X, O = copies.copied_XO.shape
   takes_XO, gets_XO = (a.astype(jnp.int32).reshape(-1) for a in _ways(copies))
   by_heat_O = jnp.zeros(O, jnp.int32).at[copies.heat_O].set(jnp.arange(O), unique_indices=True)
@@ -143,7 +147,7 @@ def _copy(w_OAB, copies: Copies):
   )
 
 
-def _copy_bwd(copies: Copies, dlent_OAB):
+def _copy_bwd(platform: str, copies: Copies, dlent_OAB):
   """Sums the gradients of all copies where their expert lives."""
   me, (X, O) = jax.lax.axis_index("expert"), copies.copied_XO.shape
   most = O + X - 2
@@ -164,10 +168,14 @@ def _copy_bwd(copies: Copies, dlent_OAB):
     by_heat_OaB = jax.ops.segment_sum(d_RaB, heat_R, O + 1)[:O]
     return by_heat_OaB[copies.heat_O].astype(d_OaB.dtype)
 
-  return _by_slices(bring_back, dlent_OAB, X), None
+  with platforms.compiling_for(platform):  # a gradient is traced where nothing else tells
+    return _by_slices(bring_back, dlent_OAB, X), None
 
 
-_copy.defvjp(lambda w_OAB, copies: (_copy(w_OAB, copies), copies), _copy_bwd)
+_copy.defvjp(
+  lambda platform, w_OAB, copies: (_copy(platform, w_OAB, copies), copies),
+  _copy_bwd,
+)
 
 
 def _by_slices(fn, a_OAB, X: int):

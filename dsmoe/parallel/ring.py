@@ -169,7 +169,7 @@ def _round(tokens: Parts, compute: Callable[[Parts], tuple[Parts, Any]]) -> tupl
   """
   (onward,) = _passed(tokens)
   home, kept = compute(tokens)
-  sums = None
+  sums: Any = None
   if collectives.devices_along("expert") > 2:
 
     def step(carry, _):

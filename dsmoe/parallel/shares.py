@@ -77,13 +77,9 @@ def plan(counts_E, num_devices: int) -> Shares:
   start_XO = end_XO - sorted_XO[donor_X]
   until_X = (first_X + taken_X)[:, None]
   lent_XO = jnp.minimum(end_XO, until_X) - jnp.maximum(start_XO, first_X[:, None])
-  return Shares(
-    place_E,
-    *(a.astype(jnp.int32) for a in (given_X, donor_X, first_X, taken_X)),
-    heat_XO.reshape(-1),
-    kept_E,
-    jnp.maximum(lent_XO, 0).astype(jnp.int32),
-  )
+  lent_XO = jnp.maximum(lent_XO, 0)
+  plan = Shares(place_E, given_X, donor_X, first_X, taken_X, heat_XO.reshape(-1), kept_E, lent_XO)
+  return Shares(*(a.astype(jnp.int32) for a in plan))
 
 
 def device_of_rows(shares: Shares, expert_MK, rank_MK):

@@ -104,3 +104,19 @@ def test_copies_of_a_single_hot_expert():
   plan, _ = _planned()(_counts("one_expert", 0).astype(np.int32), *[np.zeros((1, 1), int)] * 2)
   copies_X = (np.asarray(plan.lent_XO) > 0).sum(axis=1)
   assert sorted(copies_X.tolist()) == [0] + [1] * (X - 1)
+
+
+@pytest.mark.parametrize("num_devices", [8, 64])
+def test_few_copies_at_deepseek_v3_s_shapes(num_devices):
+  """256 experts, 4,096 tokens a device, 8 experts a token; Zipf's law with these exponents."""
+  rng, total = np.random.default_rng(0), num_devices * 4096 * 8
+  planned = jax.jit(shares.plan, static_argnums=1)
+  for exponent in (0, 0.6, 1.2):
+    share = rng.permutation(np.arange(1, 257) ** -float(exponent))
+    share = np.minimum(share / share.sum(), 1 / 8)  # a token chooses an expert once
+    counts_E = rng.multinomial(total, share / share.sum()).astype(np.int32)
+    plan = planned(counts_E, num_devices)
+    copies_X = (np.asarray(plan.lent_XO) > 0).sum(axis=1)
+    sent_X = np.bincount(plan.donor_X, weights=copies_X, minlength=num_devices)
+    assert copies_X.max() <= 2 and copies_X.mean() < 1.2
+    assert sent_X.max() <= 22

@@ -70,7 +70,12 @@ def first_step(
     dict(dispatch="dense"),
     dict(num_devices=2, expert=2, dispatch="all_gather"),
     dict(num_devices=4, expert=4, dispatch="all_gather", num_microbatches=4),
-    dict(num_devices=8, expert=4, dispatch="ring", num_microbatches=2, remat="full", scanned=True),
+    pytest.param(
+      dict(
+        num_devices=8, expert=4, dispatch="ring", num_microbatches=2, remat="full", scanned=True
+      ),
+      marks=pytest.mark.slow,
+    ),
     dict(num_devices=8, expert=4, dispatch="replicated", remat="full", scanned=True),
     dict(
       num_devices=8,
