@@ -238,8 +238,9 @@ def _loss_and_grads(config: Config, graphdef, record: bool = False):
       *sums, experts = microbatch(part)
       return jax.tree.map(jnp.add, total, tuple(sums)), experts
 
-    sums, experts = jax.lax.scan(accumulate, _no_microbatch(config.model, cast), parts)
-    return whole(*sums, jax.tree.map(_join_microbatches, experts))
+    zeros = _no_microbatch(config.model, cast)
+    (aux, grads), experts = jax.lax.scan(accumulate, zeros, parts)
+    return whole(aux, grads, jax.tree.map(_join_microbatches, experts))
 
   return run
 
