@@ -152,7 +152,11 @@ def get_config() -> config_dict.ConfigDict:
   d.seed = 0  # of shuffling and of fill in the middle
 
   # Number of devices along each mesh axis; data = -1: all that the other axes leave.
+  # Rows are split over data and expert; experts over expert; heads, inner sizes of feed-forward
+  # layers and the vocabulary over model, which must divide them (with FP8, into multiples of 128,
+  # or tiles and so rounding differ from one device's).
   c.mesh = config_dict.ConfigDict(dict(stage=1, data=-1, expert=1, context=1, model=1))
+  c.mesh.across_slices = "data"  # the axis that goes from slice to slice: data | expert
 
   k = c.checkpoint = config_dict.ConfigDict()
   k.save_every_steps = 200

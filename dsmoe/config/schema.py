@@ -8,7 +8,7 @@ and what each field means, are in `experiments/base.py`.
 import dataclasses
 from collections.abc import Iterable
 
-from dsmoe.config.rules import at_least, numbers, one_of, require
+from dsmoe.config.rules import at_least, numbers, one_of, require, splits
 from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul, routing
 from pallas_kernels.routing import SCORING_FUNCS
 
@@ -341,14 +341,17 @@ class MeshConfig:
   expert: int
   context: int
   model: int
+  # It has a default because runs saved before it existed do not have it.
+  across_slices: str = "data"
 
   def __post_init__(self):
     numbers(self)
+    one_of("mesh.across_slices", self.across_slices, ("data", "expert"))
     require(
       self.data == -1 or self.data >= 1, f"mesh.data must be -1 or at least 1, got {self.data}"
     )
-    at_least(self, 1, "expert")
-    for axis in ("stage", "context", "model"):
+    at_least(self, 1, "expert", "model")
+    for axis in ("stage", "context"):
       size = getattr(self, axis)
       require(size == 1, f"mesh.{axis} must be 1 (that axis does not exist yet), got {size}")
 
@@ -436,10 +439,13 @@ class Config:
         f"mesh.expert ({devices}) above 1 needs model.dispatch 'all_gather', got "
         f"{self.model.dispatch!r}",
       )
-      require(
-        E % devices == 0,
-        f"model.n_routed_experts ({E}) must be divisible by mesh.expert ({devices})",
-      )
+      splits("model.n_routed_experts", E, "mesh.expert", devices)
+    if self.mesh.model > 1:
+      split = ["num_attention_heads", "vocab_size"]
+      split += ["intermediate_size"] if self.model.first_k_dense_replace else []
+      split += ["moe_intermediate_size"] if self.model.num_moe_layers else []
+      for name in split:
+        splits(f"model.{name}", getattr(self.model, name), "mesh.model", self.mesh.model)
     o = self.optim
     tail = o.decay_steps if o.schedule == "wsd" else 0
     require(

@@ -6,6 +6,9 @@ optimizer's elementwise update runs outside it on the sharded arrays.
 Shapes: B batch, S sequence, D hidden, L MoE layers, E routed experts.
 """
 
+import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -74,8 +77,7 @@ def state_shardings(config: Config, mesh) -> TrainState:
     ValueError: when a parameter does not divide over the mesh.
   """
   shapes = state_shapes(config)
-  parameters.check_divisible(shapes.params, mesh)
-  specs = parameters.specs(shapes.params)
+  specs = parameters.specs(shapes.params, mesh)
   # Optimizer moments are trees like the parameters; its counters are replicated.
   opt_specs = optax.tree_map_params(
     optim.make(config.optim, config.num_steps),
@@ -240,8 +242,8 @@ def make_train_step(config: Config, mesh):
   """
   check_batch(config, mesh)
   graphdef, params, router_bias = model_parts(config)
-  specs = parameters.specs(params)
-  bias_specs = parameters.specs(router_bias)
+  specs = parameters.specs(params, mesh)
+  bias_specs = parameters.specs(router_bias, mesh)
   replicated = jax.sharding.PartitionSpec()
   loss_and_grads = mesh_lib.shard_map(
     _loss_and_grads(config, graphdef),
@@ -324,8 +326,8 @@ def make_eval_step(config: Config, mesh):
     evaluate,
     mesh,
     in_specs=(
-      parameters.specs(params),
-      parameters.specs(router_bias),
+      parameters.specs(params, mesh),
+      parameters.specs(router_bias, mesh),
       mesh_lib.batch_spec(),
     ),
     out_specs=replicated,
@@ -334,6 +336,24 @@ def make_eval_step(config: Config, mesh):
     lambda state, batch: run(state.params, state.router_bias, batch),
     compiler_options=platforms.compiler_options(mesh_lib.platform_of(mesh)),
   )
+
+
+def make_mesh(config: Config, devices: list[Any] | None = None) -> jax.sharding.Mesh:
+  """Builds the mesh of a run over `devices` (default: all there are).
+
+  Raises:
+    ValueError: where the mesh fits the devices, the model or the batch not; it names the nearest
+      that does.
+  """
+  return mesh_lib.make_mesh(config.mesh, devices, functools.partial(check_fit, config))
+
+
+def check_fit(config: Config, sizes: Mapping[str, int]) -> None:
+  """Raises ValueError unless model and batch can be split over a mesh of these axis sizes."""
+  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
+  mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  check_batch(config, mesh)
+  parameters.check_fit(model_lib.whole_shapes(config.model), mesh)
 
 
 def check_batch(config: Config, mesh) -> None:
