@@ -169,8 +169,7 @@ def train(
   workdir = epath.Path(workdir)
   if init_from:
     config = checkpoint.with_tokenizer_of(config, init_from, allow_other_tokenizer)
-  mesh = mesh_lib.make_mesh(config.mesh)
-  train_step.check_batch(config, mesh)
+  mesh = train_step.make_mesh(config)
   platforms.check_kernels(config.model.kernels)
   records.find_sources(config.data)  # raises when a glob matches nothing
   abstract = train_step.abstract_state(config, mesh)

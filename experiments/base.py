@@ -157,10 +157,13 @@ def get_config() -> config_dict.ConfigDict:
   d.fim_rate = 0.0  # fill in the middle: share of documents put into order prefix, suffix, middle
   d.seed = 0  # of shuffling and of fill in the middle
 
-  # Number of devices along each mesh axis; data = -1: all that the other axes leave. Rows are split
-  # over data and expert, and each row's tokens over context: sequence_length must then be divisible
-  # by twice its devices.
+  # Number of devices along each mesh axis; data = -1: all that the other axes leave.
+  # Rows are split over data and expert; experts over expert; heads, inner sizes of feed-forward
+  # layers and the vocabulary over model, which must divide them (with FP8, into multiples of 128,
+  # or tiles and so rounding differ from one device's). Each row's tokens are split over context:
+  # sequence_length must be divisible by twice its devices.
   c.mesh = config_dict.ConfigDict(dict(stage=1, data=-1, expert=1, context=1, model=1))
+  c.mesh.across_slices = "data"  # the axis that goes from slice to slice: data | expert
 
   k = c.checkpoint = config_dict.ConfigDict()
   k.save_every_steps = 200

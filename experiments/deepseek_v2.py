@@ -2,7 +2,8 @@
 
 Command:   python -m dsmoe.train --config=experiments/deepseek_v2.py --workdir=gs://bucket/v2
            `--config=experiments/deepseek_v2.py:released` is the released 128K model (YaRN)
-Hardware:  H800 in nodes of 8 in the report
+Hardware:  H800 in nodes of 8 in the report.
+           mesh.expert is 8 and may be up to 32: 128 devices are data 16 x expert 8
 Time:      172,800 GPU hours for 1T tokens in the report, so 1.4M
 Metric:    validation bits per byte
 
@@ -51,6 +52,7 @@ def get_config(arg: str = ""):
   m.norm_topk_prob = False
   m.routed_scaling_factor = 16.0
   m.remat = "full"
+  m.dispatch = "all_gather"
   if arg == "released":
     m.max_position_embeddings = 163840
     m.rope_scaling.factor = 40.0
@@ -65,6 +67,8 @@ def get_config(arg: str = ""):
   c.optim.schedule = "wsd"
   c.optim.warmup_steps = 2000
   c.optim.decay_steps = round(0.4 * c.num_steps)
+
+  c.mesh.expert = 8
 
   c.data.train_globs = c.data.validation_globs = ("synthetic",)
   c.data.cross_document_attention = True

@@ -2,7 +2,8 @@
 
 Command:   python -m dsmoe.train --config=experiments/deepseek_v2_lite.py --workdir=gs://bucket/lite
            `--config=experiments/deepseek_v2_lite.py:released` is the released 32K model (YaRN)
-Hardware:  8 devices of 80 GB or more: parameters, gradients and moments take 16 bytes each
+Hardware:  8 devices of 80 GB or more: parameters, gradients and moments take 16 bytes each.
+           mesh.expert is 4 and may be up to 64: 8 devices are data 2 x expert 4
 Time:      5.7T tokens are 9.4e22 FLOP: 43 days on 64 H800 at 40% MFU
 Metric:    validation bits per byte
 
@@ -47,6 +48,7 @@ def get_config(arg: str = ""):
   m.norm_topk_prob = False
   m.routed_scaling_factor = 1.0
   m.remat = "full"
+  m.dispatch = "all_gather"
   if arg == "released":
     m.max_position_embeddings = 163840
     m.rope_scaling.factor = 40.0
@@ -61,6 +63,8 @@ def get_config(arg: str = ""):
   c.optim.schedule = "wsd"
   c.optim.warmup_steps = 2000
   c.optim.decay_steps = round(0.2 * c.num_steps)
+
+  c.mesh.expert = 4
 
   c.data.train_globs = c.data.validation_globs = ("synthetic",)
   c.data.cross_document_attention = True

@@ -2,7 +2,8 @@
 
 Command:   python -m dsmoe.train --config=experiments/deepseek_v3.py --workdir=gs://bucket/v3
            `--config=experiments/deepseek_v3.py:released` is the released 128K model (YaRN)
-Hardware:  2,048 H800 in the report
+Hardware:  2,048 H800 in the report.
+           mesh.expert is 8 and may be up to 256: 512 devices are data 64 x expert 8
 Time:      2.664M GPU hours in the report: 54 days
 Metric:    validation bits per byte; the report states 0.548 on the test set of the Pile
 
@@ -49,6 +50,7 @@ def get_config(arg: str = ""):
   m.routed_scaling_factor = 2.5
   m.num_nextn_predict_layers = 1
   m.remat = "full"
+  m.dispatch = "all_gather"
   if arg == "released":
     m.max_position_embeddings = 163840
     m.rope_scaling.factor = 40.0
@@ -64,6 +66,8 @@ def get_config(arg: str = ""):
   c.optim.warmup_steps = 2000
   c.optim.decay_steps = round(4.8e12 / tokens_per_step)
   c.optim.moment_dtype = "bfloat16"
+
+  c.mesh.expert = 8
 
   c.data.train_globs = c.data.validation_globs = ("synthetic",)
   c.data.cross_document_attention = True

@@ -2,7 +2,8 @@
 
 Command:   python -m dsmoe.train --config=experiments/kimi_k2.py --workdir=gs://bucket/k2
            `--config=experiments/kimi_k2.py:released` is the released 128K model (YaRN)
-Hardware:  H800 in nodes of 8 in the report
+Hardware:  H800 in nodes of 8 in the report.
+           mesh.expert is 8 and may be up to 128: 1,024 devices are data 128 x expert 8
 Time:      15.5T tokens are 3.2e24 FLOP: 45 days on 2,048 H800 at 40% MFU
 Metric:    validation bits per byte
 
@@ -48,6 +49,7 @@ def get_config(arg: str = ""):
   m.moe_intermediate_size = 2048
   m.routed_scaling_factor = 2.827
   m.remat = "full"
+  m.dispatch = "all_gather"
   if arg == "released":
     m.max_position_embeddings = 131072
     m.rope_scaling.factor = 32.0
@@ -62,6 +64,8 @@ def get_config(arg: str = ""):
   c.optim.schedule = "wsd"
   c.optim.warmup_steps = 500
   c.optim.decay_steps = round(5.5e12 / tokens_per_step)
+
+  c.mesh.expert = 8
 
   c.data.train_globs = c.data.validation_globs = ("synthetic",)
   c.data.cross_document_attention = True

@@ -56,7 +56,7 @@ def peak_device_mib() -> float | None:
 
 def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
   """Compiles the step and runs it; returns the figures by name."""
-  mesh = mesh_lib.make_mesh(config.mesh)
+  mesh = train_step.make_mesh(config)
   directory = config.data.cache_dir or folder
   prepared = records.prepare(config.data, config.model.vocab_size, directory)
   processes = (jax.process_index(), jax.process_count())

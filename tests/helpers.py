@@ -133,9 +133,9 @@ def forward(config: config_lib.Config):
     out = model(batch["tokens"], batch["positions"], segments, batch["targets"])
     return out.hidden_BSD, [] if out.mtp_hidden is None else list(out.mtp_hidden)
 
-  rows = mesh_lib.batch_spec()
-  specs = (parameters.specs(params), parameters.specs(bias), rows)
-  return jax.jit(mesh_lib.shard_map(run, mesh_of(1), specs, rows))
+  rows, mesh = mesh_lib.batch_spec(), mesh_of(1)
+  specs = (parameters.specs(params, mesh), parameters.specs(bias, mesh), rows)
+  return jax.jit(mesh_lib.shard_map(run, mesh, specs, rows))
 
 
 def equations(jaxpr):

@@ -11,6 +11,8 @@ import jax
 
 from dsmoe import config as config_lib
 from dsmoe.model import parameters
+from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.parallel import sharding
 from dsmoe.training import train_step
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
@@ -27,13 +29,21 @@ def load(name: str, *args) -> config_lib.Config:
 
 
 def parameter_tree(config: config_lib.Config) -> str:
-  """Returns one line for each parameter and router bias: path, dtype, shape, spec."""
+  """Returns one line for each parameter and router bias: path, dtype, shape, spec.
+
+  The spec is that of the config's mesh, of 8 devices along `data` where that takes what the other
+  axes leave, without the axes of one device.
+  """
+  sizes = {axis: getattr(config.mesh, axis) for axis in mesh_lib.AXES}
+  sizes["data"] = 8 if sizes["data"] == -1 else sizes["data"]
+  mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
   _, params, router_bias = train_step.model_parts(config)
   lines = []
   for tree in (params, router_bias):
     for path, leaf in jax.tree.leaves_with_path(tree):
       name = "/".join(key.key for key in path)
-      spec = ", ".join(map(str, parameters.spec(path, leaf.ndim)))
+      parts = map(sharding.axes_of, parameters.spec(path, leaf.shape, mesh))
+      spec = ", ".join("+".join(a for a in axes if sizes[a] > 1) or "None" for axes in parts)
       lines.append(f"{name} {leaf.dtype} {list(leaf.shape)} ({spec})\n")
   return "".join(lines)
 

@@ -303,11 +303,12 @@ def test_dropped_rows_are_reported_at_every_step(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_its_experts_on_other_devices(tmp_path):
-  """Along (data, expert) 4 x 2, then 2 x 4, with the losses and the counts of data 8."""
+  """Along (data, expert, model) 2 x 2 x 2, then 2 x 4 x 1, with losses and counts of data 8."""
 
   def run(name, num_steps, **mesh):
     fields = {**runs.TWO_LAYERS, "num_steps": num_steps, "optim.schedule": "wsd"}
     fields |= {"optim.warmup_steps": 1, "optim.decay_steps": 0, "model.v_head_dim": 12}
+    fields |= {"model.num_attention_heads": 4, "model.moe_intermediate_size": 20}
     fields["log.log_every_steps"] = 1
     fields |= {f"mesh.{axis}": size for axis, size in mesh.items()}
     fields |= {"model.dispatch": "all_gather" if mesh else "local"}
@@ -315,7 +316,7 @@ def test_a_run_goes_on_with_its_experts_on_other_devices(tmp_path):
     rows = [row for row in metrics.read_metrics(tmp_path / name) if "loss" in row]
     return np.array([row["loss"] for row in rows]), [row["expert_counts"] for row in rows]
 
-  run("b", 2, expert=2)
+  run("b", 2, expert=2, model=2)
   losses, counts = run("b", 4, expert=4)
   expected_losses, expected_counts = run("a", 4)
   assert len(losses) == 4

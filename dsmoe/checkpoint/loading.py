@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from dsmoe import platforms
 from dsmoe.checkpoint import checkpointer, run_config
 from dsmoe.checkpoint.source import tokenizer_path
-from dsmoe.config import Config
+from dsmoe.config import Config, MeshConfig
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import train_step
@@ -72,8 +72,8 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
   """
   workdir = epath.Path(workdir)
   config = run_config.load_config(workdir)
-  one = dict(expert=1, context=1)
-  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=-1, **one))
+  whole = MeshConfig(stage=1, data=-1, expert=1, context=1, model=1)
+  config = dataclasses.replace(config, mesh=whole)
   unusable = platforms.unusable_kernels(config.model.kernels)
   for field, reason in unusable.items():
     logging.warning("kernels.%s of %s is None here: %s", field, workdir, reason)

@@ -24,6 +24,17 @@ def at_least(config: Any, minimum: float, *names: str) -> None:
     require(value >= minimum, f"{name} must be at least {minimum}, got {value}")
 
 
+def splits(name: str, number: int, axis: str, devices: int) -> None:
+  """Raises ValueError unless the `devices` along a mesh axis split `number` evenly."""
+  divisors = [d for d in range(1, number + 1) if number % d == 0]
+  near = min(divisors, key=lambda d: max(d, devices) / min(d, devices))
+  require(
+    number % devices == 0,
+    f"{name} ({number}) must be divisible by {axis} ({devices}); the nearest that divides it is "
+    f"{near}",
+  )
+
+
 def numbers(config: Any) -> None:
   """Raises ValueError unless programs of 32 bits can compute with every number of a dataclass.
 

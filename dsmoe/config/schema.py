@@ -8,7 +8,7 @@ and what each field means, are in `experiments/base.py`.
 import dataclasses
 from collections.abc import Iterable
 
-from dsmoe.config.rules import at_least, numbers, one_of, require
+from dsmoe.config.rules import at_least, numbers, one_of, require, splits
 from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul, routing
 from pallas_kernels.routing import SCORING_FUNCS
 
@@ -347,16 +347,19 @@ class MeshConfig:
   expert: int
   context: int
   model: int
+  # It has a default because runs saved before it existed do not have it.
+  across_slices: str = "data"
 
   def __post_init__(self):
     numbers(self)
+    one_of("mesh.across_slices", self.across_slices, ("data", "expert"))
     require(
       self.data == -1 or self.data >= 1, f"mesh.data must be -1 or at least 1, got {self.data}"
     )
-    at_least(self, 1, "expert", "context")
-    for axis in ("stage", "model"):
-      size = getattr(self, axis)
-      require(size == 1, f"mesh.{axis} must be 1 (that axis does not exist yet), got {size}")
+    at_least(self, 1, "expert", "context", "model")
+    require(
+      self.stage == 1, f"mesh.stage must be 1 (that axis does not exist yet), got {self.stage}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -456,15 +459,18 @@ class Config:
         f"mesh.expert ({devices}) above 1 needs an exchange as model.dispatch, such as "
         f"'all_to_all', got {self.model.dispatch!r}",
       )
-      require(
-        E % devices == 0,
-        f"model.n_routed_experts ({E}) must be divisible by mesh.expert ({devices})",
-      )
+      splits("model.n_routed_experts", E, "mesh.expert", devices)
       group = self.model.exchange.devices_per_group
       require(
         self.model.dispatch != "hierarchical" or devices % group == 0,
         f"mesh.expert ({devices}) must be divisible by model.exchange.devices_per_group ({group})",
       )
+    if self.mesh.model > 1:
+      split = ["num_attention_heads", "vocab_size"]
+      split += ["intermediate_size"] if self.model.first_k_dense_replace else []
+      split += ["moe_intermediate_size"] if self.model.num_moe_layers else []
+      for name in split:
+        splits(f"model.{name}", getattr(self.model, name), "mesh.model", self.mesh.model)
     o = self.optim
     tail = o.decay_steps if o.schedule == "wsd" else 0
     require(

@@ -50,7 +50,7 @@ def make_row_loglikelihoods(config: Config, mesh):
     return jnp.sum(log_p_BS * weights_BS, axis=1)
 
   batch = mesh_lib.batch_spec()
-  specs = (parameters.specs(params), parameters.specs(router_bias))
+  specs = (parameters.specs(params, mesh), parameters.specs(router_bias, mesh))
   return jax.jit(mesh_lib.shard_map(rows, mesh, (*specs, batch, batch, batch), batch))
 
 

@@ -109,11 +109,10 @@ def _apply(graphdef, config, params, router_bias, *inputs):
     return nnx.merge(graphdef, params, router_bias)(*inputs, cos_sin, attend)[0]
 
   rows = mesh_lib.batch_spec()
-  specs = (parameters.specs(params), parameters.specs(router_bias))
+  mesh = mesh_lib.single_device_mesh()
+  specs = (parameters.specs(params, mesh), parameters.specs(router_bias, mesh))
   specs += (rows,) * len(inputs)
-  return mesh_lib.shard_map(forward, mesh_lib.single_device_mesh(), specs, rows)(
-    params, router_bias, *inputs
-  )
+  return mesh_lib.shard_map(forward, mesh, specs, rows)(params, router_bias, *inputs)
 
 
 def _graph(config: ModelConfig, stack: str):

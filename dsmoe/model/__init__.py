@@ -2,6 +2,6 @@
 
 from dsmoe.model.moe import RouterBias
 from dsmoe.model.parameters import compute_cast
-from dsmoe.model.transformer import Transformer, build, logits, split
+from dsmoe.model.transformer import Transformer, build, logits, split, whole_shapes
 
-__all__ = ["RouterBias", "Transformer", "build", "compute_cast", "logits", "split"]
+__all__ = ["RouterBias", "Transformer", "build", "compute_cast", "logits", "split", "whole_shapes"]

@@ -4,7 +4,10 @@ Keys and values are expanded from one latent of kv_lora_rank numbers a token; a 
 of qk_rope_head_dim numbers is shared by all heads. Source: DeepSeek-V2 (arXiv:2405.04434)
 section 2.1, DeepSeek-V3 (arXiv:2412.19437) section 2.1.1.
 
-Shapes: B batch, S queries, T keys, D hidden, H heads, N qk_nope, R qk_rope, U v head dim,
+Over the mesh axis `model` heads are split: what depends on a head is computed where it lies, the
+latents everywhere, and each device's part of the output is summed.
+
+Shapes: B batch, S queries, T keys, D hidden, H heads (of this device), N qk_nope, R qk_rope, U v head dim,
 Q q_lora, C kv_lora.
 """
 
@@ -18,7 +21,7 @@ from flax import nnx
 from dsmoe.config import ModelConfig
 from dsmoe.model import rope
 from dsmoe.model.layers import normal, ones, project, rms_norm, zeros
-from dsmoe.parallel import context
+from dsmoe.parallel import collectives, context
 from pallas_kernels.mla_attention import causal_attention
 
 LATENT_NORM_EPS = 1e-6  # whatever rms_norm_eps says, as in every released checkpoint's code
@@ -56,12 +59,14 @@ class MLA(nnx.Module):
   def queries(self, x_BSD, cos_BSr, sin_BSr):
     """Returns rotated queries [B, S, H, N + R]."""
     if self.config.q_lora_rank is None:
+      x_BSD = collectives.enter_model_axis(x_BSD)
       q_BSHA = project(x_BSD, self._rope_columns(self.q_proj[...]), self.config)
     else:
       q_BSQ = project(x_BSD, self.q_a_proj[...], self.config)
       if self.config.attention_bias:
         q_BSQ = q_BSQ + self.q_a_bias[...].astype(q_BSQ.dtype)[None, None]
       q_BSQ = rms_norm(q_BSQ, self.q_a_norm[...], LATENT_NORM_EPS)
+      q_BSQ = collectives.enter_model_axis(q_BSQ)
       q_BSHA = project(q_BSQ, self._rope_columns(self.q_b_proj[...]), self.config)
     q_BSHN, q_BSHR = jnp.split(q_BSHA, [self.config.qk_nope_head_dim], axis=-1)
     q_BSHR = rope.rotate(q_BSHR, cos_BSr[:, :, None], sin_BSr[:, :, None])
@@ -78,6 +83,7 @@ class MLA(nnx.Module):
 
   def expand(self, c_BSC, k_BSR):
     """Returns the keys [B, S, H, N + R] and values [B, S, H, U] that latents stand for."""
+    c_BSC, k_BSR = collectives.enter_model_axis((c_BSC, k_BSR))
     kv = project(c_BSC, self.kv_b_proj[...], self.config)
     k_BSHN, v_BSHU = jnp.split(kv, [self.config.qk_nope_head_dim], axis=-1)
     shape = (*k_BSHN.shape[:3], self.config.qk_rope_head_dim)
@@ -107,6 +113,7 @@ class MLA(nnx.Module):
     out_BSD = project(
       out_BSHU.reshape(B, S, H * U), self.o_proj[...].reshape(H * U, -1), self.config
     )
+    out_BSD = collectives.sum_over_model(out_BSD)
     if self.config.attention_bias:
       out_BSD = out_BSD + self.o_bias[...].astype(out_BSD.dtype)[None, None]
     return out_BSD

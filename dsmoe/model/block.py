@@ -16,6 +16,7 @@ from dsmoe.config import ModelConfig
 from dsmoe.model.attention import MLA
 from dsmoe.model.layers import SwiGLU, ones, rms_norm
 from dsmoe.model.moe import TRAINING, MoE, MoEOptions, MoEStats
+from dsmoe.parallel import collectives
 
 
 class Block(nnx.Module):
@@ -53,5 +54,9 @@ class Block(nnx.Module):
       x_BSD = x_BSD + out_BSD
     with jax.named_scope("mlp"):
       h_BSD = rms_norm(x_BSD, self.mlp_norm[...], eps)
-      out_BSD, stats = self.mlp(h_BSD, moe) if self.use_moe else (self.mlp(h_BSD), None)
+      if self.use_moe:
+        out_BSD, stats = self.mlp(h_BSD, moe)
+      else:
+        partial_BSD, stats = self.mlp(collectives.enter_model_axis(h_BSD)), None
+        out_BSD = collectives.sum_over_model(partial_BSD)
     return x_BSD + out_BSD, stats, attended

@@ -87,6 +87,6 @@ class SwiGLU(nnx.Module):
     self.w_down = normal(rngs, (F, D), stddev)  # [F, D]
 
   def __call__(self, x):
-    """Maps [..., D] to [..., D]."""
+    """Maps [..., D] to [..., D]; where F is split over `model`, to this device's share of it."""
     gate, up = (project(x, w[...], self.config) for w in (self.w_gate, self.w_up))
     return project(silu_times(gate, up), self.w_down[...], self.config)

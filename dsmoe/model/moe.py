@@ -17,7 +17,7 @@ from flax import nnx
 from dsmoe.config import ModelConfig
 from dsmoe.model import routing
 from dsmoe.model.layers import SwiGLU, normal
-from dsmoe.parallel import dispatch
+from dsmoe.parallel import collectives, dispatch
 from dsmoe.parallel.experts import ExpertWeights
 from dsmoe.parallel.stats import DispatchStats
 
@@ -102,9 +102,10 @@ class MoE(nnx.Module):
     x_MD = x_BSD.reshape(B * S, D)
     with jax.named_scope("routing"):
       routed, logits_ME = self.route(x_MD)
+    x_MD, gate_MK = collectives.enter_model_axis((x_MD, routed.gate_MK))
     y_MD, dispatched = dispatch.routed_experts(
       x_MD,
-      routed,
+      routed._replace(gate_MK=gate_MK),
       self.experts.weights(options.layer),
       config,
       None if options.real_BS is None else options.real_BS.reshape(-1),
@@ -113,7 +114,8 @@ class MoE(nnx.Module):
     y_BSD = y_MD.reshape(B, S, D)
     if config.n_shared_experts:
       with jax.named_scope("shared_experts"):
-        y_BSD = y_BSD + self.shared(x_BSD)
+        y_BSD = y_BSD + self.shared(x_MD.reshape(B, S, D))
+    y_BSD = collectives.sum_over_model(y_BSD)
     balance_loss = jnp.zeros((), jnp.float32)
     if options.balance_loss is not None:
       scores_BSE = routing.scores(logits_ME, config.scoring_func).reshape(B, S, -1)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from dsmoe.config import ModelConfig
 from dsmoe.parallel import collectives, sharding
@@ -76,6 +76,12 @@ def _names(path: tuple[Any, ...]) -> list[str]:
   return [name for name in names if name != "value"]  # a leaf of an nnx.State, not of a dict
 
 
+def _entry(path: tuple[Any, ...]) -> str:
+  """Returns the name under which the table lists the parameter at `path`."""
+  names = _names(path)
+  return "/".join(names[names[0] in STACKS :]).removeprefix("block/")
+
+
 def is_stacked(path: tuple[Any, ...]) -> bool:
   """Returns whether the parameter at `path` has a leading dimension of layers."""
   return _names(path)[0] in STACKS
@@ -90,10 +96,9 @@ def of(path: tuple[Any, ...]) -> Parameter:
   Raises:
     ValueError: when the table has none.
   """
-  names = _names(path)
-  name = "/".join(names[names[0] in STACKS :]).removeprefix("block/")
+  name = _entry(path)
   if name not in TABLE:
-    raise ValueError(f"parameter {'/'.join(names)} has no entry in parameters.TABLE")
+    raise ValueError(f"parameter {'/'.join(_names(path))} has no entry in parameters.TABLE")
   return TABLE[name]
 
 
@@ -102,51 +107,71 @@ def is_matrix(path: tuple[Any, ...]) -> bool:
   return len(of(path).dims) > 1
 
 
-def spec(path: tuple[Any, ...], ndim: int) -> PartitionSpec:
-  """Returns how the parameter at `path` is stored on the mesh.
+def spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
+  """Returns how the parameter at `path` is stored on a mesh.
 
   Args:
     path: as for `of`; below a stack's name it has a leading dimension, which is never split.
-    ndim: its number of dimensions.
+    shape: its sizes, the leading one of a stack included.
+    mesh: a Mesh or AbstractMesh.
 
   Raises:
-    ValueError: when the table has no entry, or one with other dimensions.
+    ValueError: when the table has no entry or one with other dimensions, and where a mesh axis
+      divides none of the parameter's dimensions.
   """
   parameter, lead = of(path), is_stacked(path)
-  if ndim != len(parameter.dims) + lead:
+  if len(shape) != len(parameter.dims) + lead:
     raise ValueError(
       f"parameter {'/'.join(_names(path))} must have the dimensions {parameter.dims}"
-      f"{' behind its stack' if lead else ''}, got {ndim} dimensions"
+      f"{' behind its stack' if lead else ''}, got {len(shape)} dimensions"
     )
-  stored = sharding.stored_spec(parameter.dims)
+  stored = _stored(_entry(path), shape[lead:], mesh)
   return PartitionSpec(None, *stored) if lead and len(stored) else stored
 
 
-def specs(tree: Any) -> Any:
+def _stored(entry: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
+  """Returns how a parameter of an entry of the table is stored, without a stack's layers."""
+  try:
+    return sharding.stored_spec(TABLE[entry].dims, shape, mesh.shape)
+  except ValueError as error:
+    raise ValueError(f"parameter {entry}: {error}") from error
+
+
+def specs(tree: Any, mesh) -> Any:
   """Maps `spec` over a tree of parameters or router biases, arrays or ShapeDtypeStructs."""
-  return jax.tree.map_with_path(lambda path, x: spec(path, x.ndim), tree)
+  return jax.tree.map_with_path(lambda path, x: spec(path, x.shape, mesh), tree)
 
 
-def check_divisible(params: Any, mesh: Mesh) -> None:
-  """Raises ValueError, naming the parameter, when a split dimension does not divide evenly."""
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of each kind of parameter of a tree, of one layer where it has a stack.
 
-  def check(path, x):
-    for place, (size, axis) in enumerate(zip(x.shape, spec(path, x.ndim))):
-      if axis is not None and size % mesh.shape[axis]:
-        raise ValueError(
-          f"dimension {place} of parameter {jax.tree_util.keystr(path)} ({size}) must be "
-          f"divisible by the mesh axis {axis!r} ({mesh.shape[axis]})"
-        )
-
-  jax.tree.map_with_path(check, params)
+  Args:
+    tree: whole parameters, arrays or ShapeDtypeStructs. Those of one entry of the table have one
+      shape in all layers.
+  """
+  leaves = jax.tree.leaves_with_path(tree)
+  return {_entry(path): x.shape[is_stacked(path) :] for path, x in leaves}
 
 
-def gathered(tree: Any) -> Any:
+def check_fit(shapes: dict[str, tuple[int, ...]], mesh) -> None:
+  """Raises ValueError, naming the parameter, where a mesh axis divides none of its dimensions."""
+  for entry, shape in shapes.items():
+    _stored(entry, shape, mesh)
+
+
+def gathered(tree: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
   """Gathers the parameters of one layer, or any without a stack's dimension, for computation.
 
-  Call it inside `mesh.shard_map`. Routed experts stay with the devices that own them.
+  Call it inside `mesh.shard_map`. What is computed with split stays so: a device's own routed
+  experts, its heads, its part of the feed-forward layers and of the vocabulary.
+
+  Args:
+    tree: this device's parts.
+    shapes: of the whole parameters, from the function of that name.
   """
-  return jax.tree.map_with_path(lambda path, x: collectives.gather_weight(x, of(path).dims), tree)
+  return jax.tree.map_with_path(
+    lambda path, x: collectives.gather_weight(x, of(path).dims, shapes[_entry(path)]), tree
+  )
 
 
 def compute_cast(params: Any, config: ModelConfig) -> Any:

@@ -3,7 +3,8 @@
 Layers of one kind are stacked, and scanned when many, so compile time does not grow with
 depth. Each layer's weights are gathered from their shards just before use.
 
-Shapes: B batch, S sequence, D hidden, V vocabulary, L layers, E routed experts.
+Shapes: B batch, S sequence, D hidden, V vocabulary (v: this device's part), L layers, E routed
+experts.
 """
 
 import functools
@@ -20,7 +21,7 @@ from dsmoe.model import attention, mtp, parameters, rope
 from dsmoe.model.block import Block
 from dsmoe.model.layers import normal, ones, rms_norm
 from dsmoe.model.moe import MoEOptions, MoEStats, RouterBias
-from dsmoe.parallel import context
+from dsmoe.parallel import collectives, context
 from dsmoe.parallel import mesh as mesh_lib
 
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -55,8 +56,18 @@ def _apply_stack(layer, x_BSD, layers):
   return x_BSD, jax.tree.map(lambda *s: jnp.stack(s), *stats)
 
 
-def _gathered(graphdef, state) -> Any:
-  return nnx.merge(graphdef, parameters.gathered(state))
+def _gathered(graphdef, state, config: ModelConfig) -> Any:
+  return nnx.merge(graphdef, parameters.gathered(state, whole_shapes(config)))
+
+
+def _embedded(embed_vD, tokens_BS):
+  """Returns each token's row [B, S, D] of an embedding whose rows are split over `model`."""
+  if collectives.devices_along("model") == 1:
+    return embed_vD[tokens_BS]
+  row_BS = tokens_BS - collectives.first_of_model(embed_vD.shape[0])
+  own_BS = (row_BS >= 0) & (row_BS < embed_vD.shape[0])
+  x_BSD = jnp.where(own_BS[..., None], embed_vD[jnp.where(own_BS, row_BS, 0)], 0)
+  return collectives.sum_over_model(x_BSD)
 
 
 class Transformer(nnx.Module):
@@ -82,14 +93,15 @@ class Transformer(nnx.Module):
       )
 
   def gathered_embed(self):
-    """Returns the whole embedding, [V, D]."""
-    return parameters.gathered({"embed": self.embed[...]})["embed"]
+    """Returns the embedding, [V, D]; of this device's part of V if that is split over `model`."""
+    shapes = whole_shapes(self.config)
+    return parameters.gathered({"embed": self.embed[...]}, shapes)["embed"]
 
   def gathered_head(self):
-    """Returns the whole output projection, [D, V]."""
+    """Returns the output projection, [D, V]; of this device's part of V like the embedding."""
     if self.config.tie_word_embeddings:
       return self.gathered_embed().T
-    return parameters.gathered({"head": self.head[...]})["head"]
+    return parameters.gathered({"head": self.head[...]}, whole_shapes(self.config))["head"]
 
   def __call__(
     self,
@@ -117,18 +129,18 @@ class Transformer(nnx.Module):
     depths = config.num_nextn_predict_layers if targets_BS is not None else 0
     ahead = context.own_tokens([mtp.shift(targets_BS, k) for k in range(depths)])
     tokens_BS, positions_BS = context.own_tokens((tokens_BS, positions_BS))
-    embed_VD = self.gathered_embed()
+    embed_vD = self.gathered_embed()
     cos_sin = platforms.computed_once(lambda x: rope.cos_sin(x, config), positions_BS)
     options = MoEOptions(balance_loss, record_routing=record_routing)
     block_args = (cos_sin, attention.within_rows(segments_BS), options)
-    x_BSD = embed_VD[tokens_BS]
+    x_BSD = _embedded(embed_vD, tokens_BS)
     stats: list[MoEStats] = []
     for name in ("dense_layers", "moe_layers"):
       if hasattr(self, name):
         graphdef, layers = nnx.split(getattr(self, name))
 
         def layer(x_BSD, state, graphdef=graphdef):
-          x_BSD, layer_stats, _ = _gathered(graphdef, state)(x_BSD, *block_args)
+          x_BSD, layer_stats, _ = _gathered(graphdef, state, config)(x_BSD, *block_args)
           return x_BSD, layer_stats
 
         x_BSD, layer_stats = _apply_stack(REMAT[config.remat](layer), x_BSD, layers)
@@ -141,8 +153,8 @@ class Transformer(nnx.Module):
 
       def module(hidden_BSD, depth):
         state, tokens_BS = depth
-        hidden_BSD, layer_stats, _ = _gathered(graphdef, state)(
-          hidden_BSD, embed_VD[tokens_BS], *block_args
+        hidden_BSD, layer_stats, _ = _gathered(graphdef, state, config)(
+          hidden_BSD, _embedded(embed_vD, tokens_BS), *block_args
         )
         return hidden_BSD, (hidden_BSD, layer_stats)
 
@@ -157,6 +169,13 @@ class Transformer(nnx.Module):
 def build(config: ModelConfig, seed: int = 0) -> Transformer:
   """Creates the model with fresh float32 weights; under `jax.eval_shape`, only its shapes."""
   return Transformer(config, nnx.Rngs(params=seed))
+
+
+@functools.cache
+def whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Returns `parameters.shapes` of the model, which no device knows from its own part."""
+  _, params, router_bias = split(jax.eval_shape(lambda: build(config)))
+  return parameters.shapes(params) | parameters.shapes(router_bias)
 
 
 def split(model: Transformer):
@@ -177,8 +196,8 @@ def _logits(graphdef, config, params, bias, tokens_BS):
     return jnp.matmul(hidden_BSD, model.gathered_head(), preferred_element_type=jnp.float32)
 
   batch = mesh_lib.batch_spec()
-  specs = (parameters.specs(params), parameters.specs(bias), batch)
   mesh = mesh_lib.single_device_mesh()
+  specs = (parameters.specs(params, mesh), parameters.specs(bias, mesh), batch)
   return mesh_lib.shard_map(forward, mesh, specs, batch)(params, bias, tokens_BS)
 
 

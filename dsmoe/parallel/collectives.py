@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 
-from dsmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
-from dsmoe.parallel.sharding import COMPUTED, stored_spec
+from dsmoe.parallel.mesh import AXES, BATCH_AXES, TOKEN_AXES
+from dsmoe.parallel.sharding import COMPUTED, axes_of, stored_spec
 from pallas_kernels import varying
 
 
-def gather_weight(x: jax.Array, dims: tuple[str, ...]) -> jax.Array:
+def gather_weight(x: jax.Array, dims: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
   """Gathers a parameter from how it is stored to how it is computed with, axis by axis.
 
   The gradient of each gather is a reduce-scatter over the same axis.
@@ -18,11 +18,14 @@ def gather_weight(x: jax.Array, dims: tuple[str, ...]) -> jax.Array:
   Args:
     x: this device's part.
     dims: the logical dimensions of x.
+    shape: the whole parameter's, which decides how it is stored.
   """
-  for place, axis in enumerate(stored_spec(dims)):
-    # Over an axis of one device a gather would be a copy.
-    if axis is not None and axis != COMPUTED.get(dims[place]) and devices_along(axis) > 1:
-      x = jax.lax.all_gather(x, axis, axis=place, tiled=True)
+  sizes = {axis: devices_along(axis) for axis in AXES}
+  for place, part in enumerate(stored_spec(dims, shape, sizes)):
+    for axis in reversed(axes_of(part)):  # the innermost first: its parts lie together
+      # Over an axis of one device a gather would be a copy.
+      if axis != COMPUTED.get(dims[place]) and sizes[axis] > 1:
+        x = jax.lax.all_gather(x, axis, axis=place, tiled=True)
   return x
 
 
@@ -53,3 +56,33 @@ def devices_along(axis: str) -> int:
 def sum_to_owners(x: jax.Array, axis: str) -> jax.Array:
   """Sums an array over the devices along an axis and gives each its part of the first dimension."""
   return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+
+
+# The axis `model`, whose devices have the same tokens and each its own heads, inner dimensions of
+# the feed-forward layers and part of the vocabulary. With one device along it nothing is done.
+
+
+def enter_model_axis(x: Any) -> Any:
+  """Hands arrays that are alike on all devices of `model` to what each computes of its own part.
+
+  The gradient is summed over them. Every product of activations with a weight that is split over
+  `model` begins here and ends in `sum_over_model`.
+  """
+  if devices_along("model") == 1:
+    return x
+  return jax.tree.map(lambda a: jax.lax.pcast(a, "model", to="varying"), x)
+
+
+def sum_over_model(x: Any) -> Any:
+  """Sums partial results over the devices of `model`, all of which get the sum."""
+  return x if devices_along("model") == 1 else jax.lax.psum(x, "model")
+
+
+def max_over_model(x: jax.Array) -> jax.Array:
+  """Returns the largest value over the devices of `model`; not differentiable."""
+  return x if devices_along("model") == 1 else jax.lax.pmax(x, "model")
+
+
+def first_of_model(size: int) -> jax.Array | int:
+  """Returns the number of the first of this device's entries, if each along `model` has `size`."""
+  return 0 if devices_along("model") == 1 else jax.lax.axis_index("model") * size

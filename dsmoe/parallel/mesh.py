@@ -1,6 +1,7 @@
 """The device mesh: its axes, how the batch is split over them, and the model's `shard_map`."""
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,23 +17,121 @@ BATCH_AXES = ("data", "expert")  # of a batch's rows
 TOKEN_AXES = (*BATCH_AXES, "context")  # of its tokens; see context.py
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(
+  config: MeshConfig, devices: list[Any] | None = None, check: Callable | None = None
+) -> Mesh:
   """Builds the mesh over `devices` (default: all there are).
 
+  Args:
+    config: the sizes of the axes, and which of them joins slices.
+    devices: any number of them.
+    check: raises ValueError for axis sizes, a dict by name, that what will be computed does not
+      fit; None accepts all.
+
   Raises:
-    ValueError: when the axis sizes do not multiply to the number of devices.
+    ValueError: when the axis sizes do not multiply to the number of devices, do not suit `check`
+      or cannot join the slices, naming the nearest sizes that do, if any do.
   """
   devices = jax.devices() if devices is None else devices
   sizes = {axis: getattr(config, axis) for axis in AXES}
   others = math.prod(size for size in sizes.values() if size != -1)
   if sizes["data"] == -1:
     sizes["data"] = max(len(devices) // others, 1)
-  if math.prod(sizes.values()) != len(devices):
-    raise ValueError(
-      f"the mesh axes {sizes} must multiply to the number of devices ({len(devices)})"
+  num_slices, across = len(slices(devices)), config.across_slices
+
+  def misfit(sizes: Mapping[str, int]) -> str | None:
+    if math.prod(sizes.values()) != len(devices):
+      return f"the mesh axes {sizes} must multiply to the number of devices ({len(devices)})"
+    if sizes[across] % num_slices:
+      return (
+        f"mesh.{across} ({sizes[across]}) must be divisible by the number of slices "
+        f"({num_slices}) that it joins"
+      )
+    try:
+      if check:
+        check(sizes)
+    except ValueError as error:
+      return str(error)
+    return None
+
+  if reason := misfit(sizes):
+    near = nearest(sizes, len(devices), lambda sizes: misfit(sizes) is None)
+    advice = (
+      f"the nearest mesh that fits is {near}" if near else f"no mesh of {len(devices)} devices fits"
     )
-  grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices)
+    raise ValueError(f"{reason}; {advice}")
+  grid = device_grid(tuple(sizes.values()), devices, AXES.index(across))
   return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def nearest(
+  sizes: Mapping[str, int], num_devices: int, fits: Callable[[dict[str, int]], bool]
+) -> dict[str, int]:
+  """Returns the sizes nearest to `sizes` that use all devices and fit; empty when none do.
+
+  As few axes as possible change, then by as small factors as possible, then the first axes.
+
+  Args:
+    sizes: of every axis; `stage` is left as it is.
+    num_devices: what they are to multiply to.
+    fits: whether sizes can be used.
+  """
+
+  def distance(other: dict[str, int]):
+    ratios = [abs(math.log2(other[axis] / sizes[axis])) for axis in AXES]
+    return sum(r > 0 for r in ratios), round(sum(ratios), 6), [-r for r in ratios]
+
+  stage = sizes["stage"]
+  others = () if num_devices % stage else factorizations(num_devices // stage, len(AXES) - 1)
+  found = [dict(zip(AXES, (stage, *other))) for other in others]
+  return next(filter(fits, sorted(found, key=distance)), {})
+
+
+def factorizations(number: int, num_factors: int) -> Iterator[tuple[int, ...]]:
+  """Yields every way to write a number as a product of so many factors, in order."""
+  if num_factors == 1:
+    yield (number,)
+    return
+  for first in range(1, number + 1):
+    if number % first == 0:
+      for others in factorizations(number // first, num_factors - 1):
+        yield (first, *others)
+
+
+def slices(devices: list[Any]) -> list[list[Any]]:
+  """Groups devices by the slice whose fast links join them, in the order of the slices' numbers.
+
+  Of devices that do not tell their slice, TPUs are of one; others are grouped by process, where
+  processes have several.
+  """
+  key = "slice_index" if all(hasattr(d, "slice_index") for d in devices) else "process_index"
+  numbers = sorted({getattr(d, key) for d in devices})
+  groups = [[d for d in devices if getattr(d, key) == number] for number in numbers]
+  if key == "process_index" and (devices[0].platform == "tpu" or len(groups) == len(devices)):
+    return [list(devices)]
+  return groups
+
+
+def device_grid(shape: tuple[int, ...], devices: list[Any], across: int) -> np.ndarray:
+  """Returns the devices in the mesh's shape; links between slices are crossed along one axis only.
+
+  Args:
+    shape: of the mesh; multiplies to the number of devices.
+    devices: of one or more slices, all of one size.
+    across: index of the axis whose outermost part goes from slice to slice.
+
+  Raises:
+    ValueError: for slices of different sizes.
+  """
+  groups = slices(devices)
+  if len({len(group) for group in groups}) > 1:
+    raise ValueError(f"all slices must have equally many devices, got {[len(g) for g in groups]}")
+  inside = tuple(n // len(groups) if i == across else n for i, n in enumerate(shape))
+  # Where an axis does not fill whole rings of the slice's torus, it is given parts of them.
+  grids = [
+    mesh_utils.create_device_mesh(inside, group, allow_split_physical_axes=True) for group in groups
+  ]
+  return np.concatenate(grids, axis=across)
 
 
 def single_device_mesh() -> Mesh:

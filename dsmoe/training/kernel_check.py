@@ -8,6 +8,7 @@ Shapes: M tokens, D hidden, F inner, E experts, K experts a token; S tokens of a
 A query and key dim, U value dim.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -87,9 +88,10 @@ def check(config: Config) -> str | None:
 
 def _checks(config: Config) -> Iterator[Check]:
   """Yields the checks of those kernels that are compiled ones."""
+  S, parts = config.data.sequence_length, config.mesh.model
+  tokens = config.batch_size * S * parts // config.num_microbatches // jax.device_count()
+  config = _of_one_part(config, parts)
   model = config.model
-  S = config.data.sequence_length
-  tokens = config.batch_size * S // config.num_microbatches // jax.device_count()
   found = [_attention(config)]
   if model.num_moe_layers:
     found.append(_routing(model, tokens))
@@ -98,6 +100,17 @@ def _checks(config: Config) -> Iterator[Check]:
   if model.matmul_precision != "compute_dtype":
     found.append(_fp8_matmul(model, tokens))
   yield from (build() for implementation, build in found if implementation in COMPILED)
+
+
+def _of_one_part(config: Config, parts: int) -> Config:
+  """Returns the config of what one device computes of dimensions split over the axis `model`."""
+  split = ("num_attention_heads", "intermediate_size", "moe_intermediate_size")
+  sizes = {name: -(-getattr(config.model, name) // parts) for name in split}
+  return dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, **sizes),
+    mesh=dataclasses.replace(config.mesh, model=1),
+  )
 
 
 def _run(each: Check) -> None:

@@ -9,7 +9,7 @@ Shapes: B batch, S sequence, D hidden, L MoE layers, E routed experts.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -78,8 +78,7 @@ def state_shardings(config: Config, mesh) -> TrainState:
     ValueError: when a parameter does not divide over the mesh.
   """
   shapes = state_shapes(config)
-  parameters.check_divisible(shapes.params, mesh)
-  specs = parameters.specs(shapes.params)
+  specs = parameters.specs(shapes.params, mesh)
   # Optimizer moments are trees like the parameters; its counters are replicated.
   opt_specs = optax.tree_map_params(
     optim.make(config.optim, config.num_steps),
@@ -254,7 +253,7 @@ def _join_microbatches(a):
 def _on_mesh(config: Config, mesh, record: bool) -> Callable:
   """Returns `_loss_and_grads` as a function of global arrays."""
   graphdef, params, router_bias = model_parts(config)
-  specs, bias_specs = parameters.specs(params), parameters.specs(router_bias)
+  specs, bias_specs = parameters.specs(params, mesh), parameters.specs(router_bias, mesh)
   replicated = jax.sharding.PartitionSpec()
   return mesh_lib.shard_map(
     _loss_and_grads(config, graphdef, record),
@@ -414,8 +413,8 @@ def make_eval_step(config: Config, mesh):
     evaluate,
     mesh,
     in_specs=(
-      parameters.specs(params),
-      parameters.specs(router_bias),
+      parameters.specs(params, mesh),
+      parameters.specs(router_bias, mesh),
       mesh_lib.batch_spec(),
     ),
     out_specs=replicated,
@@ -424,6 +423,24 @@ def make_eval_step(config: Config, mesh):
     lambda state, batch: run(state.params, state.router_bias, batch),
     compiler_options=platforms.compiler_options(mesh_lib.platform_of(mesh)),
   )
+
+
+def make_mesh(config: Config, devices: list[Any] | None = None) -> jax.sharding.Mesh:
+  """Builds the mesh of a run over `devices` (default: all there are).
+
+  Raises:
+    ValueError: where the mesh fits the devices, the model or the batch not; it names the nearest
+      that does.
+  """
+  return mesh_lib.make_mesh(config.mesh, devices, functools.partial(check_fit, config))
+
+
+def check_fit(config: Config, sizes: Mapping[str, int]) -> None:
+  """Raises ValueError unless model and batch can be split over a mesh of these axis sizes."""
+  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
+  mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  check_batch(config, mesh)
+  parameters.check_fit(model_lib.whole_shapes(config.model), mesh)
 
 
 def check_batch(config: Config, mesh) -> None:

@@ -26,6 +26,7 @@ def _values(**changes):
   return values
 
 
+EVEN = {"model.num_attention_heads": 4, "model.moe_intermediate_size": 20}
 RULES = [
   ({"model.rope_scaling.factor": 0.5}, "factor must be at least 1.0, got 0.5"),
   (
@@ -206,12 +207,13 @@ RULES = [
   ),
   (
     {"mesh.expert": 5, "model.dispatch": "all_gather"},
-    "model.n_routed_experts (12) must be divisible by mesh.expert (5)",
+    "model.n_routed_experts (12) must be divisible by mesh.expert (5); the nearest that divides "
+    "it is 6",
   ),
   ({"mesh.data": 0}, "mesh.data must be -1 or at least 1, got 0"),
   *(
     ({f"mesh.{axis}": 2}, f"mesh.{axis} must be 1 (that axis does not exist yet), got 2")
-    for axis in ("stage", "model")
+    for axis in ("stage",)
   ),
   ({"mesh.context": 0}, "context must be at least 1, got 0"),
   (
@@ -223,6 +225,21 @@ RULES = [
     {"mesh.context": 7, "model.kernels.attention": "mosaic_gpu"},
     "mesh.context (7) above 1 needs model.kernels.attention to be one of None, reference, xla, "
     "mosaic_tpu, got 'mosaic_gpu'",
+  ),
+  ({"mesh.model": 0}, "model must be at least 1, got 0"),
+  ({"mesh.across_slices": "model"}, "mesh.across_slices must be one of data, expert, got 'model'"),
+  *(
+    (
+      {**EVEN, f"model.{name}": number, "mesh.model": 4},
+      f"model.{name} ({number}) must be divisible by mesh.model (4); the nearest that divides it "
+      f"is {near}",
+    )
+    for name, number, near in (
+      ("num_attention_heads", 6, 3),
+      ("vocab_size", 99, 3),
+      ("intermediate_size", 50, 5),
+      ("moe_intermediate_size", 21, 3),
+    )
   ),
   ({"checkpoint.save_every_steps": 0}, "save_every_steps must be at least 1, got 0"),
   ({"checkpoint.keep_last": 0}, "keep_last must be at least 1, got 0"),

@@ -135,11 +135,12 @@ def _loss_and_grads(graphdef, config, params, router_bias, batch, mtp_weight):
 
     return jax.grad(loss_of, has_aux=True)(params)
 
-  specs, bias_specs = parameters.specs(params), parameters.specs(router_bias)
+  mesh = mesh_lib.single_device_mesh()
+  specs, bias_specs = parameters.specs(params, mesh), parameters.specs(router_bias, mesh)
   whole, rows = jax.sharding.PartitionSpec(), mesh_lib.batch_spec()
   fn = mesh_lib.shard_map(
     run,
-    mesh_lib.single_device_mesh(),
+    mesh,
     (specs, bias_specs, rows, whole),
     (specs, Outcome(whole, rows, whole, rows)),
   )
@@ -151,7 +152,8 @@ def loss_and_grads(model, batch, mtp_weight: float = 0.0, params=None) -> tuple[
   graphdef, own, router_bias = model_lib.split(model)
   params = own if params is None else params
   # Placed as the gradients will be, so that updated parameters do not compile it anew.
-  specs = mesh_lib.named(mesh_lib.single_device_mesh(), parameters.specs(params))
+  mesh = mesh_lib.single_device_mesh()
+  specs = mesh_lib.named(mesh, parameters.specs(params, mesh))
   params, weight = jax.device_put(params, specs), jnp.float32(mtp_weight)
   return _loss_and_grads(graphdef, model.config, params, router_bias, batch, weight)
 

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from dsmoe.model import parameters
@@ -16,7 +17,9 @@ from tests.helpers import (
 def test_specs_of_every_parameter_of_a_model():
   config = small_config(**{"model.attention_bias": True})
   _, params, bias = random_parts(config, 0)
-  specs = parameters.specs(params)
+  sizes = dict(stage=1, data=4, expert=2, context=1, model=1)
+  mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+  specs = parameters.specs(params, mesh)
   attention = {
     "q_a_proj": P(None, "data", "expert"),
     "q_b_proj": P(None, "data", None, "expert"),
@@ -45,7 +48,7 @@ def test_specs_of_every_parameter_of_a_model():
       **dict.fromkeys(["embed_norm", "hidden_norm", "norm"], P()),
     },
   }
-  assert set(jax.tree.leaves(parameters.specs(bias), is_leaf=_is_spec)) == {P()}
+  assert set(jax.tree.leaves(parameters.specs(bias, mesh), is_leaf=_is_spec)) == {P()}
 
 
 def _is_spec(x):
@@ -53,20 +56,24 @@ def _is_spec(x):
 
 
 def test_a_parameter_without_a_rule_or_of_another_rank_is_refused():
+  mesh = mesh_of(1)
   with pytest.raises(ValueError, match=r"parameter mlp/w_side has no entry in parameters\.TABLE"):
-    parameters.specs({"mlp": {"w_side": np.zeros((2, 3))}})
+    parameters.specs({"mlp": {"w_side": np.zeros((2, 3))}}, mesh)
   with pytest.raises(ValueError, match=r"mlp/router must .* \('embed', 'scores'\), got 3 dim"):
-    parameters.specs({"mlp": {"router": np.zeros((2, 2, 2))}})
+    parameters.specs({"mlp": {"router": np.zeros((2, 2, 2))}}, mesh)
   stack = {"moe_layers": {"mlp": {"router": np.zeros((2, 2))}}}
   with pytest.raises(ValueError, match=r"'scores'\) behind its stack, got 2 dimensions"):
-    parameters.specs(stack)
+    parameters.specs(stack, mesh)
 
 
-def test_check_divisible_names_the_parameter():
-  params = {"mlp": {"w_down": np.zeros((5, 6))}}
-  parameters.check_divisible(params, mesh_of(2))
-  with pytest.raises(ValueError, match=r"dimension 1 .*w_down.* \(6\) .* axis 'data' \(4\)"):
-    parameters.check_divisible(params, mesh_of(4))
+def test_shapes_are_of_one_layer_and_a_misfit_is_named():
+  params = {"dense_layers": {"mlp": {"w_down": np.zeros((3, 5, 6)), "w_up": np.zeros((3, 6, 5))}}}
+  shapes = parameters.shapes(params)
+  assert shapes == {"mlp/w_down": (5, 6), "mlp/w_up": (6, 5)}
+  parameters.check_fit(shapes, mesh_of(2))
+  message = r"parameter mlp/w_down: .*\{'data': 4\} must divide .*\{'ffn': 5, 'embed': 6\}"
+  with pytest.raises(ValueError, match=message):
+    parameters.check_fit(shapes, mesh_of(4))
 
 
 def test_compute_cast_keeps_vectors_and_the_router():

@@ -128,7 +128,7 @@ def test_a_stack_written_out_equals_the_scanned_one(monkeypatch):
   config = small_config(**{"model.num_hidden_layers": 5, "model.first_k_dense_replace": 2})
   graphdef, params, bias = random_parts(config, 11)
   run = train_step._loss_and_grads(config, graphdef)
-  specs = [parameters.specs(x) for x in (params, bias)]
+  specs = [parameters.specs(x, mesh_of(1)) for x in (params, bias)]
   none = jax.sharding.PartitionSpec()
   outs, scans = [], []
   for most in (4, 0):

@@ -1,5 +1,6 @@
 """The mesh from its config, and what it refuses."""
 
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def test_make_mesh():
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
   with pytest.raises(ValueError, match=r"'data': 3.* number of devices \(8\)"):
     mesh_lib.make_mesh(MeshConfig(**ONES | {"data": 3}))
-  with pytest.raises(ValueError, match=r"number of devices \(2\)"):
+  near = r"; the nearest mesh that fits is \{'stage': 1, 'data': 2, 'expert': 1, .*'model': 1\}$"
+  with pytest.raises(ValueError, match=r"number of devices \(2\)" + near):
     mesh_lib.make_mesh(MeshConfig(**ONES | {"data": 4}), jax.devices()[:2])
 
 
@@ -107,3 +109,92 @@ def test_named_wraps_every_spec():
   mesh = mesh_of(2)
   wrapped = mesh_lib.named(mesh, {"a": P("data"), "b": [P()]})
   assert wrapped == {"a": NamedSharding(mesh, P("data")), "b": [NamedSharding(mesh, P())]}
+
+
+def test_nearest_changes_few_axes_by_small_factors():
+  everything = lambda _: True  # noqa: E731
+  asked = ONES | {"data": 64, "expert": 8}
+  assert mesh_lib.nearest(asked, 512, everything) == asked
+  assert mesh_lib.nearest(asked, 256, everything) == asked | {"data": 32}
+  few = lambda sizes: 160 % sizes["expert"] == 0  # noqa: E731
+  near = mesh_lib.nearest(ONES | {"data": 2, "expert": 64}, 128, few)
+  assert near == ONES | {"data": 4, "expert": 32}
+  assert mesh_lib.nearest(ONES, 8, lambda sizes: sizes["model"] == 3) == {}
+  assert sorted(mesh_lib.factorizations(4, 2)) == [(1, 4), (2, 2), (4, 1)]
+  assert len(list(mesh_lib.factorizations(12, 3))) == 18
+
+
+def test_what_the_check_refuses_is_said_with_the_nearest_mesh_that_fits():
+  def check(sizes):
+    if sizes["model"] > 2:
+      raise ValueError(f"heads (6) must be divisible by mesh.model ({sizes['model']})")
+
+  config = MeshConfig(**ONES | {"data": 2, "model": 4})
+  with pytest.raises(ValueError) as error:
+    mesh_lib.make_mesh(config, check=check)
+  near = ONES | {"data": 4, "model": 2}
+  assert str(error.value) == (
+    f"heads (6) must be divisible by mesh.model (4); the nearest mesh that fits is {near}"
+  )
+
+  def nothing(sizes):
+    raise ValueError("it is too wide")
+
+  with pytest.raises(ValueError, match=r"^it is too wide; no mesh of 8 devices fits$"):
+    mesh_lib.make_mesh(MeshConfig(**ONES | {"data": 8}), check=nothing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a mesh looks at of a device."""
+
+  id: int
+  process_index: int
+  platform: str = "cpu"
+  device_kind: str = "fake"
+
+
+@dataclasses.dataclass(frozen=True)
+class SlicedDevice:
+  """One that tells its slice."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = "cpu"
+  device_kind: str = "fake"
+
+
+def test_slices_are_joined_by_the_outer_part_of_one_axis():
+  # The devices of three slices of eight come mixed.
+  devices = [SlicedDevice(i, slice_index=i % 3) for i in range(24)]
+  shape = (1, 6, 2, 1, 2)
+  data = mesh_lib.device_grid(shape, devices, across=1)
+  assert data.shape == shape and len({d.id for d in data.flat}) == 24
+  for i in range(6):
+    assert {d.slice_index for d in data[:, i].flat} == {i // 2}
+  expert = mesh_lib.device_grid((1, 2, 6, 1, 2), devices, across=2)
+  for i in range(6):
+    assert {d.slice_index for d in expert[:, :, i].flat} == {i // 2}
+  with pytest.raises(ValueError, match=r"equally many devices, got \[8, 8, 7\]"):
+    mesh_lib.device_grid((1, 23, 1, 1, 1), devices[:23], across=1)
+  with pytest.raises(ValueError) as error:
+    mesh_lib.make_mesh(MeshConfig(**ONES | {"data": 4, "expert": 6}), devices)
+  near = ONES | {"data": 3, "expert": 8}
+  assert str(error.value) == (
+    "mesh.data (4) must be divisible by the number of slices (3) that it joins; "
+    f"the nearest mesh that fits is {near}"
+  )
+
+
+def test_devices_that_do_not_tell_their_slice_are_joined_by_process():
+  devices = [Device(i, process_index=i // 4) for i in range(8)]
+  assert [[d.id for d in group] for group in mesh_lib.slices(devices)] == [
+    [0, 1, 2, 3],
+    [4, 5, 6, 7],
+  ]
+  # A TPU's hosts are joined by its torus.
+  torus = [dataclasses.replace(device, platform="tpu") for device in devices]
+  assert mesh_lib.slices(torus) == [torus]
+  # With one device a process nothing says which of them are near each other.
+  assert len(mesh_lib.slices([Device(i, process_index=i) for i in range(8)])) == 1

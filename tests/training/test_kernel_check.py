@@ -85,7 +85,7 @@ def test_a_wrong_kernel_stops_the_run_before_its_first_step(monkeypatch, tmp_pat
 def test_right_kernels_are_named_and_the_run_goes_on(monkeypatch, tmp_path, capsys):
   # On one device: interpreted kernels wait for each other inside steps that wait for each other.
   mesh = mesh_of(1)
-  monkeypatch.setattr(train.mesh_lib, "make_mesh", lambda _: mesh)
+  monkeypatch.setattr(train.train_step, "make_mesh", lambda _: mesh)
   assert train.train(_config(routing="mosaic_tpu"), tmp_path) == 2
   assert re.search(
     r"^kernels checked: routing mosaic_tpu in \d+\.\d s$", capsys.readouterr().out, re.M
@@ -110,6 +110,16 @@ def test_every_compiled_kernel_of_a_config_is_checked(monkeypatch):
   model = dataclasses.replace(config.model, dispatch="dense", first_k_dense_replace=2)
   line = kernel_check.check(dataclasses.replace(config, model=model))
   assert re.fullmatch(r"kernels checked: attention mosaic_tpu in \d+\.\d s", line)
+
+
+def test_a_kernel_is_checked_at_the_sizes_of_one_device():
+  config = _config(grouped_matmul="mosaic_tpu")
+  model = dataclasses.replace(config.model, num_attention_heads=4)
+  config = dataclasses.replace(config, model=model)
+  split = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, model=2))
+  whole, part = (list(kernel_check._checks(c))[-1].shapes for c in (config, split))
+  assert "28 tokens" in whole and "40 x 18" in whole
+  assert "56 tokens" in part and "40 x 9" in part
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from dsmoe.config import MeshConfig
+from dsmoe.parallel import collectives
+from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.parallel.sharding import stored_spec
 from dsmoe.training import losses
 from tests.helpers import assert_close, largest_intermediate
 
@@ -25,11 +30,11 @@ def _by_loops(x, head, targets, weights, z_weight):
   x, head = np.asarray(x, np.float64), np.asarray(head, np.float64)
   dx, dhead = np.zeros(x.shape), np.zeros(head.shape)
   for m in range(len(x)):
-    logits = [float(x[m] @ head[:, v]) for v in range(V)]
+    logits = [float(x[m] @ head[:, v]) for v in range(head.shape[1])]
     log_z = max(logits) + np.log(sum(np.exp(l - max(logits)) for l in logits))
     cross_entropy += weights[m] * (log_z - logits[targets[m]])
     z_loss += weights[m] * log_z**2
-    for v in range(V):
+    for v in range(head.shape[1]):
       d = np.exp(logits[v] - log_z) * (1 + 2 * z_weight * log_z) - (v == targets[m])
       dx[m] += weights[m] * d * head[:, v]
       dhead[:, v] += weights[m] * d * x[m]
@@ -107,3 +112,31 @@ def test_logits_are_never_whole():
 
   for fn in (chunked, jax.grad(chunked, argnums=(0, 1))):
     assert chunk * V <= largest_intermediate(fn, x, head) < M * V // 4
+
+
+def test_a_vocabulary_split_over_devices():
+  """Values and gradients by loops; targets and largest logits lie on every device."""
+  dims, V = ("embed", "vocab"), 28
+  mesh = mesh_lib.make_mesh(MeshConfig(stage=1, data=2, expert=1, context=1, model=4))
+  x, head, targets, weights = _inputs(4)
+  x, head, targets, weights = x[:12], head[:, :V], (5 * targets[:12]) % V, weights[:12]
+  batch, spec = mesh_lib.batch_spec(), stored_spec(dims, (D, V), mesh.shape)
+
+  def run(x, head, targets, weights):
+    def tripled(x, head):
+      head_DV = collectives.gather_weight(head, dims, (D, V))
+      assert head_DV.shape == (D, V // 4)
+      loss, parts = losses.chunked_cross_entropy(x, head_DV, targets, weights, 0.3, 4)
+      return 3 * loss, collectives.sum_over_batch((3 * loss, parts))
+
+    gradients, values = jax.grad(tripled, argnums=(0, 1), has_aux=True)(x, head)
+    return values, gradients
+
+  out = (P(), (batch, spec))
+  actual = jax.jit(mesh_lib.shard_map(run, mesh, (batch, spec, batch, batch), out))(
+    x, head, targets, weights
+  )
+  cross_entropy, z_loss, gradients = _by_loops(x, head, targets, weights, 0.3)
+  total = 3 * (cross_entropy + 0.3 * z_loss)
+  expected = (total, (cross_entropy, z_loss)), jax.tree.map(lambda g: 3 * g, gradients)
+  assert_close(actual, expected)

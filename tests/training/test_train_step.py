@@ -11,7 +11,14 @@ import pytest
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.platforms import cpu
 from dsmoe.training import train_step
-from tests.helpers import assert_close, mesh_of, random_batch, random_parts, small_config
+from tests.helpers import (
+  abstract_step,
+  assert_close,
+  mesh_of,
+  random_batch,
+  random_parts,
+  small_config,
+)
 
 # A seed whose routing has no near-ties, so that rounding cannot flip a choice.
 MARGIN_SEED = 0
@@ -28,13 +35,15 @@ def first_step(
   precision: str = "compute_dtype",
   exchange: tuple[tuple[str, str | float], ...] = (),
   context: int = 1,
+  model: int = 1,
+  tied: bool = False,
   **overrides,
 ):
   """Returns (initial params, state after one step, metrics) as NumPy arrays.
 
-  `scanned` takes the path of deep models, whose layers are scanned; `expert` and `context` of the
-  devices lie along those axes; `exchange` has fields of `model.exchange`. `overrides` are further
-  fields of the config, with __ for dots.
+  `scanned` takes the path of deep models, whose layers are scanned; `expert`, `context` and `model`
+  are the numbers of devices along those axes; `exchange` has fields of `model.exchange`.
+  `overrides` are further fields of the config, with __ for dots.
   """
   config = small_config(
     **{
@@ -43,6 +52,11 @@ def first_step(
       "model.dispatch": dispatch,
       "optim.warmup_steps": 0,
       "mesh.expert": expert,
+      "mesh.model": model,
+      "model.tie_word_embeddings": tied,
+      # Of heads and inner sizes, what is split over `model` must divide.
+      "model.num_attention_heads": 4,
+      "model.moe_intermediate_size": 20,
       "model.matmul_precision": precision,
       **{f"model.exchange.{name}": value for name, value in exchange},
       "model.v_head_dim": 12,  # 24 with qk_nope_head_dim, which is split over `expert`
@@ -103,10 +117,13 @@ def first_step(
       model__num_hidden_layers=2,
       model__first_k_dense_replace=1,
     ),
+    dict(num_devices=8, expert=2, context=2, model=2, dispatch="all_to_all", remat="full"),
+    dict(num_devices=4, model=4, remat="dots"),
+    dict(num_devices=4, model=2, tied=True),
     dict(
       num_devices=8,
       expert=2,
-      context=2,
+      model=2,
       dispatch="all_gather",
       num_microbatches=2,
       remat="full",
@@ -138,7 +155,7 @@ def first_step(
   ids=str,
 )
 def test_step_does_not_depend_on_how_it_is_computed(variant):
-  fields = {name: value for name, value in variant.items() if "__" in name}
+  fields = {k: v for k, v in variant.items() if "__" in k or k == "tied"}
   before, expected, expected_metrics = first_step(**fields)
   before_other, actual, metrics = first_step(**variant)
   jax.tree.map(np.testing.assert_array_equal, before_other, before)
@@ -213,7 +230,7 @@ def test_batch_that_does_not_divide_is_refused():
 
 def test_hidden_size_that_does_not_divide_is_refused():
   config = small_config(**{"model.hidden_size": 44})
-  with pytest.raises(ValueError, match=r"\(44\) must be divisible by the mesh axis 'data' \(8\)"):
+  with pytest.raises(ValueError, match=r"parameter \S+: .*'data': 8\} must divide .*'embed': 44"):
     train_step.init_state(config, mesh_of(8))
 
 
@@ -229,6 +246,24 @@ def test_a_state_larger_than_the_memory_is_refused_with_its_size(monkeypatch):
     train_step.check_memory(state, mesh)
 
 
+def test_a_mesh_that_does_not_fit_is_refused_with_the_nearest_that_does():
+  """`model` takes what the batch leaves of 8 devices; with 3 heads it cannot."""
+  fields = {"batch_size": 12, "model.num_attention_heads": 4, "model.hidden_size": 48}
+  with pytest.raises(ValueError) as error:
+    train_step.make_mesh(small_config(**fields))
+  near = dict(stage=1, data=4, expert=1, context=1, model=2)
+  assert str(error.value) == (
+    "batch_size (12) must be divisible by devices along the batch (8) times num_microbatches (1); "
+    f"the nearest mesh that fits is {near}"
+  )
+  fields["model.num_attention_heads"] = 3
+  with pytest.raises(ValueError, match=r"no mesh of 8 devices fits$"):
+    train_step.make_mesh(small_config(**fields))
+  config = small_config(**{"mesh.data": 2}, batch_size=4)
+  mesh = train_step.make_mesh(config, jax.devices()[:2])
+  assert dict(mesh.shape) == dict(stage=1, data=2, expert=1, context=1, model=1)
+
+
 def test_state_is_created_sharded():
   config = small_config()
   state = train_step.init_state(config, mesh_of(8))
@@ -239,27 +274,33 @@ def test_state_is_created_sharded():
   assert mu["moe_layers"]["mlp"]["experts"]["w_gate"].sharding == w_gate.sharding
 
 
-def test_compiled_step_gathers_and_scatters_weights():
-  """No all-reduce is as large as a weight; weights are all-gathered."""
-  config = small_config()
-  mesh = mesh_of(8)
-  state = train_step.abstract_state(config, mesh)
-  batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=mesh_lib.named(mesh, mesh_lib.batch_spec())
-    ),
-    random_batch(config, 0),
-  )
-  text = train_step.make_train_step(config, mesh).lower(state, batch).compile().as_text()
+@pytest.mark.parametrize("expert, model", [(1, 1), (2, 2)])
+def test_compiled_step_gathers_and_scatters_weights(expert, model):
+  """No all-reduce is as large as a weight, but those of activations over `model`."""
+  fields = {"mesh.expert": expert, "mesh.model": model, "model.num_attention_heads": 4}
+  fields["model.dispatch"] = "all_gather" if expert > 1 else "local"
+  config = small_config(**fields, **{"model.moe_intermediate_size": 20, "model.v_head_dim": 12})
+  mesh, state, batch = abstract_step(config, jax.devices())
+  step = train_step.make_train_step(config, mesh)
+  text = step.lower(state, batch).compile().as_text()
   assert "all-gather" in text and "reduce-scatter" in text
   smallest_matrix = 16 * 24  # in elements, of the matrices gathered here
+  rows = config.batch_size // mesh_lib.num_batch_shards(mesh)
+  tokens = [(rows, 14), (rows * 14,)]
+  pairs = ("replica_groups=[4,2]<=[8]", "replica_groups={{0,1},{2,3},{4,5},{6,7}}")
+  of_activations = 0
   for line in text.splitlines():
-    if " all-reduce(" in line:
-      result = line.split(" all-reduce(")[0].split("=", 1)[1]
+    if " all-reduce(" in line or " all-reduce-start(" in line:
+      result = line.split(" all-reduce")[0].split("=", 1)[1]
       for shape in result.replace("(", " ").split():
         if "[" in shape:
           dims = [int(d) for d in shape.split("[")[1].split("]")[0].split(",") if d]
-          assert np.prod(dims, initial=1) < smallest_matrix, line
+          if np.prod(dims, initial=1) >= smallest_matrix:
+            assert model > 1 and any(pair in line for pair in pairs), line
+            assert tuple(dims[:2]) in tokens or tuple(dims[:1]) in tokens, line
+            of_activations += 1
+  # Each block sums its attention's and its feed-forward part's outputs, and their gradients.
+  assert of_activations >= (4 * 7 if model > 1 else 0)
 
 
 def test_non_finite_loss_keeps_the_old_state():
