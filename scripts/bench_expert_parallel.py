@@ -33,7 +33,7 @@ from ml_collections import config_flags
 from dsmoe import config as config_lib
 from dsmoe import runtime
 from dsmoe.compilers import compile_only
-from dsmoe.config import Config, MeshConfig
+from dsmoe.config import Config, ExchangeConfig, MeshConfig
 from dsmoe.expert_parallel_bench import compiled, executed, routings, show
 from dsmoe.parallel import dispatch
 from dsmoe.parallel import mesh as mesh_lib
@@ -91,14 +91,21 @@ def mesh_config(config: Config) -> MeshConfig:
   return MeshConfig(**sizes)
 
 
-def back_ends(known: list[str], degree: int) -> list[str]:
-  """Returns the exchanges to measure: those asked for, or all that are for such a mesh."""
+def named_back_ends(known: list[str]) -> list[str]:
+  """Returns the exchanges that --back_ends names, by default all but the oracle."""
   if unknown := [name for name in _BACK_ENDS.value if name not in known]:
     raise ValueError(f"--back_ends must be among {', '.join(known)}, got {', '.join(unknown)}")
-  if degree > 1 and "local" in _BACK_ENDS.value:
-    raise ValueError(f"back end 'local' needs an expert degree of 1, got {degree}")
-  without = ("dense", "local") if degree > 1 else ("dense",)
-  return _BACK_ENDS.value or [name for name in known if name not in without]
+  return _BACK_ENDS.value or [name for name in known if name != "dense"]
+
+
+def back_ends(degree: int, options: ExchangeConfig) -> list[str]:
+  """Returns the exchanges to measure: those asked for, or all that such a mesh can have."""
+  names = named_back_ends(list(dispatch.BACK_ENDS))
+  refusals = {name: exchanges.refused(name, degree, options) for name in names}
+  for name in _BACK_ENDS.value:
+    if refusals[name]:
+      raise ValueError(refusals[name])
+  return [name for name in names if not refusals[name]]
 
 
 def numbers(name: str, values: list[str], least: int) -> list[int]:
@@ -115,7 +122,7 @@ def run(config: Config) -> list[dict]:
     jax.config.update("jax_num_cpu_devices", _FAKE_DEVICES.value)
   runtime.start()
   mesh = mesh_lib.make_mesh(mesh_config(config))
-  names = back_ends(list(dispatch.BACK_ENDS), mesh.shape["expert"])
+  names = back_ends(mesh.shape["expert"], config.model.exchange)
   shards = mesh_lib.num_batch_shards(mesh)
   drawn = {
     name: routings.of_name(name, shards, _TOKENS.value, config.model, _TRACE_LAYER.value)
@@ -130,7 +137,7 @@ def compile_layer(config: Config, topology: str) -> list[dict]:
     raise ValueError(missing)
   jax.config.update("jax_platforms", "cpu")  # do not look for the device, which is absent
   mesh = mesh_config(config)
-  names = back_ends(list(dispatch.BACK_ENDS), mesh.expert)
+  names = back_ends(mesh.expert, config.model.exchange)
   rows, to = [], rich.console.Console(stderr=True)
   for name in rich.progress.track(names, f"compiling for {topology}", console=to):
     args = (topology, mesh, config.model, name, _TOKENS.value)
@@ -149,7 +156,7 @@ def what_if(config: Config) -> list[dict]:
     config.model,
     _DEVICES.value,
     numbers("degrees", _DEGREES.value, 1),
-    back_ends(list(exchanges.EXCHANGES), 2),
+    named_back_ends(list(exchanges.EXCHANGES)),
     chips.CHIPS[_CHIP.value],
     numbers("copies", _COPIES.value, 0),
   )

@@ -10,7 +10,7 @@ Shapes: N devices that the batch is split over, M tokens of each, E experts, K e
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -59,62 +59,64 @@ def measure(
     "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
     "stamp": STAMP if device.platform == "cpu" else None,
   }
+  configs = {name: layer.config_of(config, name) for name in back_ends}
+  # For the comparison, receive buffers hold whatever comes: what is dropped would differ.
+  checked = {
+    name: _program(layer.with_room_for_all(own, mesh.shape["expert"]), mesh)
+    for name, own in configs.items()
+  }
+  in_compute_dtype = dataclasses.replace(config, matmul_precision="compute_dtype")
+  oracle = _program(layer.config_of(in_compute_dtype, "dense"), mesh)
+  compiled: dict[tuple[str, str], jax.stages.Compiled] = {}
   for routing, expert_NMK in routings.items():
-    programs = {}
-    for name in back_ends:
-      own = layer.config_of(config, name)
-      about = head | {"routing": routing, "back_end": name}
-      about |= {"tokens_per_device": expert_NMK.shape[1], "exchange": layer.options_of(own)}
+    args = layer.inputs(config, mesh, expert_NMK)
+    few_NMK = expert_NMK[:, :check_tokens]
+    few = layer.inputs(config, mesh, few_NMK)
+    expected, programs = oracle(*few), {}
+    for name, own in configs.items():
+      about = head | {"routing": routing, "back_end": name, "exchange": layer.options_of(own)}
+      about["tokens_per_device"] = expert_NMK.shape[1]
       try:
-        check(own, mesh, expert_NMK[:, :check_tokens])
-        for direction, run, args in _programs(own, mesh, expert_NMK):
-          programs[name, direction] = (about, run, args)
+        compare(own, checked[name](*few), expected, few_NMK)
+        for direction in ("forward", "forward + backward"):
+          inputs = args[:3] if direction == "forward" else args
+          if (name, direction) not in compiled:
+            fn = _program(own, mesh, gradients=direction != "forward")
+            compiled[name, direction] = fn.lower(*inputs).compile()
+          programs[name, direction] = (about, compiled[name, direction], inputs)
       except Exception as error:
-        rows.append(
-          about | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-        )
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        rows.append(about | {"error": reason})
     secs = _in_turns(programs, rounds)
-    for (name, direction), (about, run, args) in programs.items():
-      parts = profile.secs_of_parts(run, args, mesh.size, _PROFILED_RUNS)
-      outcome = jax.device_get(run(*args)[1])
-      found = figures(layer.config_of(config, name), mesh, expert_NMK, outcome, direction)
+    for (name, direction), (about, run, inputs) in programs.items():
+      parts = profile.secs_of_parts(run, inputs, mesh.size, _PROFILED_RUNS)
+      outcome = jax.device_get(run(*inputs)[1])
+      found = figures(configs[name], mesh, expert_NMK, outcome, direction)
       found |= timings(secs[name, direction], expert_NMK, parts, found, device)
       rows.append(about | {"direction": direction} | found)
   return rows
 
 
-def _programs(config: ModelConfig, mesh, expert_NMK: np.ndarray):
-  """Yields (direction, compiled program, its arguments)."""
+def _program(config: ModelConfig, mesh, gradients: bool = True) -> Any:
+  """Returns the layer as a jitted function, with or without its gradients."""
+  run = layer.forward(config, mesh)
   options = platforms.compiler_options(mesh_lib.platform_of(mesh))
-  run, args = layer.forward(config, mesh), layer.inputs(config, mesh, expert_NMK)
-  fns: dict[str, tuple[Callable, tuple]] = {
-    "forward": (run, args[:3]),
-    "forward + backward": (layer.with_gradients(run), args),
-  }
-  for direction, (fn, own) in fns.items():
-    yield direction, jax.jit(fn, compiler_options=options).lower(*own).compile(), own
+  return jax.jit(layer.with_gradients(run) if gradients else run, compiler_options=options)
 
 
-def check(config: ModelConfig, mesh, expert_NMK: np.ndarray) -> None:
+def compare(config: ModelConfig, actual: tuple, oracle: tuple, expert_NMK: np.ndarray) -> None:
   """Compares a back end's output and every gradient with the dense oracle's.
 
-  For the comparison its receive buffers hold whatever comes: what is dropped would differ.
+  Args:
+    config: of the back end, whose precision sets the limit.
+    actual, oracle: what `layer.with_gradients` returns.
+    expert_NMK: what the tokens should have chosen.
 
   Raises:
     AssertionError: naming what differs and by how much.
   """
-  roomy = layer.with_room_for_all(config, mesh.shape["expert"])
-  oracle = layer.config_of(_in_compute_dtype(config), "dense")
-  args = layer.inputs(config, mesh, expert_NMK)
-  options = platforms.compiler_options(mesh_lib.platform_of(mesh))
-  results = []
-  for own in (roomy, oracle):
-    fn = layer.with_gradients(layer.forward(own, mesh))
-    results.append(jax.jit(fn, compiler_options=options)(*args))
-  (y, outcome, grads), (expected, _, expected_grads) = results
-  wanted_NE = np.stack(
-    [np.bincount(e.ravel(), minlength=config.n_routed_experts) for e in expert_NMK]
-  )
+  (y, outcome, grads), (expected, _, expected_grads) = actual, oracle
+  wanted_NE = [np.bincount(e.ravel(), minlength=config.n_routed_experts) for e in expert_NMK]
   if not np.array_equal(outcome.counts_NE, wanted_NE):
     raise AssertionError("the router did not choose the experts that the routing names")
   if dropped := int(np.sum(outcome.dropped_N)):
@@ -136,11 +138,6 @@ def check(config: ModelConfig, mesh, expert_NMK: np.ndarray) -> None:
 def _difference(a, b):
   a, b = a.astype(jnp.float32), b.astype(jnp.float32)
   return jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-30)
-
-
-def _in_compute_dtype(config: ModelConfig) -> ModelConfig:
-  """Returns the config without FP8, which the oracle does not compute in."""
-  return dataclasses.replace(config, matmul_precision="compute_dtype")
 
 
 def _in_turns(programs: dict[Any, tuple], rounds: int) -> dict[Any, list[float]]:

@@ -141,7 +141,7 @@ def draw(rows: Sequence[Row], path: epath.PathLike) -> None:
   """
   rows = [row for row in rows if "error" not in row]
   panels = _panels(rows)
-  labels = [" ".join(str(row[k]) for k in _KEYS if k in row) for row in rows]
+  labels = [_label(row) for row in rows]
   stacked = [panel[0].endswith("by part") for panel in panels]
   picture = figure.Figure(
     figsize=(4 + 4 * len(panels), 1.8 + 0.34 * len(rows)), layout="constrained"
@@ -152,9 +152,16 @@ def draw(rows: Sequence[Row], path: epath.PathLike) -> None:
     ax.set_title(title, fontsize=10)
     ax.set_yticks(range(len(rows)), labels, fontsize=8)
     ax.grid(alpha=0.3, axis="x")
-  axes[0].invert_yaxis()
+  axes[0].set_ylim(len(rows) - 0.4, -0.6)
   picture.suptitle(rows[0].get("stamp") or rows[0].get("device", "") if rows else "", fontsize=10)
   picture.savefig(epath.Path(path), format="png", dpi=_DOTS_PER_INCH)
+
+
+def _label(row: Row) -> str:
+  """Returns what a row is of, with the number of copies only where there are any."""
+  words = {"expert_degree": "degree {}", "copies": "{} copies"}
+  names = [k for k in _KEYS if k in row and (k != "copies" or row[k])]
+  return ", ".join(words.get(k, "{}").format(row[k]) for k in names)
 
 
 def _panels(rows: Sequence[Row]) -> list[tuple[str, Series]]:

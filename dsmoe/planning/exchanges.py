@@ -1,4 +1,4 @@
-"""What each exchange does with the rows of one layer: sent, multiplied, dropped; in NumPy.
+"""What each exchange does with the rows of one layer: sent, multiplied, dropped; without devices.
 
 Nothing is run: from the experts that tokens chose follows what every device does. Devices are
 numbered in the order of the batch's parts; X neighbours hold all experts between them, E / X each,
@@ -11,9 +11,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsmoe.config import ExchangeConfig, ModelConfig
+from dsmoe.parallel import shares
 
 DEFAULTS = ExchangeConfig()
 _NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
@@ -136,13 +139,64 @@ def _one_a_pair(rows: Rows) -> Work:
   return Work(kept_NX.sum(axis=1) - own_N, _of_group(kept_NX), dropped_N, factor)
 
 
+def _one_a_group(rows: Rows) -> Work:
+  """A row goes to a device of each group that has an expert of the token, and on from there.
+
+  Every `devices_per_group` neighbours are a group; the device with the sender's number is gone to.
+  """
+  (N, M, K), X, per_group = rows.owner_NMK.shape, rows.degree, rows.options.devices_per_group
+  hit_NMGO = _hit(rows).reshape(N, M, X // per_group, per_group)
+  sent_N, load_N = np.zeros(N, int), _of_group(_counts(rows.owner_NMK, X))
+  for n in range(N):
+    group, number = n % X // per_group, n % per_group
+    for g in range(X // per_group):
+      hit_MO = hit_NMGO[n, :, g]
+      sent_N[n] += 0 if g == group else int(hit_MO.any(axis=1).sum())
+      middle = n - n % X + g * per_group + number
+      sent_N[middle] += int(hit_MO.sum() - hit_MO[:, number].sum())
+  return Work(sent_N, load_N, None, _factor(load_N, M * K))
+
+
+def _equal_shares(rows: Rows) -> Work:
+  """A row goes to the device that computes it by the plan of `shares`; copied weights are no rows."""
+  (N, M, K), X, E = rows.owner_NMK.shape, rows.degree, rows.num_experts
+  sent_N = np.zeros(N, int)
+  for first in range(0, N, X):
+    expert_P = rows.expert_NMK[first : first + X].astype(np.int32).reshape(-1)
+    # The rank of a row among all of its expert, in the order of the devices.
+    order_P, rank_P = np.argsort(expert_P, kind="stable"), np.empty(X * M * K, np.int32)
+    counts_E = np.bincount(expert_P, minlength=E).astype(np.int32)
+    starts_E = np.cumsum(counts_E) - counts_E
+    rank_P[order_P] = np.arange(X * M * K) - starts_E[expert_P[order_P]]
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+      plan = shares.plan(jnp.asarray(counts_E), X)
+      rows_P1 = (jnp.asarray(a[:, None]) for a in (expert_P, rank_P))
+      device_XP = np.asarray(shares.device_of_rows(plan, *rows_P1)).reshape(X, M * K)
+    sent_N[first : first + X] = (device_XP != np.arange(X)[:, None]).sum(axis=1)
+  return Work(sent_N, np.full(N, M * K), np.zeros(N, int), 1.0)
+
+
 # How the back ends of `dispatch` exchange rows, by their names there.
 EXCHANGES: dict[str, Callable[[Rows], Work]] = {
   "dense": _gathered,
   "all_gather": _gathered,
   "ring": _gathered,
   "all_to_all": _one_a_pair,
+  "hierarchical": _one_a_group,
+  "replicated": _equal_shares,
 }
+
+
+def refused(name: str, degree: int, options: ExchangeConfig) -> str | None:
+  """Returns why a back end cannot exchange rows among `degree` devices, or None if it can."""
+  if name == "local" and degree > 1:
+    return f"back end 'local' needs an expert degree of 1, got {degree}"
+  if name == "hierarchical" and degree % options.devices_per_group:
+    return (
+      f"back end 'hierarchical' needs an expert degree ({degree}) that is divisible by "
+      f"exchange.devices_per_group ({options.devices_per_group})"
+    )
+  return None
 
 
 def work(

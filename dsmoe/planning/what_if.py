@@ -64,7 +64,7 @@ def what_if(
       copy on its own device, or else one by its number in the sequence of tokens.
 
   Returns:
-    A row for each degree, placement and back end. Of all MoE layers and exchanges of the step:
+    A row for each degree, placement and back end that can have them. Of all MoE layers and exchanges of the step:
     `wire_bytes_per_token`, one way, and `least_bytes_per_token`, as `least_rows` counts, both of
     all layers; `buffer_factor`, the most rows that come to a device in an exchange over the
     mean; `dropped_rows`, None where that is not computed, as for `hierarchical`;
@@ -95,7 +95,8 @@ def what_if(
         for expert_NMK, owner_NMK in zip(*layer)
       ]
       for name in back_ends:
-        if not (spare and name in WITHOUT_COPIES):
+        copies_unused = spare and name in WITHOUT_COPIES
+        if not copies_unused and not exchanges.refused(name, degree, config.exchange):
           about = {"back_end": name, "expert_degree": degree, "copies": spare}
           rows.append(about | _totals(exchanged, name, config, chip, trace))
   return rows

@@ -14,7 +14,11 @@ from dsmoe.planning import exchanges
 from tests.helpers import small_config
 
 TOKENS = 16
-MODEL = small_config().model
+MODEL = dataclasses.replace(
+  small_config().model,
+  dispatch="hierarchical",
+  exchange=ExchangeConfig(devices_per_group=2),
+)
 # Every back end that exchanges rows.
 EXCHANGES = [name for name in dispatch.BACK_ENDS if name in exchanges.EXCHANGES]
 
@@ -44,7 +48,9 @@ def test_what_if_equals_what_is_executed(name):
   config = layer.with_room_for_all(layer.config_of(MODEL, name), 4)
   outcome, expected = executed_and_expected(config, mesh, drawn(mesh))
   np.testing.assert_array_equal(outcome.sent_N, expected.sent_N)
-  assert not np.any(outcome.dropped_N)
+  assert not np.any(outcome.dropped_N) and np.sum(outcome.sent_N) > 0
+  if name == "replicated":
+    assert set(expected.computed_N) == {TOKENS * config.num_experts_per_tok}
 
 
 @pytest.mark.parametrize("options", [dict(), dict(moe_chunks=4), dict(dropless_fallback="layer")])

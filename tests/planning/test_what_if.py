@@ -76,6 +76,24 @@ def test_rows_that_find_no_room(chunks):
   np.testing.assert_array_equal((exact.sent_N, exact.computed_N), (sent["pair"], computed))
 
 
+@pytest.mark.parametrize("per_group", [1, 2, 4])
+def test_a_token_crosses_once_to_each_group(per_group):
+  """From there it goes on to each device of the group that owns one of its experts."""
+  expert_NMK, sent = experts_of()[0].reshape(N, M, K), np.zeros(N, int)
+  for n, m in np.ndindex(N, M):
+    first = n // 4 * 4
+    owners = {first + int(e) // (E // 4) for e in expert_NMK[n, m]}
+    for group in {owner // per_group for owner in owners}:
+      middle = group * per_group + n % per_group
+      sent[n] += middle != n
+      sent[middle] += len({o for o in owners if o // per_group == group} - {middle})
+  options = ExchangeConfig(devices_per_group=per_group)
+  work = exchanges.work("hierarchical", expert_NMK, E, 4, options)
+  np.testing.assert_array_equal(work.sent_N, sent)
+  if per_group == 1:
+    np.testing.assert_array_equal(sent, by_loops(expert_NMK, 4)[0]["device"])
+
+
 @pytest.mark.parametrize("degree", [1, 2, 4])
 def test_rows_of_each_exchange(degree):
   expert_NMK = experts_of()[0].reshape(N, M, K)
@@ -159,6 +177,8 @@ def test_copies_even_out_the_load_and_are_of_the_right_expert():
   model, chip = small_config().model, chips.CHIPS["v5p"]
   trace = trace_of(experts_of())
   rows = what_if.what_if(trace, model, N, [4], ["all_to_all", "ring"], chip, [0, 4])
+  with_groups = what_if.what_if(trace, model, N, [4], ["hierarchical"], chip)
+  assert with_groups == []  # of eight devices
   assert [(r["back_end"], r["copies"]) for r in rows] == [
     ("all_to_all", 0),
     ("ring", 0),
