@@ -80,15 +80,16 @@ def get_config() -> config_dict.ConfigDict:
   # | dense: every expert computes every token; slow, for tests.
   m.dispatch = "local"
   # Options of the exchange of rows among the devices along mesh.expert. A dispatch that does not
-  # read one refuses any other value than the default.
+  # read one refuses any other value than the default; with mesh.expert 1 nothing is exchanged.
   x = m.exchange = config_dict.ConfigDict()
   # Rows that a device has room to receive, over the mean (its tokens times num_experts_per_tok).
   # Rows beyond it are dropped, and counted as dropped_rows in metrics.jsonl.
   x.receive_capacity = 2.0
   # What is done about dropped rows. none: they are counted | layer: the layer is computed again by
-  # a path that drops nothing | step: the whole step is.
+  # a path that drops nothing | step: the whole step is. Evaluation never drops rows.
   x.dropless_fallback = "none"
-  x.moe_chunks = 1  # parts into which a device's tokens are split; each is exchanged on its own
+  # Parts into which a device's tokens are split; each is exchanged on its own, in smaller buffers.
+  x.moe_chunks = 1
   # Of the rows on their way to the experts. compute_dtype | fp8: E4M3 with a scale for each 1 x 128
   # tile. The way back is always in compute_dtype.
   x.precision = "compute_dtype"

@@ -286,6 +286,19 @@ def test_run_without_validation_data(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 3
 
 
+def test_dropped_rows_are_reported_at_every_step(tmp_path, capsys):
+  """Step 1 is not logged otherwise; buffers for half of the mean must drop rows."""
+  fields = {**runs.TWO_LAYERS, "num_steps": 3, "optim.warmup_steps": 1, "mesh.expert": 4}
+  fields |= {"data.validation_globs": (), "log.log_every_steps": 2, "model.v_head_dim": 12}
+  fields |= {"model.dispatch": "all_to_all", "model.exchange.receive_capacity": 0.5}
+  train.train(small_config(**fields), tmp_path)
+  rows = metrics.read_metrics(tmp_path)
+  assert [(row["step"], "loss" in row) for row in rows] == [(1, False), (2, True), (3, True)]
+  printed = capsys.readouterr().out
+  for row in rows:
+    assert row["dropped_rows"] > 0 and f"{row['dropped_rows']:,} rows dropped" in printed
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_its_experts_on_other_devices(tmp_path):
   """Along (data, expert) 4 x 2, then 2 x 4, with the losses and the counts of data 8."""

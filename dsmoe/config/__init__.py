@@ -2,6 +2,7 @@
 
 from dsmoe.config.build import differences, from_config_dict, from_dict, to_dict, with_defaults
 from dsmoe.config.schema import (
+  EXCHANGE_FIELDS,
   BalanceConfig,
   CheckpointConfig,
   Config,
@@ -17,6 +18,7 @@ from dsmoe.config.schema import (
 )
 
 __all__ = [
+  "EXCHANGE_FIELDS",
   "BalanceConfig",
   "CheckpointConfig",
   "Config",

@@ -23,6 +23,10 @@ from pallas_kernels.grouped_matmul import tile_table
 from pallas_kernels.routing import Routed
 
 
+# Of experts: gate and up [O, D, F], down [O, F, D].
+Matrices = tuple[jax.Array, jax.Array, jax.Array]
+
+
 def all_gather(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
   """Returns each token's sum over its experts, and stats; see `dispatch.routed_experts`."""
   num_devices = collectives.devices_along("expert")
@@ -103,7 +107,7 @@ def experts_of_rows(
 
 
 def multiplied_rows(
-  x_PD, weight_P, weights, sizes_O, starts_O, alignment: int, config: ModelConfig
+  x_PD, weight_P, weights: Matrices, sizes_O, starts_O, alignment: int, config: ModelConfig
 ):
   """`experts_of_rows`, of which rows of no expert are undefined in results and gradients."""
   (P, D), (O, _, F), kernels = x_PD.shape, weights[0].shape, config.kernels

@@ -41,6 +41,7 @@ class Way(NamedTuple):
   slices: Slices
   send_rows: int
   receive_rows: int
+  platform: str  # whose program it is part of; a gradient is traced where nothing else tells
 
 
 def plan(sizes_X, send_rows: int, room: int) -> Way:
@@ -61,14 +62,14 @@ def plan(sizes_X, send_rows: int, room: int) -> Way:
     *(a[me] for a in (starts_XX, sizes_XX, places_XX)),
     *(a[:, me] for a in (sizes_XX, places_XX, starts_XX)),
   )
-  return Way(slices, send_rows, room)
+  return Way(slices, send_rows, room, platforms.current())
 
 
 def back(way: Way) -> Way:
   """Returns the exchange that brings rows back to where they came from."""
   s = way.slices
   slices = Slices(s.arrivals, s.received, s.origins, s.sizes, s.starts, s.places)
-  return Way(slices, way.receive_rows, way.send_rows)
+  return Way(slices, way.receive_rows, way.send_rows, way.platform)
 
 
 def exchange(a, way: Way):
@@ -85,24 +86,22 @@ def exchange(a, way: Way):
     ValueError: on GPU for more devices than XLA's kernel takes.
   """
   assert a.shape[0] == way.send_rows, (a.shape, way.send_rows)
-  return _exchange(way.send_rows, way.receive_rows, *vary_alike(a, way.slices))
+  return _exchange(way[1:], *vary_alike(a, way.slices))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _exchange(send_rows: int, receive_rows: int, a, slices: Slices):
-  return move(a, receive_rows, *slices[:4])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _exchange(static: tuple[int, int, str], a, slices: Slices):
+  way = Way(slices, *static)
+  return move(a, way.receive_rows, *slices[:4], platform=way.platform)
 
 
-def _exchange_back(send_rows: int, receive_rows: int, slices: Slices, d):
-  way = back(Way(slices, send_rows, receive_rows))
-  return move(d, send_rows, *way.slices[:4]), None
+def _exchange_back(static: tuple[int, int, str], slices: Slices, d):
+  way = back(Way(slices, *static))
+  return move(d, way.receive_rows, *way.slices[:4], platform=way.platform), None
 
 
 _exchange.defvjp(
-  lambda send_rows, receive_rows, a, slices: (
-    _exchange(send_rows, receive_rows, a, slices),
-    slices,
-  ),
+  lambda static, a, slices: (_exchange(static, a, slices), slices),
   _exchange_back,
 )
 
@@ -112,19 +111,25 @@ def before(a, axis: int = -1):
   return jnp.cumsum(a, axis=axis, dtype=jnp.int32) - a
 
 
-def move(a, num_rows: int, starts_S, sizes_S, places_S, received_S):
-  """Moves slices of rows, without a gradient; arguments as the first fields of `Slices`.
+def move(a, num_rows: int, starts_S, sizes_S, places_S, received_S, platform: str | None = None):
+  """Moves slices of rows, without a gradient.
+
+  Args:
+    a: [P] or [P, ...].
+    num_rows: R.
+    starts_S, sizes_S, places_S, received_S: the first fields of `Slices`.
+    platform: "cpu", "gpu" or "tpu"; None: the current one, which a gradient's trace cannot tell.
 
   Returns:
     [num_rows, ...], zeros where nothing arrives.
   """
-  num_devices = collectives.devices_along(AXIS)
+  num_devices, platform = collectives.devices_along(AXIS), platform or platforms.current()
   a, starts_S, sizes_S, places_S, received_S = vary_alike(
     a, starts_S, sizes_S, places_S, received_S
   )
-  if platforms.current() == "cpu" or a.ndim == 1:
+  if platform == "cpu" or a.ndim == 1:
     return _move_padded(a, num_rows, starts_S, sizes_S, places_S, received_S)
-  if platforms.current() == "gpu" and num_devices > MOST_GPUS:
+  if platform == "gpu" and num_devices > MOST_GPUS:
     raise ValueError(
       f"mesh.expert ({num_devices}) must be at most {MOST_GPUS} on GPU for an exchange of rows: "
       "XLA's kernel takes no more devices"

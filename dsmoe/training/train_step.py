@@ -6,6 +6,8 @@ optimizer's elementwise update runs outside it on the sharded arrays.
 Shapes: B batch, S sequence, D hidden, L MoE layers, E routed experts.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +17,7 @@ from flax import nnx
 
 from dsmoe import model as model_lib
 from dsmoe import platforms
-from dsmoe.config import Config, ModelConfig
+from dsmoe.config import EXCHANGE_FIELDS, Config, ModelConfig
 from dsmoe.model import mtp, parameters
 from dsmoe.parallel import collectives
 from dsmoe.parallel import mesh as mesh_lib
@@ -203,6 +205,40 @@ def _loss_and_grads(config: Config, graphdef):
   return run
 
 
+def _on_mesh(config: Config, mesh) -> Callable:
+  """Returns `_loss_and_grads` as a function of global arrays."""
+  graphdef, params, router_bias = model_parts(config)
+  specs, bias_specs = parameters.specs(params), parameters.specs(router_bias)
+  replicated = jax.sharding.PartitionSpec()
+  return mesh_lib.shard_map(
+    _loss_and_grads(config, graphdef),
+    mesh,
+    in_specs=(specs, bias_specs, replicated, mesh_lib.batch_spec()),
+    out_specs=((replicated, replicated), specs),
+  )
+
+
+def _dropless(config: Config) -> Config:
+  """Returns the config with which a layer that would drop rows is computed by an exact path."""
+  if "dropless_fallback" not in EXCHANGE_FIELDS[config.model.dispatch]:
+    return config
+  exchange = dataclasses.replace(config.model.exchange, dropless_fallback="layer")
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, exchange=exchange))
+
+
+def _again_if_dropped(first: Callable, second: Callable) -> Callable:
+  """Returns a function with the results of `first`, or of `second` where `first` dropped a row."""
+
+  def run(*args):
+    (each, load), grads = result = first(*args)
+    if load is None:  # no layer has experts
+      return result
+    dropped = jnp.any(load.dispatch.dropped_rows > 0)
+    return jax.lax.cond(dropped, lambda: second(*args), lambda: ((each, load), grads))
+
+  return run
+
+
 def _no_microbatch(config: ModelConfig, params):
   """Returns zeros of what a microbatch yields: ((Losses, LoadStats or None), gradients)."""
   depths = config.num_nextn_predict_layers
@@ -239,16 +275,9 @@ def make_train_step(config: Config, mesh):
     ValueError: when the batch does not divide over the mesh and microbatches.
   """
   check_batch(config, mesh)
-  graphdef, params, router_bias = model_parts(config)
-  specs = parameters.specs(params)
-  bias_specs = parameters.specs(router_bias)
-  replicated = jax.sharding.PartitionSpec()
-  loss_and_grads = mesh_lib.shard_map(
-    _loss_and_grads(config, graphdef),
-    mesh,
-    in_specs=(specs, bias_specs, replicated, mesh_lib.batch_spec()),
-    out_specs=((replicated, replicated), specs),
-  )
+  loss_and_grads = _on_mesh(config, mesh)
+  if config.model.exchange.dropless_fallback == "step":
+    loss_and_grads = _again_if_dropped(loss_and_grads, _on_mesh(_dropless(config), mesh))
   optimizer = optim.make(config.optim, config.num_steps)
   learning_rate = optim.schedule(config.optim, config.num_steps)
   balancer = balance.make(config.balance)
@@ -302,9 +331,12 @@ def update_bias(router_bias, counts_LE, balancer: balance.Balancer, step):
 
 
 def make_eval_step(config: Config, mesh):
-  """Returns the jitted function (state, batch) -> (nats, weight): sums over the batch."""
+  """Returns the jitted function (state, batch) -> (nats, weight): sums over the batch.
+
+  No exchange drops rows here.
+  """
   check_batch(config, mesh)
-  graphdef, params, router_bias = model_parts(config)
+  graphdef, params, router_bias = model_parts(_dropless(config))
 
   def evaluate(params, router_bias, batch):
     model = nnx.merge(graphdef, parameters.compute_cast(params, config.model), router_bias)

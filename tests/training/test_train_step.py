@@ -89,6 +89,28 @@ def first_step(
       scanned=True,
     ),
     dict(num_devices=4, expert=2, dispatch="dense"),
+    dict(
+      num_devices=4,
+      expert=4,
+      dispatch="all_to_all",
+      num_microbatches=4,
+      exchange=(("receive_capacity", 4.0),),
+    ),
+    dict(
+      num_devices=8,
+      expert=4,
+      dispatch="all_to_all",
+      num_microbatches=2,
+      remat="full",
+      scanned=True,
+      exchange=(("receive_capacity", 0.5), ("dropless_fallback", "layer")),
+    ),
+    dict(
+      num_devices=4,
+      expert=2,
+      dispatch="all_to_all",
+      exchange=(("receive_capacity", 0.5), ("dropless_fallback", "step"), ("moe_chunks", 2)),
+    ),
   ],
   ids=str,
 )
@@ -106,6 +128,22 @@ def test_step_does_not_depend_on_how_it_is_computed(variant):
   # Adam's first moment is (1 - beta1) times the clipped gradient: compares every gradient.
   mu = optax.tree_utils.tree_get(actual.opt_state, "mu")
   assert_close(mu, optax.tree_utils.tree_get(expected.opt_state, "mu"))
+
+
+def test_dropped_rows_are_counted_over_devices_and_microbatches():
+  """Without a fallback; the sum is that of the layers, each of which sees every choice."""
+  _, _, metrics = first_step(
+    num_devices=4,
+    expert=4,
+    dispatch="all_to_all",
+    num_microbatches=4,
+    exchange=(("receive_capacity", 0.5),),
+  )
+  stats, rows = metrics["load"].dispatch, 16 * 14 * 3
+  assert stats.dropped_rows.dtype == np.int32 and stats.dropped_rows.shape == (5,)
+  # 16 buffers a microbatch of half the mean: at most half of all rows stay.
+  assert (stats.dropped_rows >= rows // 2 - 16 * 4).all() and (stats.dropped_rows < rows).all()
+  assert (stats.sent_rows > 0).all() and (stats.sent_rows + stats.dropped_rows <= rows).all()
 
 
 def test_the_model_is_traced_once_whatever_the_microbatches(monkeypatch):
