@@ -72,7 +72,7 @@ def nearest(
   As few axes as possible change, then by as small factors as possible, then the first axes.
 
   Args:
-    sizes: of every axis; `stage` is left as it is.
+    sizes: of every axis; `stage` is left as it is and divides the devices.
     num_devices: what they are to multiply to.
     fits: whether sizes can be used.
   """
@@ -82,7 +82,7 @@ def nearest(
     return sum(r > 0 for r in ratios), round(sum(ratios), 6), [-r for r in ratios]
 
   stage = sizes["stage"]
-  others = () if num_devices % stage else factorizations(num_devices // stage, len(AXES) - 1)
+  others = factorizations(num_devices // stage, len(AXES) - 1)
   found = [dict(zip(AXES, (stage, *other))) for other in others]
   return next(filter(fits, sorted(found, key=distance)), {})
 
