@@ -55,8 +55,8 @@ def write_json(path: str | None, value: Any) -> None:
 def run_script(main: Callable[[list[str]], Any]) -> None:
   """Parses the flags and calls `main`; the user's mistakes end in one sentence on stderr.
 
-  Wrong flags (also what `main` raises as `app.UsageError`) and wrong inputs (`ValueError` and
-  `OSError`) end in `error: <sentence>` and exit code 2. With --traceback they are raised as they
+  Wrong flags (also what `main` raises as `app.UsageError`) and wrong inputs (`ValueError`, `OSError`
+  and paths on file systems that are not known here) end in `error: <sentence>` and exit code 2. With --traceback they are raised as they
   are. Other exceptions are defects of the program and keep their traceback.
 
   Args:
@@ -72,6 +72,10 @@ def run_script(main: Callable[[list[str]], Any]) -> None:
       if flags.FLAGS.traceback:
         raise
       fail(_sentence(error))
+    except (KeyError, ImportError) as error:
+      if flags.FLAGS.traceback or not (reason := _unreachable(error)):
+        raise
+      fail(reason)
 
   app.run(guarded, flags_parser=_parse_flags)
 
@@ -95,9 +99,19 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except Exception as error:
     if "--traceback" in argv:
       raise
-    unknown_field = isinstance(error, AttributeError)  # how ml_collections refuses --config.<it>
+    # How ml_collections refuses --config.<it>; a file without get_config is another mistake.
+    unknown_field = isinstance(error, AttributeError) and "'get_config'" not in str(error)
     named = "a flag must name a field of the config, got " if unknown_field else ""
     fail(named + _sentence(error))
+
+
+def _unreachable(error: KeyError | ImportError) -> str:
+  """Returns what is wrong if etils has no access to a path's file system; "" for other errors."""
+  if isinstance(error, KeyError):
+    scheme = str((*error.args, "")[0])
+    return f"a path must be on disk or on gs://, got {scheme}" if scheme.endswith("://") else ""
+  # An import statement names its module, fsspec's request for a package does not.
+  return "" if error.name else f"a path must be on a file system with its package: {error}"
 
 
 def _sentence(error: Exception) -> str:
