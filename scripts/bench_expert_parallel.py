@@ -22,6 +22,7 @@ link's peak is that of one direction: half of what is published for both togethe
 """
 
 import json
+from typing import Any
 
 import jax
 import rich.console
@@ -82,7 +83,7 @@ def mesh_config(config: Config) -> MeshConfig:
   """Returns the mesh that --mesh names, or the config's."""
   if not _MESH.value:
     return config.mesh
-  sizes = dict(stage=1, data=1, expert=1, context=1, model=1)
+  sizes: dict[str, Any] = dict(stage=1, data=1, expert=1, context=1, model=1)
   for part in _MESH.value:
     axis, _, size = part.partition(":")
     if axis not in sizes or not size.isdecimal():

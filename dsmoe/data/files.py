@@ -39,7 +39,22 @@ _OF_SUFFIX = dict(zip(COMPRESSED_SUFFIXES, ("gzip", "gzip", "bzip2", "xz", "zstd
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".jl", ".json")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 _REFUSED_SUFFIXES = frozenset(
-  (".csv", ".tsv", ".tar", ".zip", ".7z", ".rar", ".br", ".lz4", ".sz", ".snappy", ".orc", ".avro")
+  (
+    ".csv",
+    ".tsv",
+    ".tab",
+    ".psv",
+    ".tar",
+    ".zip",
+    ".7z",
+    ".rar",
+    ".br",
+    ".lz4",
+    ".sz",
+    ".snappy",
+    ".orc",
+    ".avro",
+  )
   + (".arrow", ".feather", ".npy", ".npz", ".pkl", ".pt", ".safetensors", ".pdf", ".docx", ".xlsx")
   + (".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".mp4")
 )
@@ -60,6 +75,7 @@ _READABLE = (
 _DECOMPRESSION_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 # A file is no text if it has more of these, and they are more than that share of its bytes.
 _BAD_PLACES = ((8, 1 / 100), (2, 1 / 10))
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell a half, no UTF-8 text can hold it
 _CONTROLS = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})
 
 Faults = collections.Counter[str]  # what was passed over -> how often
@@ -111,8 +127,9 @@ def read(file: str, path: epath.Path, config: DataConfig, faults: Faults) -> Ite
           f"data.text_field {config.text_field!r} must be a string; at {where} it is {text!r:.80}"
           + (", and data.skip_null_rows is off" if text is None else "")
         )
-      # JSON can spell half a surrogate pair, which no UTF-8 text can hold.
-      text = text.encode("utf-8", errors="surrogatepass").decode("utf-8", errors="replace")
+      text, halves = _SURROGATE.subn("\ufffd", text)
+      if halves:
+        faults[f"{file}: halves of surrogate pairs, read as U+FFFD"] += halves
       for i in range(0, len(text), PIECE_CHARS):
         yield Piece(text[i : i + PIECE_CHARS], i + PIECE_CHARS >= len(text))
 
@@ -334,6 +351,8 @@ def _parquet_rows(file: str, f: BinaryIO, text_field: str) -> Iterator[tuple[str
     with pq.ParquetFile(f, page_checksum_verification=True) as table:
       columns = table.schema_arrow.names
       column = text_field if text_field in columns else text_field.split(".")[0]
+      if columns.count(column) > 1:
+        raise ValueError(f"{file} must have one column {column!r}, it has {columns.count(column)}")
       if column in columns:
         for batch in table.iter_batches(batch_size=256, columns=[column]):
           for row in batch.to_pylist():

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import itertools
 import lzma
+import os
 import re
 import sysconfig
 import time
@@ -63,7 +64,7 @@ def find_source(name: str, is_train: bool, field: str | None = None) -> Source:
     field: what the user gave the glob as, for the error; None: the config's.
 
   Raises:
-    ValueError: if no file matches.
+    ValueError: if no file matches, or a link that leads nowhere, a pipe or a device does.
   """
   if name == SYNTHETIC:
     return Source(name, ())
@@ -79,7 +80,7 @@ def find_source(name: str, is_train: bool, field: str | None = None) -> Source:
       root, names = _find(name)
     except KeyError as error:  # how etils names a file system it does not know
       raise ValueError(f"data must be on disk or on gs://, got {name!r}") from error
-  found = tuple((file, root / file) for file in sorted(names) if (root / file).is_file())
+  found = tuple((file, root / file) for file in sorted(names) if _is_file(root / file))
   if not found:
     field = field or ("data.train_globs" if is_train else "data.validation_globs")
     is_folder = any((root / file).is_dir() for file in names)
@@ -134,7 +135,39 @@ def _glob(root: epath.Path, pattern: str) -> list[str]:
   """Returns the names, relative to `root`, that match."""
   if "://" in root.as_posix():
     return [path.relative_to(root).as_posix() for path in root.glob(pattern)]
-  return glob.glob(pattern, root_dir=root, recursive=True)  # epath refuses "**"
+  parts = pattern.split("/")
+  if "**" not in parts:
+    return glob.glob(pattern, root_dir=root)
+  at = parts.index("**")
+  before, after = "/".join(parts[:at]), "/".join(parts[at + 1 :]) or "*"
+  tops = glob.glob(before, root_dir=root) if before else [""]
+  folders = (folder for top in tops for folder in _folders(os.path.join(root, top)))
+  paths = (os.path.join(f, name) for f in folders for name in _glob(epath.Path(f), after))
+  return [os.path.relpath(path, root) for path in paths]
+
+
+def _folders(folder: str, passed: frozenset[str] = frozenset()) -> Iterator[str]:
+  """Yields a folder and those below it; a link to one that was passed leads round for ever."""
+  real = os.path.realpath(folder)
+  if real in passed or not os.path.isdir(folder):
+    return
+  yield folder
+  for name in sorted(os.listdir(folder)):
+    if not name.startswith("."):
+      yield from _folders(os.path.join(folder, name), passed | {real})
+
+
+def _is_file(path: epath.Path) -> bool:
+  """Raises ValueError for what would be left out in silence, or block whoever reads it."""
+  if "://" in os.fspath(path):
+    return path.is_file()
+  if os.path.islink(path) and not os.path.exists(path):
+    raise ValueError(
+      f"data must be in files, {path} is a link to {os.readlink(path)}, which is not there"
+    )
+  if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+    raise ValueError(f"data must be in files, {path} is a pipe or a device")
+  return os.path.isfile(path)
 
 
 def documents(source: Source, config: DataConfig, faults: Faults | None = None) -> Iterator[Piece]:

@@ -64,18 +64,18 @@ def parts(config: ModelConfig):
   return graphdef, cast, {"mlp": nnx.to_pure_dict(bias)}
 
 
-def specs(config: ModelConfig) -> tuple[Any, Any, PartitionSpec]:
+def specs(config: ModelConfig, mesh) -> tuple[Any, Any, PartitionSpec]:
   """Returns how parameters, router bias and input are split over the mesh."""
   _, params, bias = parts(config)
-  return parameters.specs(params), parameters.specs(bias), mesh_lib.batch_spec()
+  return parameters.specs(params, mesh), parameters.specs(bias, mesh), mesh_lib.batch_spec()
 
 
 def forward(config: ModelConfig, mesh):
   """Returns a function (params, bias, x_NMD) -> (y_NMD, Outcome) of global arrays."""
-  graphdef, _, _ = parts(config)
+  graphdef, whole, _ = parts(config)
 
   def layer(params, bias, x_BSD):
-    gathered = parameters.gathered(params)["mlp"]
+    gathered = parameters.gathered(params, parameters.shapes(whole))["mlp"]
     y_BSD, stats = nnx.merge(graphdef, gathered, bias["mlp"])(x_BSD)
     dispatched = stats.dispatch
     outcome = Outcome(stats.counts_E, dispatched.dropped_rows, dispatched.sent_rows)
@@ -83,7 +83,7 @@ def forward(config: ModelConfig, mesh):
 
   batch = PartitionSpec(mesh_lib.BATCH_AXES)
   return mesh_lib.shard_map(
-    REMAT[config.remat](layer), mesh, specs(config), (mesh_lib.batch_spec(), batch)
+    REMAT[config.remat](layer), mesh, specs(config, mesh), (mesh_lib.batch_spec(), batch)
   )
 
 
@@ -105,7 +105,7 @@ def abstract_inputs(config: ModelConfig, mesh, tokens: int):
   put = lambda a, spec: jax.ShapeDtypeStruct(  # noqa: E731
     a.shape, a.dtype, sharding=NamedSharding(mesh, spec)
   )
-  params_spec, bias_spec, x_spec = specs(config)
+  params_spec, bias_spec, x_spec = specs(config, mesh)
   placed = [
     jax.tree.map(put, tree, spec) for tree, spec in ((params, params_spec), (bias, bias_spec))
   ]

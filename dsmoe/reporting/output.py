@@ -60,8 +60,8 @@ def write_json(path: str | None, value: Any) -> None:
 def run_script(main: Callable[[list[str]], Any]) -> None:
   """Parses the flags and calls `main`; the user's mistakes end in one sentence on stderr.
 
-  Wrong flags (also what `main` raises as `app.UsageError`) and wrong inputs (`ValueError` and
-  `OSError`) end in `error: <sentence>` and exit code 2. With --traceback they are raised as they
+  Wrong flags (also what `main` raises as `app.UsageError`) and wrong inputs (`ValueError`, `OSError`
+  and paths on file systems that are not known here) end in `error: <sentence>` and exit code 2. With --traceback they are raised as they
   are. Other exceptions are defects of the program and keep their traceback.
 
   Args:
@@ -77,6 +77,10 @@ def run_script(main: Callable[[list[str]], Any]) -> None:
       if flags.FLAGS.traceback:
         raise
       fail(_sentence(error))
+    except (KeyError, ImportError) as error:
+      if flags.FLAGS.traceback or not (reason := _unreachable(error)):
+        raise
+      fail(reason)
 
   app.run(guarded, flags_parser=_parse_flags)
 
@@ -120,7 +124,8 @@ def _stray_argument(argv: list[str]) -> str | None:
 def _flag_error(error: Exception, argv: list[str]) -> str:
   """Returns in one sentence why absl or ml_collections refused a flag."""
   text = _sentence(error)
-  if isinstance(error, AttributeError):  # how ml_collections refuses --config.<an unknown field>
+  # How ml_collections refuses --config.<it>; a file without get_config is another mistake.
+  if isinstance(error, AttributeError) and "'get_config'" not in text:
     text = text.replace(" Did you mean", "; did you mean")
     return f"a flag must name a field of the config, got {text}{_places(_unknown_field(argv))}"
   if absent := re.fullmatch(
@@ -153,6 +158,15 @@ def _places(field: str) -> str:
       names = {member.name for member in dataclasses.fields(group.type)}
       found += [f"--config.{group.name}.{field}"] if field in names else []
   return f"; the field may be {' or '.join(found)}" if found else ""
+
+
+def _unreachable(error: KeyError | ImportError) -> str:
+  """Returns what is wrong if etils has no access to a path's file system; "" for other errors."""
+  if isinstance(error, KeyError):
+    scheme = str((*error.args, "")[0])
+    return f"a path must be on disk or on gs://, got {scheme}" if scheme.endswith("://") else ""
+  # An import statement names its module, fsspec's request for a package does not.
+  return "" if error.name else f"a path must be on a file system with its package: {error}"
 
 
 def _sentence(error: Exception) -> str:

@@ -437,7 +437,8 @@ def make_mesh(config: Config, devices: list[Any] | None = None) -> jax.sharding.
 
 def check_fit(config: Config, sizes: Mapping[str, int]) -> None:
   """Raises ValueError unless model and batch can be split over a mesh of these axis sizes."""
-  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
+  axes: dict[str, Any] = dict(sizes)
+  config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **axes))
   mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
   check_batch(config, mesh)
   parameters.check_fit(model_lib.whole_shapes(config.model), mesh)

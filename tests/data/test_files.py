@@ -206,6 +206,14 @@ def test_a_damaged_page_of_parquet_is_named(tmp_path):
     read(tmp_path, "a.parquet", data)
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+  file = io.BytesIO()
+  columns = [pa.array(["a"]), pa.array(["b"])]
+  pq.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), file)
+  with pytest.raises(ValueError, match=r"a.parquet must have one column 'text', it has 2"):
+    read(tmp_path, "a.parquet", file.getvalue())
+
+
 def test_parquet_columns(tmp_path):
   table = parquet(
     text=pa.array(["a", "b", "a"]).dictionary_encode(),
@@ -263,3 +271,12 @@ def test_bad_bytes_are_counted(tmp_path):
   (piece,) = sources.documents(source, data_config(), faults)
   assert piece == (data.decode(errors="replace"), True)
   assert dict(faults) == {"a.txt: places that are not UTF-8, read as U+FFFD": 4}
+
+
+def test_halves_of_surrogate_pairs_are_counted(tmp_path):
+  (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud800b\\udc00\\ud83d\\ude00"}\n')
+  faults = files.Faults()
+  source = sources.find_source(f"{tmp_path}/a.jsonl", is_train=True)
+  [piece] = sources.documents(source, data_config(), faults)
+  assert piece == ("a\ufffdb\ufffd\U0001f600", True)
+  assert dict(faults) == {"a.jsonl: halves of surrogate pairs, read as U+FFFD": 2}

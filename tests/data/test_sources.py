@@ -96,6 +96,34 @@ def test_a_folder_is_not_a_source(tmp_path):
       sources.find_source(name, is_train=True)
 
 
+def test_what_reading_would_leave_out_or_never_end_with(tmp_path):
+  (tmp_path / "a.txt").write_text("a")
+  (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+  (tmp_path / "c.txt").symlink_to("gone")
+  os.mkfifo(tmp_path / "d.pipe")
+  found = sources.find_source(f"{tmp_path}/[ab].txt", is_train=True)
+  assert [file for file, _ in found.files] == ["a.txt", "b.txt"]
+  for pattern in ("*.txt", "c.txt"):
+    with pytest.raises(ValueError, match=r"c.txt is a link to gone, which is not there"):
+      sources.find_source(f"{tmp_path}/{pattern}", is_train=True)
+  for pattern in ("*.pipe", "d.pipe"):
+    with pytest.raises(ValueError, match=r"d.pipe is a pipe or a device"):
+      sources.find_source(f"{tmp_path}/{pattern}", is_train=True)
+
+
+def test_links_that_lead_back_do_not_repeat_a_file(tmp_path):
+  (tmp_path / "a" / "b").mkdir(parents=True)
+  (tmp_path / "a" / "x.txt").write_text("x")
+  (tmp_path / "a" / "b" / "y.txt").write_text("y")
+  (tmp_path / "a" / "self").symlink_to(".")
+  (tmp_path / "a" / "b" / "top").symlink_to(tmp_path)
+  (tmp_path / "other").symlink_to("a/b")
+  found = sources.find_source(f"{tmp_path}/a/**/*.txt", is_train=True)
+  assert [file for file, _ in found.files] == ["b/y.txt", "x.txt"]
+  found = sources.find_source(f"{tmp_path}/**/*.txt", is_train=True)
+  assert [file for file, _ in found.files] == ["a/b/y.txt", "a/x.txt", "other/y.txt"]
+
+
 @pytest.mark.parametrize("name", ["file:///tmp/a.txt", "hdfs://a/b.txt"])
 def test_other_file_systems_are_refused(name):
   with pytest.raises(ValueError, match=rf"must be on disk or on gs://, got '{name}'"):

@@ -9,11 +9,12 @@ from tests import runs
 
 SCRIPT = """
 from absl import app, flags
+from etils import epath
 from ml_collections import config_flags
 from dsmoe.reporting import output
 
 _JSON = output.define_json()
-_RAISE = flags.DEFINE_enum("raise", None, ["usage", "value", "file", "type"], "What to raise.")
+_RAISE = flags.DEFINE_enum("raise", None, ["usage", "value", "file", "type", "path", "package"], "What to raise.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A config.")
 
 def main(argv):
@@ -24,6 +25,8 @@ def main(argv):
     raise ValueError("n (3) must be even\\nand positive")
   if _RAISE.value == "file":
     open("/nowhere/at/all")
+  if _RAISE.value in ("path", "package"):
+    epath.Path({"path": "hdfs://a", "package": "az://a"}[_RAISE.value]).exists()
   if _RAISE.value == "type":
     raise TypeError("a defect")
   if _CONFIG.value is not None:
@@ -63,14 +66,20 @@ def test_without_json_there_is_the_table_only(script):
     (("--raise=usage",), "--a goes with --b"),
     (("--raise=value",), "n (3) must be even and positive"),
     (("--raise=file",), "[Errno 2] No such file or directory: '/nowhere/at/all'"),
+    (("--raise=path",), "a path must be on disk or on gs://, got hdfs://"),
+    (("--raise=package",), "a path must be on a file system with its package: Install adlfs to"),
     (("more",), "only flags may be given, got 'more'"),
     (("--json=",), "flag --json=: the folder of the file must exist"),
     (("--json=/nowhere/a.json",), "flag --json=/nowhere/a.json: the folder of the file must"),
     (("--rise=value",), "Unknown command line flag 'rise'"),
-    (("--raise=some",), "flag --raise=some: value should be one of <usage|value|file|type>"),
+    (
+      ("--raise=some",),
+      "flag --raise=some: value should be one of <usage|value|file|type|path|package>",
+    ),
     (("--config=/nowhere.py",), "experiments/tiny.py, there is no '/nowhere.py'"),
     (("experiments/tiny.py", "--rise"), "a flag begins with --, got 'experiments/tiny.py'"),
     (("--batch_size=3",), "'batch_size'; the field may be --config.batch_size"),
+    (("--config=tests/helpers.py",), "module 'config_config' has no attribute 'get_config'"),
     (("--config=experiments/tiny.py:arg",), "TypeError: get_config() takes 0 positional"),
     (("--config=experiments/tiny.py", "--config.stepps=1"), "a field of the config, got "),
     (("--config=experiments/tiny.py", "--config.num_steps=1.5"), "--config.num_steps=1.5"),
