@@ -22,7 +22,6 @@ from pallas_kernels import quantized_matmul as quantized
 from pallas_kernels.grouped_matmul import tile_table
 from pallas_kernels.routing import Routed
 
-
 # Of experts: gate and up [O, D, F], down [O, F, D].
 Matrices = tuple[jax.Array, jax.Array, jax.Array]
 
