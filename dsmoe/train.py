@@ -1,6 +1,8 @@
 """The training loop, top to bottom: mesh, data, state, restore, step, log, evaluate, save.
 
-python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny
+  python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny --config.num_steps=100
+
+--config.FIELD=VALUE sets any field of the config; experiments/base.py explains them.
 """
 
 import contextlib
@@ -32,9 +34,11 @@ from dsmoe.platforms import cpu
 from dsmoe.reporting import metrics, output, plots, progress
 from dsmoe.training import kernel_check, train_step
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experiments/<name>.py.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "An experiment, experiments/<name>.py; needed."
+)
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Where the run's files go; a run that is there is resumed."
+  "workdir", None, "Where the run's files go; a run that is there is resumed. Needed."
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Resume although the config differs from the saved one."
@@ -169,9 +173,10 @@ def train(
   train_step.check_batch(config, mesh)
   platforms.check_kernels(config.model.kernels)
   records.find_sources(config.data)  # raises when a glob matches nothing
+  abstract = train_step.abstract_state(config, mesh)
+  train_step.check_memory(abstract, mesh)
   if checked := kernel_check.check(config):
     print(checked)
-  abstract = train_step.abstract_state(config, mesh)
   with checkpoint.owned(workdir) as check_owner:
     start = (allow_config_change, init_from, resume_from)
     return _train(config, workdir, mesh, abstract, check_owner, *start)

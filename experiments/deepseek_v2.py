@@ -2,7 +2,7 @@
 
 Command:   python -m dsmoe.train --config=experiments/deepseek_v2.py --workdir=gs://bucket/v2
            `--config=experiments/deepseek_v2.py:released` is the released 128K model (YaRN)
-Hardware:  H800 in nodes of 8 in the report; dsmoe lacks the expert parallelism it needs
+Hardware:  H800 in nodes of 8 in the report
 Time:      172,800 GPU hours for 1T tokens in the report, so 1.4M
 Metric:    validation bits per byte
 

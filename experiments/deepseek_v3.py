@@ -2,7 +2,7 @@
 
 Command:   python -m dsmoe.train --config=experiments/deepseek_v3.py --workdir=gs://bucket/v3
            `--config=experiments/deepseek_v3.py:released` is the released 128K model (YaRN)
-Hardware:  2,048 H800 in the report; dsmoe lacks the expert parallelism it needs
+Hardware:  2,048 H800 in the report
 Time:      2.664M GPU hours in the report: 54 days
 Metric:    validation bits per byte; the report states 0.548 on the test set of the Pile
 

@@ -2,7 +2,7 @@
 
 Command:   python -m dsmoe.train --config=experiments/kimi_k2.py --workdir=gs://bucket/k2
            `--config=experiments/kimi_k2.py:released` is the released 128K model (YaRN)
-Hardware:  H800 in nodes of 8 in the report; dsmoe lacks the expert parallelism it needs
+Hardware:  H800 in nodes of 8 in the report
 Time:      15.5T tokens are 3.2e24 FLOP: 45 days on 2,048 H800 at 40% MFU
 Metric:    validation bits per byte
 

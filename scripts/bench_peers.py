@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 
 import rich.console
 import rich.table
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from peers.processes import ROOT, can_import, measure, num_cores, run
+
+from dsmoe.reporting import output
 
 # Model fields that a config.json does not have, or has in another form.
 NOT_HF = (
@@ -65,9 +67,7 @@ LLAMA_PYTHON = flags.DEFINE_string(
 MAXTEXT_PYTHON = flags.DEFINE_string(
   "maxtext_python", "", "--work=train: interpreter that has MaxText."
 )
-JSON = flags.DEFINE_string(
-  "json", None, "File for every run's numbers as JSON; - writes them to stdout, and nothing else."
-)
+JSON = output.define_json()
 
 
 def hf_config(model: Any) -> dict[str, Any]:
@@ -232,23 +232,19 @@ def table(measured: dict[str, Any]) -> rich.table.Table:
   return result
 
 
-def main(_) -> None:
+def main(argv: list[str]) -> None:
+  output.refuse_arguments(argv)
   with tempfile.TemporaryDirectory() as folder:
     cases, absent = find_cases(Path(folder))
     measured = [measure_in_turns(case, absent) for case in cases]
   # 80 columns, a terminal's or a file's, would cut the peers' names.
-  console = rich.console.Console(width=120, stderr=JSON.value == "-")
+  console = rich.console.Console(width=120, stderr=JSON.value == output.STDOUT)
   for one in measured:
     console.print(table(one))
   for name, reason in absent.items():
     console.print(f"{name} is absent: {reason}", highlight=False, markup=False)
-  values = {"cases": measured, "absent": absent, "num_cores": num_cores()}
-  text = json.dumps(values, indent=2) + "\n"
-  if JSON.value == "-":
-    sys.stdout.write(text)
-  elif JSON.value:
-    Path(JSON.value).write_text(text)
+  output.write_json(JSON.value, {"cases": measured, "absent": absent, "num_cores": num_cores()})
 
 
 if __name__ == "__main__":
-  app.run(main)
+  output.run_script(main)

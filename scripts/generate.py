@@ -61,8 +61,8 @@ def show(figures: generate.Figures, batcher: batcher_lib.Batcher) -> None:
   stats = batcher.stats()
   rows = [
     ("new tokens", f"{figures.new_tokens:,}"),
-    ("tokens/s", f"{figures.new_tokens / max(figures.secs, 1e-9):,.1f}"),
     ("time to first token", f"{figures.first_secs:.2f} s, compiling included"),
+    ("tokens/s", f"{figures.new_tokens / max(figures.secs, 1e-9):,.1f}, compiling included"),
     ("cache", f"{stats['cache_bytes']:,.0f} bytes for {stats['cache_pages']:,.0f} pages"),
   ]
   if stats["drafts"]:

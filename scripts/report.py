@@ -1,6 +1,6 @@
 """Redraws a run's plots and prints its final table, from its metrics.jsonl alone.
 
-python -m scripts.report --workdir=/tmp/dsmoe/tiny
+python scripts/report.py --workdir=runs/tiny
 """
 
 from absl import app, flags

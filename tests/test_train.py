@@ -47,6 +47,7 @@ def unfinished_saves(workdir) -> list[pathlib.Path]:
   return [path for path in folder.glob("*") if not path.name.isdigit()]
 
 
+@pytest.mark.slow
 def test_uninterrupted_run_logs_each_step_once(uninterrupted):
   rows = metrics.read_metrics(uninterrupted)
   assert [row["step"] for row in rows if "loss" in row] == list(range(2, LAST_STEP + 1, 2))
@@ -118,6 +119,7 @@ def test_ctrl_c_before_the_first_step_says_so(tmp_path):
   assert err.splitlines()[-1].startswith("error: stopped by Ctrl-C; the same command goes on")
 
 
+@pytest.mark.slow
 def test_changed_config_is_refused_by_name(uninterrupted):
   before = (uninterrupted / "config.json").read_text()
   process = runs.start_training(uninterrupted, "--config.model.routed_scaling_factor=2.0")

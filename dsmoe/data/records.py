@@ -307,7 +307,7 @@ def _make(
       # Validation first: it is short, and what is wrong with it shows at once.
       for prefix, source in sorted(by_name.items(), key=lambda item: item[0].startswith("train")):
         size = sum(path.stat().length for _, path in source.files)
-        task = progress.add_task(f"tokenising {prefix}", total=size)
+        task = progress.add_task(f"tokenising {prefix}", total=size, visible=size > 0)
         pieces = sources.documents(source, config, faults)
         advance = functools.partial(progress.advance, task)
         manifest["shards"] |= shards_lib.make(tokenizer, pieces, directory, prefix, advance)

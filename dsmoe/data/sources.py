@@ -52,7 +52,7 @@ class Source:
   files: tuple[tuple[str, epath.Path], ...]
 
 
-def find_source(name: str, is_train: bool) -> Source:
+def find_source(name: str, is_train: bool, field: str | None = None) -> Source:
   """Finds the files of one entry of `data.train_globs` or `data.validation_globs`.
 
   Args:
@@ -60,6 +60,7 @@ def find_source(name: str, is_train: bool) -> Source:
       the home folder; `{a,b}` stands for a and b. A name with [ or { that exists is taken as it is.
     is_train: whether to find the training or the validation part of "stdlib", the only source
       that is split.
+    field: what the user gave the glob as, for the error; None: the config's.
 
   Raises:
     ValueError: if no file matches.
@@ -80,10 +81,10 @@ def find_source(name: str, is_train: bool) -> Source:
       raise ValueError(f"data must be on disk or on gs://, got {name!r}") from error
   found = tuple((file, root / file) for file in sorted(names) if (root / file).is_file())
   if not found:
-    field = "train_globs" if is_train else "validation_globs"
+    field = field or ("data.train_globs" if is_train else "data.validation_globs")
     is_folder = any((root / file).is_dir() for file in names)
     what = "is a folder, whose files are named by /*" if is_folder else "matches none"
-    raise ValueError(f"every glob of data.{field} must match a file; {name!r} {what}")
+    raise ValueError(f"every glob of {field} must match a file; {name!r} {what}")
   return Source(name, found)
 
 

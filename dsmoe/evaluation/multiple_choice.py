@@ -99,6 +99,9 @@ def loglikelihoods(
   return result
 
 
+_KINDS = {list: "list", int: "whole number", str: "text"}  # as JSON's values are called in errors
+
+
 class Question(NamedTuple):
   """One multiple-choice question; `answer` is an index into `choices`."""
 
@@ -126,8 +129,8 @@ def read_questions(path: epath.PathLike) -> list[Question]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
       raise ValueError(
         f'{path}, line {number}: must be {{"question": text, "choices": [texts], "answer": '
-        'index}} or {{"question": text, "choices": {{"text": [texts], "label": [names]}}, '
-        f'"answerKey": name}} with at least 2 choices, got {line[:80]!r}'
+        f'index}} or {{"question": text, "choices": {{"text": [texts], "label": [names]}}, '
+        f'"answerKey": name}} with at least 2 choices, got {line[:80]!r}: {_reason(error)}'
       ) from error
   if not questions:
     raise ValueError(f"the file of questions must have at least 1 line, {path} has none")
@@ -151,14 +154,23 @@ def _question(row: dict[str, Any]) -> Question:
   for text in (prompt, *choices):
     _require(text, str)
     check_unicode(text, "a text")
-  if not all(choices) or len(choices) < 2 or not 0 <= answer < len(choices):
-    raise ValueError("there must be at least 2 choices, none of them empty, and an answer")
+  if len(choices) < 2 or not all(choices):
+    raise ValueError("there must be at least 2 choices, none of them empty")
+  if not 0 <= answer < len(choices):
+    raise ValueError(f"answer ({answer}) must be the index of one of {len(choices)} choices")
   return Question(prompt, choices, answer)
 
 
 def _require(value: Any, kind: type) -> None:
   if type(value) is not kind:  # True is no index
-    raise TypeError(f"must be {kind.__name__}")
+    raise TypeError(f"{value!r:.40} must be a {_KINDS[kind]}")
+
+
+def _reason(error: Exception) -> str:
+  """Returns what is wrong with a line that `_question` or json refused."""
+  if isinstance(error, KeyError):
+    return f"it has no {error.args[0]!r}"
+  return "it is not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def encode_choice(

@@ -135,6 +135,7 @@ def score_text(run: LoadedRun, text_glob: str) -> dict[str, float]:
     ValueError: when nothing matches, the run has no tokenizer, or the loss is not finite.
   """
   run.tokenizer()
+  sources.find_source(text_glob, is_train=False, field="--text")
   shards = mesh_lib.num_batch_shards(run.mesh)
   config = dataclasses.replace(
     run.config,

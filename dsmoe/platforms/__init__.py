@@ -73,6 +73,16 @@ def reads_chosen_experts(num_tokens: int) -> bool:
   return num_tokens <= 128
 
 
+def device_memory(device: jax.Device) -> int | None:
+  """Returns the bytes of memory that a device may use, or None where it is not known.
+
+  Devices that are parts of one CPU share the machine's memory evenly.
+  """
+  if device.platform == "cpu":
+    return cpu.machine_memory() // jax.local_device_count()
+  return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def unusable_kernels(kernels: KernelsConfig) -> dict[str, str]:
   """Finds the choices of kernels that programs traced here cannot have.
 

@@ -39,6 +39,11 @@ def computed_once(fn: Callable, x_BS: jax.Array):
   return jax.lax.map(fn, x_BS)
 
 
+def machine_memory() -> int:
+  """Returns the bytes of the machine's memory."""
+  return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def keep_memory() -> None:
   """Makes glibc keep freed memory and back it with huge pages, so that steps reuse buffers.
 

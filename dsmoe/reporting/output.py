@@ -2,13 +2,18 @@
 
 import ast
 import contextlib
+import dataclasses
+import itertools
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags
 from etils import epath
+
+from dsmoe.config import Config
 
 STDOUT = "-"
 
@@ -90,14 +95,64 @@ def fail(sentence: str, code: int = 2) -> NoReturn:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   """Parses flags; a config's loading runs in here, so that whatever it raises is a wrong flag."""
+  for argument in argv:
+    path = argument.removeprefix("--config=").partition(":")[0]
+    if argument.startswith("--config=") and not epath.Path(path).is_file():
+      fail(f"--config must name a file such as experiments/tiny.py, there is no {path!r}")
   try:
     return flags.FLAGS(argv)
   except Exception as error:
     if "--traceback" in argv:
       raise
-    unknown_field = isinstance(error, AttributeError)  # how ml_collections refuses --config.<it>
-    named = "a flag must name a field of the config, got " if unknown_field else ""
-    fail(named + _sentence(error))
+    fail(_stray_argument(argv) or _flag_error(error, argv))
+
+
+def _stray_argument(argv: list[str]) -> str | None:
+  """Returns one sentence about an argument that was meant as a flag, where there is one."""
+  for before, argument in itertools.pairwise(argv):
+    follows_a_flag = before.startswith("-") and "=" not in before  # and may be its value
+    is_odd = not argument.startswith("-") and ("=" in argument or argument.endswith(".py"))
+    if is_odd and not follows_a_flag:
+      return f"only flags may be given, and a flag begins with --, got {argument!r}"
+  return None
+
+
+def _flag_error(error: Exception, argv: list[str]) -> str:
+  """Returns in one sentence why absl or ml_collections refused a flag."""
+  text = _sentence(error)
+  if isinstance(error, AttributeError):  # how ml_collections refuses --config.<an unknown field>
+    text = text.replace(" Did you mean", "; did you mean")
+    return f"a flag must name a field of the config, got {text}{_places(_unknown_field(argv))}"
+  if absent := re.fullmatch(
+    r"flag --(\S+)=None: Flag --\S+ must have a value other than None.", text
+  ):
+    return f"--{absent[1]} must be given"
+  if absent := re.search(r"one of \((.*)\) must have a value other than None", text):
+    return f"one of --{absent[1].replace(', ', ' and --')} must be given, and one only"
+  if isinstance(error, flags.UnrecognizedFlagError):
+    return text + _places(error.flagname.rpartition(".")[2])
+  for argument in argv:
+    name, _, value = argument.partition("=")
+    if name.startswith("--config.") and text.endswith(f": {value!r}"):  # int()'s own message
+      return f"flag {name}: {text}"
+  return text
+
+
+def _unknown_field(argv: list[str]) -> str:
+  fields = (arg.partition("=")[0].rpartition(".")[2] for arg in argv if arg.startswith("--config."))
+  return next((field for field in fields if _places(field)), "")
+
+
+def _places(field: str) -> str:
+  """Returns a hint at the flags that set a field of this name, or "" if there is none."""
+  found = []
+  for group in dataclasses.fields(Config):
+    if group.name == field:
+      found.append(f"--config.{field}")
+    elif dataclasses.is_dataclass(group.type):
+      names = {member.name for member in dataclasses.fields(group.type)}
+      found += [f"--config.{group.name}.{field}"] if field in names else []
+  return f"; the field may be {' or '.join(found)}" if found else ""
 
 
 def _sentence(error: Exception) -> str:

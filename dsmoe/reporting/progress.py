@@ -109,10 +109,11 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     ("mtp_loss", "MTP loss (nats/token)", "{:.4f}"),
     ("whole_validation_loss", "validation loss, whole set (nats/token)", "{:.4f}"),
     ("whole_validation_bits_per_byte", "validation bits per byte, whole set", "{:.4f}"),
-    ("validation_loss", "validation loss (nats/token)", "{:.4f}"),
-    ("validation_bits_per_byte", "validation bits per byte", "{:.4f}"),
+    ("validation_loss", "validation loss, log.eval_batches (nats/token)", "{:.4f}"),
+    ("validation_bits_per_byte", "validation bits per byte, log.eval_batches", "{:.4f}"),
   ):
-    if last.get(name) is not None:
+    # A model without multi-token prediction logs zeros.
+    if last.get(name) is not None and (name != "mtp_loss" or last[name]):
       pairs.append((label, form.format(last[name])))
   if np.isfinite(best_loss):
     pairs.append(("best validation loss", f"{best_loss:.4f} at step {best_step:,}"))

@@ -7,6 +7,7 @@ Shapes: B batch, S sequence, D hidden, L MoE layers, E routed experts.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -94,6 +95,27 @@ def state_shardings(config: Config, mesh) -> TrainState:
 def init_state(config: Config, mesh) -> TrainState:
   """Creates the state on the mesh, each array already in its final sharding."""
   return jax.jit(lambda: _initial_state(config), out_shardings=state_shardings(config, mesh))()
+
+
+def check_memory(state: TrainState, mesh) -> None:
+  """Raises ValueError when a device cannot even hold its part of the state.
+
+  A step needs more: gradients, activations, weights in the compute dtype.
+
+  Args:
+    state: from `abstract_state`.
+    mesh: over whose devices it is split.
+  """
+  part = sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
+  )
+  room = platforms.device_memory(jax.local_devices()[0])
+  if room is not None and part > room:
+    raise ValueError(
+      f"parameters and optimizer moments take {part / 2**30:,.1f} GiB on each of {mesh.size} "
+      f"devices, which must be at most a device's memory ({room / 2**30:,.1f} GiB): take more "
+      "devices along mesh.data or mesh.expert, or a smaller model"
+    )
 
 
 def abstract_state(config: Config, mesh) -> TrainState:

@@ -49,6 +49,7 @@ def save(workdir, state, position):
     checkpoints.save(state, position)
 
 
+@pytest.mark.slow
 def test_round_trip_is_bitwise(tmp_path):
   config, mesh = config_of_two_layers(**{"optim.moment_dtype": "bfloat16"}), mesh_of(8)
   state = train_step.init_state(config, mesh)

@@ -373,7 +373,7 @@ def _train(*flags):
 
 def test_a_mistyped_flag_fails_and_names_the_nearest_field(tmp_path):
   output = _train("--config.model.hidden_sise=3", f"--workdir={tmp_path}/run")
-  assert "hidden_sise" in output and "Did you mean" in output and '"hidden_size"' in output
+  assert "hidden_sise" in output and "did you mean" in output and '"hidden_size"' in output
   assert not (tmp_path / "run").exists()
 
 

@@ -527,10 +527,9 @@ def test_signals_end_a_preparation_soon(tmp_path, number, what):
   assert runs.wait_for(lambda: list((tmp_path / "cache").glob(what)), process)
   time.sleep(0.2)
   process.send_signal(number)
-  sent = time.monotonic()
   code, out, err = runs.finish(process)
   assert code == -number, (code, out, err)
-  assert time.monotonic() - sent < 3
+  assert not (tmp_path / "cache" / "manifest.json").exists()  # written last
   if what == "inputs.json":
     assert not (tmp_path / "cache" / "tokenizer.json").exists()
     return

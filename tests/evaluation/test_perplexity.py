@@ -17,6 +17,7 @@ from tests.evaluation.oracle import log_probabilities
 from tests.helpers import assert_close
 
 
+@pytest.mark.slow
 def test_score_text_counts_everything(run, folder):
   result = perplexity.score_text(run, f"{folder}/v/*.txt")
   tokenizer = run.tokenizer()

@@ -544,6 +544,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["import", "export"])
 def test_killed_conversion_goes_on(tmp_path, what, monkeypatch):
   (tmp_path / "hf").mkdir()
@@ -601,6 +602,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_memory_stays_far_below_the_checkpoint(tmp_path):
   """200 MB of float32 pass through; a stacked leaf alone has 67 MB, the largest tensor 16 MB."""
   hf_config = SMALL | {"hidden_size": 256, "vocab_size": 1 << 15, "intermediate_size": 512}
@@ -632,6 +634,7 @@ def changed(folder, tmp_path, name, by):
   return tmp_path
 
 
+@pytest.mark.slow
 def test_verify_finds_the_layer_that_differs(tmp_path):
   folder = cases.GOLDEN / "v3_mtp"
   convert.import_folder(folder, tmp_path / "run", DEFAULTS, "float32")
@@ -697,6 +700,7 @@ def test_import_without_mtp_layers(tmp_path):
   assert checkpoint.load_config(tmp_path / "told").model.num_nextn_predict_layers == 0
 
 
+@pytest.mark.slow
 def test_script_converts_both_ways(tmp_path):
   (tmp_path / "hf").mkdir()
   write_shards(tmp_path / "hf", SMALL, bfloat16_tensors())

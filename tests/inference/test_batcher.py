@@ -30,6 +30,8 @@ CONFIG = small_config(
 V = CONFIG.model.vocab_size
 GREEDY = Sampling(max_tokens=11, temperature=0)
 PAGES = 24
+# Programs with drafts compile slowly.
+WITHOUT_AND_WITH_DRAFTS = [False, pytest.param(True, marks=pytest.mark.slow)]
 
 
 @functools.cache
@@ -83,7 +85,7 @@ def _drain(batcher, limit=400):
   raise AssertionError(f"still running after {limit} steps")
 
 
-@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("speculate", WITHOUT_AND_WITH_DRAFTS)
 def test_greedy_is_the_argmax_of_full_passes(speculate):
   """More prompts than rows and pages, of all lengths, one longer than a block of the cache."""
   prompts = _prompts(0, (5, 33, 140, 1, 17, 40, 64))
@@ -110,7 +112,7 @@ def test_accepted_drafts_save_steps():
   assert stats["drafts"] == stats["drafts_accepted"] == 4  # 1 + 4 x 2 tokens
 
 
-@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("speculate", WITHOUT_AND_WITH_DRAFTS)
 def test_a_known_beginning_is_not_computed_again(speculate):
   batcher = _batcher(speculate)
   [base] = _prompts(1, (50,))
@@ -138,7 +140,7 @@ def test_one_requests_nan_stays_its_own():
   assert beside == after == expected and len(set(expected)) > 1
 
 
-@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("speculate", WITHOUT_AND_WITH_DRAFTS)
 def test_sampled_text_does_not_depend_on_the_company(speculate):
   """The same request alone, later, beside others: equal tokens, since they follow its seed."""
   settings = Sampling(max_tokens=10, temperature=0.9, top_p=0.9, repetition_penalty=1.3, seed=5)
@@ -298,7 +300,7 @@ def test_bad_options_are_refused():
       _batcher(**options)
 
 
-@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("speculate", WITHOUT_AND_WITH_DRAFTS)
 @pytest.mark.parametrize("pages", [PAGES, 4])
 def test_tokens_that_fit_exactly_are_all_written(speculate, pages):
   """Up to the model's limit, and up to the last place of the last page."""
@@ -338,6 +340,7 @@ def test_a_row_cancelled_amid_its_prompt_leaves():
   assert set(events) == {other} and batcher.stats()["cache_pages_used"] == 0
 
 
+@pytest.mark.slow
 def test_bfloat16_and_interleaved_and_tied_models_generate():
   for fields in (
     {"model.compute_dtype": "bfloat16"},
@@ -405,7 +408,7 @@ def test_a_stop_token_ends_the_row_after_min_tokens(speculate):
         assert new == whole[: whole.index(stop)]
 
 
-@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize("speculate", WITHOUT_AND_WITH_DRAFTS)
 def test_nothing_is_compiled_after_the_start_whatever_is_asked(speculate):
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(

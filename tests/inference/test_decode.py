@@ -225,6 +225,7 @@ def _chi_square(counts, probs):
   return ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum(), often.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_rank", [0, 3])
 def test_drafts_leave_the_distribution_as_it_is(draft_rank):
   """One step of thousands of equal rows that differ in their seeds."""

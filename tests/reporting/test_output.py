@@ -68,10 +68,20 @@ def test_without_json_there_is_the_table_only(script):
     (("--json=/nowhere/a.json",), "flag --json=/nowhere/a.json: the folder of the file must"),
     (("--rise=value",), "Unknown command line flag 'rise'"),
     (("--raise=some",), "flag --raise=some: value should be one of <usage|value|file|type>"),
-    (("--config=/nowhere.py",), "No such file or directory: '/nowhere.py'"),
+    (("--config=/nowhere.py",), "experiments/tiny.py, there is no '/nowhere.py'"),
+    (("experiments/tiny.py", "--rise"), "a flag begins with --, got 'experiments/tiny.py'"),
+    (("--batch_size=3",), "'batch_size'; the field may be --config.batch_size"),
     (("--config=experiments/tiny.py:arg",), "TypeError: get_config() takes 0 positional"),
     (("--config=experiments/tiny.py", "--config.stepps=1"), "a field of the config, got "),
     (("--config=experiments/tiny.py", "--config.num_steps=1.5"), "--config.num_steps=1.5"),
+    (
+      ("--config=experiments/tiny.py", "--config.hidden_size=8"),
+      "; the field may be --config.model.hidden_size",
+    ),
+    (
+      ("--config=experiments/tiny.py", "--config.model.hidden_size=a"),
+      "flag --config.model.hidden",
+    ),
   ],
 )
 def test_mistakes_end_in_one_sentence(script, args, message):

@@ -73,8 +73,8 @@ def test_summary_takes_last_values_medians_and_the_best_validation():
     ("steps", "30"),
     ("tokens seen", "3,000"),
     ("train loss", "2.5000"),
-    ("validation loss (nats/token)", "2.2500"),
-    ("validation bits per byte", "0.7500"),
+    ("validation loss, log.eval_batches (nats/token)", "2.2500"),
+    ("validation bits per byte, log.eval_batches", "0.7500"),
     ("best validation loss", "2.0000 at step 20"),
     ("tokens/s, median", "20"),
     ("MaxVio, mean (largest) layer", "1.5 (2)"),
@@ -92,8 +92,8 @@ def test_the_whole_set_is_no_point_of_the_validation_curve():
     ("steps", "500"),
     ("validation loss, whole set (nats/token)", "4.8330"),
     ("validation bits per byte, whole set", "2.1000"),
-    ("validation loss (nats/token)", "4.9000"),
-    ("validation bits per byte", "2.0000"),
+    ("validation loss, log.eval_batches (nats/token)", "4.9000"),
+    ("validation bits per byte, log.eval_batches", "2.0000"),
     ("best validation loss", "4.7740 at step 400"),
   ]
   every = {"validation_loss": 4.833, "validation_bits_per_byte": 2.1} | whole

@@ -68,6 +68,7 @@ def test_compute_report_counts_both_devices_of_a_chip():
   assert values["mfu"]["causal"] == pytest.approx(0.266, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_bench_train(tmp_path):
   args = ("scripts/bench_train.py", f"--config={runs.SHORT_RUN}", "--steps=2")
   values = json.loads(runs.run(*args, "--json=-"))
@@ -85,6 +86,7 @@ def test_generate(workdir):
   assert len(sampled) > len("alpha beta\n") and sampled != likeliest
 
 
+@pytest.mark.slow
 def test_generate_from_a_file(workdir, tmp_path):
   path = tmp_path / "prompts.jsonl"
   prompts = ["alpha", "beta gamma", "alpha beta"]
@@ -115,6 +117,7 @@ def test_generate_talks(workdir):
   assert "new tokens" in err
 
 
+@pytest.mark.slow
 def test_bench_decode(tmp_path):
   args = ["scripts/bench_decode.py", "--config=experiments/bench_small.py", "--prompt_tokens=9"]
   args += ["--config.model.hidden_size=32", "--config.model.vocab_size=64", "--new_tokens=65"]
@@ -176,18 +179,18 @@ def test_evaluate_choices(workdir, tmp_path):
     (("serve",), "a run's workdir must hold config.json, got /nowhere"),
     (("serve", "--api_key_file=nokey"), "api_key_file must hold a key, nokey does not"),
     (("evaluate", "--text=a", "--step=x"), "flag --step=x: invalid literal for int()"),
-    (("evaluate", "--text=a", "--choices=b"), "Exactly one of (text, choices) must have a"),
+    (("evaluate", "--text=a", "--choices=b"), "one of --text and --choices must be given, and one only"),
     (("evaluate", "--text=a"), "a run's workdir must hold config.json, got /nowhere"),
     (("evaluate", "--choices=/nowhere.jsonl"), "file of questions must exist, got /nowhere"),
     (("bench_train", "--steps=0"), "flag --steps=0: 0 is not a positive"),
-    (("bench_train",), "Flag --config must have a value other than None"),
-    (("bench_train", "--config=/nowhere.py"), "No such file or directory: '/nowhere.py'"),
+    (("bench_train",), "--config must be given"),
+    (("bench_train", "--config=/nowhere.py"), "there is no '/nowhere.py'"),
     (("bench_decode", "--batches=1,x"), "flag --batches=['1', 'x']: must be positive integers"),
     (
       ("bench_train", "--config=experiments/tiny.py", "--config.model.kernels.routing=mosaic_tpu"),
       "kernels.routing must be an implementation for cpu or None, got 'mosaic_tpu'",
     ),
-    (("bench_decode",), "Flag --config must have a value other than None"),
+    (("bench_decode",), "--config must be given"),
     (("bench_decode", "--json=/nowhere/a.json"), "the folder of the file must exist"),
     (("evaluate", "--text="), "--text must not be empty"),
     (("evaluate", "--text= "), "--text must not be empty"),

@@ -22,6 +22,10 @@ from tests.serving.running_server import wait_until
 TEXT = "alpha beta gamma"
 
 
+# A run, and a server that compiles its programs; tests/serving/test_server.py is quick.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
   """A run of two steps on text."""

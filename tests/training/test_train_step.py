@@ -164,6 +164,18 @@ def test_hidden_size_that_does_not_divide_is_refused():
     train_step.init_state(config, mesh_of(8))
 
 
+def test_a_state_larger_than_the_memory_is_refused_with_its_size(monkeypatch):
+  config, mesh = small_config(), mesh_of(2)
+  state = train_step.abstract_state(config, mesh)
+  created = train_step.init_state(config, mesh)
+  part = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(created))
+  monkeypatch.setattr(cpu, "machine_memory", lambda: part * jax.local_device_count())
+  train_step.check_memory(state, mesh)
+  monkeypatch.setattr(cpu, "machine_memory", lambda: part * jax.local_device_count() - 1)
+  with pytest.raises(ValueError, match=r"GiB on each of 2 devices, which must be at most a device"):
+    train_step.check_memory(state, mesh)
+
+
 def test_state_is_created_sharded():
   config = small_config()
   state = train_step.init_state(config, mesh_of(8))
