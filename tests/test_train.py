@@ -288,6 +288,7 @@ def test_run_without_validation_data(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["num_steps"] == 3
 
 
+@pytest.mark.slow
 def test_dropped_rows_are_reported_at_every_step(tmp_path, capsys):
   """Step 1 is not logged otherwise; buffers for half of the mean must drop rows."""
   fields = {**runs.TWO_LAYERS, "num_steps": 3, "optim.warmup_steps": 1, "mesh.expert": 4}
