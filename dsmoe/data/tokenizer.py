@@ -152,11 +152,19 @@ def files_beside(path: epath.PathLike, eos_token: str = "") -> dict[str, str]:
   """
   folder = folder_of(path)
   paths = [folder / name for name in BESIDE] if folder else []
-  contents = {path.name: path.read_text(encoding="utf-8") for path in paths if path.exists()}
+  contents = {path.name: read_text(path) for path in paths if path.exists()}
   if eos_token:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | read_settings(folder, CONFIG_FILE)
     contents[CONFIG_FILE] = json.dumps(settings | {"eos_token": eos_token}, indent=2)
   return contents
+
+
+def read_text(path: epath.Path) -> str:
+  """Reads a file of text beside a tokenizer; raises ValueError, naming it, if it is not UTF-8."""
+  try:
+    return path.read_text(encoding="utf-8")
+  except ValueError as error:
+    raise ValueError(f"{path} must be UTF-8, got: {error}") from error
 
 
 def read_settings(folder: epath.PathLike | None, name: str) -> dict[str, Any]:
@@ -169,7 +177,7 @@ def read_settings(folder: epath.PathLike | None, name: str) -> dict[str, Any]:
     return {}
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} must be JSON, got: {error}") from error
   if not isinstance(values, dict):
     raise ValueError(f"{path} must be a JSON object, got a {type(values).__name__}")
@@ -189,7 +197,7 @@ def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
   """Raises ValueError if a token id is not below the model's `vocab_size`."""
-  needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+  needed = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
   if needed > vocab_size:
     raise ValueError(
       f"the tokenizer's vocabulary ({needed} ids) must fit in the model's vocab_size ({vocab_size})"
@@ -213,9 +221,12 @@ def eos_id(tokenizer: Tokenizer, folder: epath.PathLike | None = None, eos_token
     ValueError: if a token that is named does not exist, or none is named.
   """
   named = {"data.eos_token": eos_token} if eos_token else {}
-  for file in (CONFIG_FILE, _OLD_CONFIG_FILE):
-    text = special_tokens(read_settings(folder, file)).get("eos_token")
-    named |= {f"eos_token of {epath.Path(folder or '') / file}": text} if text else {}
+  for file in () if eos_token else (CONFIG_FILE, _OLD_CONFIG_FILE):
+    where, settings = f"eos_token of {epath.Path(folder or '') / file}", read_settings(folder, file)
+    text = special_tokens(settings).get("eos_token")
+    if text is None and settings.get("eos_token") is not None:
+      raise ValueError(f"{where} must be the text of a token, got {settings['eos_token']!r:.80}")
+    named |= {where: text} if text else {}
   for where, text in named.items():
     token = tokenizer.token_to_id(text)
     if token is None:
@@ -245,7 +256,7 @@ def generation_ends(folder: epath.PathLike | None) -> tuple[int, ...]:
   """
   given = read_settings(folder, GENERATION_FILE).get("eos_token_id")
   ends = given if isinstance(given, list) else [] if given is None else [given]
-  if not all(type(end) is int and 0 <= end < 2**32 for end in ends):
+  if not all(type(end) is int and 0 <= end < 2**31 for end in ends):
     path = epath.Path(folder or "") / GENERATION_FILE
     raise ValueError(f"eos_token_id of {path} must be ids of tokens, got {given!r}")
   return tuple(ends)
@@ -293,7 +304,7 @@ def bos_ids(tokenizer: Tokenizer, folder: epath.PathLike | None = None) -> tuple
   transformers 4 the tokenizer's class added it; transformers 5 saves the post-processor instead.
 
   Raises:
-    ValueError: if a file is not a JSON object.
+    ValueError: if a file is not a JSON object, or the token does not exist.
 
   Source: transformers 5.23, `PreTrainedTokenizerBase._from_pretrained`, which drops
   `add_bos_token` where there is a tokenizer.json.
@@ -303,8 +314,14 @@ def bos_ids(tokenizer: Tokenizer, folder: epath.PathLike | None = None) -> tuple
   if ids := tuple(token for token, _ in added):
     return ids
   settings = read_settings(folder, CONFIG_FILE)
-  token = tokenizer.token_to_id(special_tokens(settings).get("bos_token", ""))
-  return (token,) if settings.get("add_bos_token") is True and token is not None else ()
+  name = special_tokens(settings).get("bos_token", "")
+  if not name or settings.get("add_bos_token") is not True:
+    return ()
+  token = tokenizer.token_to_id(name)
+  if token is None:
+    path = epath.Path(folder or "") / CONFIG_FILE
+    raise ValueError(f"bos_token of {path} must be one of the tokenizer's tokens, got {name!r}")
+  return (token,)
 
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str], end: int) -> list[np.ndarray]:

@@ -158,9 +158,15 @@ def load_template(folder: epath.PathLike) -> ChatTemplate | None:
   path = epath.Path(folder) / TEMPLATE_FILE
   source = config.get("chat_template")
   if path.exists():
-    source = path.read_text(encoding="utf-8")
+    source = tokenizer_lib.read_text(path)
   elif isinstance(source, list):
-    source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+    named = [e for e in source if isinstance(e, dict) and e.get("name") == "default"]
+    if source and not all(isinstance(entry, dict) for entry in source):
+      raise ValueError(
+        f"the entries of chat_template in {epath.Path(folder) / CONFIG_FILE} must be objects with "
+        f"name and template, got {source!r:.80}"
+      )
+    source = named[-1].get("template") if named else None
   if source is None:
     return None
   if not isinstance(source, str):

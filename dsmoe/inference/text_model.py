@@ -10,6 +10,7 @@ from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.data.lines import check_unicode
 from dsmoe.inference import chat
 from dsmoe.inference.detokenize import Vocabulary
+from dsmoe.inference.sampling import MAX_STOP_TOKENS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +26,10 @@ class ServedModel:
   vocabulary: Vocabulary = dataclasses.field(init=False)
 
   def __post_init__(self):
-    if not self.name or not self.stop_tokens:
+    if not self.name or not 1 <= len(self.stop_tokens) <= MAX_STOP_TOKENS:
       raise ValueError(
-        f"a served model must have a name and a stop token, got {self.name!r} and "
-        f"{self.stop_tokens}"
+        f"a served model must have a name and 1 to {MAX_STOP_TOKENS} stop tokens, got "
+        f"{self.name!r} and {self.stop_tokens}"
       )
     object.__setattr__(self, "vocabulary", Vocabulary(self.tokenizer))
 
@@ -72,7 +73,12 @@ def load(
     ValueError: for a file that cannot be read.
   """
   end = tokenizer_lib.eos_id(tokenizer, folder)
-  others = (*tokenizer_lib.generation_ends(folder), *tokenizer_lib.known_ends(tokenizer))
-  ends = tuple(dict.fromkeys((end, *others)))  # without duplicates
+  of_file = tokenizer_lib.generation_ends(folder)
+  ends = tuple(dict.fromkeys((end, *of_file, *tokenizer_lib.known_ends(tokenizer))))  # once each
+  if unknown := [token for token in of_file if tokenizer.id_to_token(token) is None]:
+    raise ValueError(
+      f"eos_token_id of {epath.Path(folder) / tokenizer_lib.GENERATION_FILE} must be ids of the "
+      f"tokenizer, got {unknown[0]}"
+    )
   prefix = tokenizer_lib.bos_ids(tokenizer, folder)
   return ServedModel(name, tokenizer, max_tokens_per_row, ends, prefix, chat.load_template(folder))

@@ -181,6 +181,8 @@ def test_files_beside_the_tokenizer_say_what_ends_a_document(tmp_path, tokens, f
     ({"generation_config": {"eos_token_id": "</s>"}}, r"must be ids of tokens, got '</s>'"),
     ({"generation_config": {"eos_token_id": [True]}}, r"must be ids of tokens, got \[True\]"),
     ({"generation_config": {"eos_token_id": -1}}, r"must be ids of tokens, got -1"),
+    ({"tokenizer_config": {"eos_token": 5}}, r"eos_token of .* must be the text of a token, got 5"),
+    ({"tokenizer_config": {"eos_token": ["</s>"]}}, r"must be the text of a token, got \['</s>'\]"),
   ],
 )
 def test_a_wrong_end_of_document_is_refused(tmp_path, files, message):
@@ -224,6 +226,23 @@ def test_what_begins_a_text(tmp_path, single, settings, names):
   path = written(tmp_path, with_template(single), **files)
   loaded = tokenizer_lib.read_tokenizer(path)
   assert [loaded.id_to_token(i) for i in tokenizer_lib.bos_ids(loaded, tmp_path)] == names
+
+
+def test_files_beside_a_tokenizer_are_named(tmp_path):
+  path = written(tmp_path, with_template("$A"))
+  config = tmp_path / "tokenizer_config.json"
+  config.write_text(json.dumps({"bos_token": "<none>", "add_bos_token": True}))
+  with pytest.raises(ValueError, match=r"bos_token of .*_config.json must be one .* got '<none>'"):
+    tokenizer_lib.bos_ids(tokenizer_lib.read_tokenizer(path), tmp_path)
+  config.write_text("[" * 100_000)
+  with pytest.raises(ValueError, match=r"tokenizer_config.json must be JSON, got: maximum recur"):
+    tokenizer_lib.bos_ids(tokenizer_lib.read_tokenizer(path), tmp_path)
+  config.unlink()
+  (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+  with pytest.raises(ValueError, match=r"chat_template.jinja must be UTF-8, got: 'utf-8' codec"):
+    tokenizer_lib.files_beside(path)
+  with pytest.raises(ValueError, match=r"must have a special token that ends a document.*among"):
+    tokenizer_lib.load_tokenizer(written(tmp_path, Tokenizer(models.BPE())), vocab_size=9)
 
 
 @pytest.mark.parity

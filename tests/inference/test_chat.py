@@ -138,6 +138,29 @@ def test_a_template_that_is_no_text(tmp_path):
     chat.load_template(tmp_path)
 
 
+@pytest.mark.parametrize("entries", [["x"], [{"name": "default", "template": "a"}, 1]])
+def test_entries_that_are_no_templates(tmp_path, entries):
+  write(tmp_path, CONFIG_FILE, {"chat_template": entries})
+  with pytest.raises(
+    ValueError, match=r"chat_template in .*_config.json must be objects with name"
+  ):
+    chat.load_template(tmp_path)
+  write(tmp_path, CONFIG_FILE, {"chat_template": [{"name": ["default"], "template": "a"}]})
+  assert chat.load_template(tmp_path) is None
+  (tmp_path / chat.TEMPLATE_FILE).write_bytes(b"\xff{{")
+  with pytest.raises(ValueError, match=r"chat_template.jinja must be UTF-8, got: "):
+    chat.load_template(tmp_path)
+
+
+def test_ends_that_no_request_could_have(tmp_path):
+  write(tmp_path, "generation_config.json", {"eos_token_id": [0, TOKENIZER.get_vocab_size()]})
+  with pytest.raises(ValueError, match=r"eos_token_id of .* must be ids of the tokenizer, got \d+"):
+    text_model.load(tmp_path, TOKENIZER, "tiny", 64)
+  write(tmp_path, "generation_config.json", {"eos_token_id": list(range(9))})
+  with pytest.raises(ValueError, match=r"must have a name and 1 to 8 stop tokens, got 'tiny' and"):
+    text_model.load(tmp_path, TOKENIZER, "tiny", 64)
+
+
 def test_what_ends_and_begins_a_text(tmp_path):
   assert text_model.load(tmp_path, TOKENIZER, "tiny", 64).stop_tokens == (0,)
   config = {"eos_token": "<|fim_suffix|>", "bos_token": {"content": "<|fim_prefix|>"}}
