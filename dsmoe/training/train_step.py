@@ -268,10 +268,12 @@ def _on_mesh(config: Config, mesh, record: bool) -> Callable:
 
 
 def _dropless(config: Config) -> Config:
-  """Returns the config with which a layer that would drop rows is computed by an exact path."""
-  if "dropless_fallback" not in EXCHANGE_FIELDS[config.model.dispatch]:
-    return config
-  exchange = dataclasses.replace(config.model.exchange, dropless_fallback="layer")
+  """Returns the config with which no row is dropped: by a fallback, else by buffers for all rows."""
+  exchange, fields = config.model.exchange, EXCHANGE_FIELDS[config.model.dispatch]
+  if "dropless_fallback" in fields:
+    exchange = dataclasses.replace(exchange, dropless_fallback="layer")
+  elif "receive_capacity" in fields:
+    exchange = dataclasses.replace(exchange, receive_capacity=float(config.mesh.expert))
   return dataclasses.replace(config, model=dataclasses.replace(config.model, exchange=exchange))
 
 

@@ -171,17 +171,25 @@ def test_step_does_not_depend_on_how_it_is_computed(variant):
   assert_close(mu, optax.tree_utils.tree_get(expected.opt_state, "mu"))
 
 
-def test_evaluation_does_not_depend_on_how_rows_are_split():
+def test_evaluation_does_not_depend_on_the_mesh_and_drops_nothing():
+  few = {"mesh.expert": 4, "model.exchange.receive_capacity": 0.1}
+  hierarchical = {"model.dispatch": "hierarchical", "model.exchange.devices_per_group": 2}
   sums = []
-  for devices, context in ((1, 1), (8, 4)):
-    config = small_config(**{"data.sequence_length": 16, "mesh.context": context})
+  for devices, overrides in (
+    (1, {}),
+    (8, {"mesh.context": 4}),
+    (4, {**few, "model.dispatch": "all_to_all"}),
+    (4, few | hierarchical),
+  ):
+    config = small_config(**{"data.sequence_length": 16}, **overrides)
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
     _, params, bias = random_parts(config, 1)
     state = train_step.TrainState(None, params, None, bias)
     sums.append(train_step.make_eval_step(config, mesh)(state, random_batch(config, 2)))
-  (nats, weight), (expected_nats, expected_weight) = sums
-  assert float(weight) == float(expected_weight) > 100
-  assert_close(nats, expected_nats)
+  (expected_nats, expected_weight), *others = sums
+  for nats, weight in others:
+    assert float(weight) == float(expected_weight) > 100
+    assert_close(nats, expected_nats)
 
 
 def test_dropped_rows_are_counted_over_devices_and_microbatches():
