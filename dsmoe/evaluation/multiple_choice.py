@@ -126,7 +126,7 @@ def read_questions(path: epath.PathLike) -> list[Question]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
       raise ValueError(
         f'{path}, line {number}: must be {{"question": text, "choices": [texts], "answer": '
-        'index}} or {{"question": text, "choices": {{"text": [texts], "label": [names]}}, '
+        f'index}} or {{"question": text, "choices": {{"text": [texts], "label": [names]}}, '
         f'"answerKey": name}} with at least 2 choices, got {line[:80]!r}'
       ) from error
   if not questions:
