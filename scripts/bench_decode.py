@@ -104,10 +104,12 @@ def measure(config: ModelConfig, rows: int) -> dict[str, Any]:
   first_secs = statistics.median(first)
   decode_secs = min(whole) - min(first)  # other work on the machine only adds time
   stats = batcher.stats()
+  # A few tokens of a small model can take less time than that of the first one varies.
+  is_told = decode_secs > 0
   return {
     "batch": rows,
     "prefill_tokens_per_sec": rows * _PROMPT.value / first_secs,
-    "decode_tokens_per_sec": rows * (_NEW.value - 1) / decode_secs,
+    "decode_tokens_per_sec": rows * (_NEW.value - 1) / decode_secs if is_told else None,
     "first_token_secs": first_secs,
     "warm_up_secs": warm_up_secs,
     "cache_bytes_per_token": cache.page_bytes(config) // cache.PAGE_TOKENS,
@@ -133,7 +135,7 @@ def show(rows: list[dict[str, Any]], bandwidth: float) -> None:
       row["decode_bound_tokens_per_sec"],
       row["cache_bytes_per_token"],
     ]
-    cells = [f"{number:,.0f}" for number in numbers]
+    cells = ["none" if number is None else f"{number:,.0f}" for number in numbers]
     if _SPECULATE.value:
       cells.append("none" if row["acceptance"] is None else f"{row['acceptance']:.1%}")
     table.add_row(*cells)

@@ -62,8 +62,8 @@ _TOLERANCE = flags.DEFINE_float(
 
 def _required(*options: flags.FlagHolder) -> list[str]:
   for option in options:
-    if option.value is None:
-      raise app.UsageError(f"--{option.name} must be given")
+    if option.value is None or not option.value.strip():
+      raise app.UsageError(f"--{option.name} must be given, and not empty")
   return [str(option.value) for option in options]
 
 

@@ -17,10 +17,14 @@ _PLOTS = flags.DEFINE_bool("plots", True, "Whether to redraw the plots.")
 
 def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
+  if not _WORKDIR.value.strip():
+    raise app.UsageError("--workdir must not be empty")
   workdir = epath.Path(_WORKDIR.value)
   if not (workdir / metrics.METRICS_FILE).exists():
     raise app.UsageError(f"--workdir={workdir} must hold {metrics.METRICS_FILE}, it does not")
   pairs = progress.summary(metrics.iter_metrics(workdir))
+  if not pairs:
+    raise app.UsageError(f"{workdir / metrics.METRICS_FILE} must have a whole line, it has none")
   console.Console().print(progress.final_table(pairs, title=str(workdir)))
   for path in plots.draw(workdir) if _PLOTS.value else []:
     print(path)

@@ -32,7 +32,8 @@ def check_path(workdir: epath.PathLike) -> None:
   text = os.fspath(workdir)
   if not text.strip():
     raise ValueError(f"a workdir must be the name of a folder, got {text!r}")
-  parts = epath.Path(workdir).resolve().parts
+  _, separator, rest = text.partition("://")
+  parts = rest.split("/") if separator else epath.Path(workdir).resolve().parts
   if odd := [part for part in parts if "\\" in part or part.endswith(":")]:
     raise ValueError(
       f"no folder of a workdir's path may have a backslash in its name or a colon at its end, "
@@ -47,6 +48,8 @@ def folder(workdir: epath.PathLike) -> epath.Path:
     ValueError: see `check_path`.
   """
   check_path(workdir)
+  if "://" in os.fspath(workdir):  # `resolve` would make it a path on disk
+    return _LiteralPath(workdir) / CHECKPOINTS
   return _LiteralPath(epath.Path(workdir).resolve()) / CHECKPOINTS
 
 

@@ -22,6 +22,7 @@ def load_config(workdir: epath.PathLike, name: str = CONFIG_FILE) -> Config:
   Raises:
     ValueError: when there is none, or it is not a valid config.
   """
+  contents.check_path(workdir)
   path = epath.Path(workdir) / name
   saved = _saved(path)
   if saved is None:
@@ -118,7 +119,7 @@ def _saved(path: epath.Path) -> dict[str, Any] | None:
     if not isinstance(saved, dict):
       raise ValueError(f"it holds {type(saved).__name__}")
     return config_lib.with_defaults(saved)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(
       f"{path}: it must be the JSON object that a run wrote, it is damaged ({error}); put a copy in "
       "its place, or delete it and start the run again, which writes it anew"

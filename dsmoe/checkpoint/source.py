@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from absl import logging
 from etils import epath
 
 from dsmoe.checkpoint.run_config import load_config
@@ -40,6 +41,10 @@ def with_tokenizer_of(
   allow = "pass --allow_other_tokenizer"
   if not theirs.exists():
     if config.data.tokenizer:
+      logging.warning(
+        "data.tokenizer cannot be compared with that of the weights in %s: %s does not exist",
+        *(source, theirs),
+      )
       return config
     raise ValueError(
       f"data.tokenizer must be the tokenizer.json that the weights in {source} were trained with, "

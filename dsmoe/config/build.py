@@ -107,6 +107,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
       return None
     hint = next(a for a in typing.get_args(hint) if a is not type(None))
   if hint is float and type(value) is int:
+    bits = value.bit_length()
+    require(bits <= 128, f"{path} must be a finite number of float32, got {bits} bits of an int")
     return float(value)
   require(
     type(value) is hint,

@@ -97,7 +97,7 @@ def load_lengths(path: epath.Path) -> np.ndarray:
     lengths = np.load(lengths_path(path), allow_pickle=False).astype(np.int64)
     if lengths.ndim != 1 or (lengths < 1).any():
       raise ValueError("a document has at least one token")
-  except (OSError, ValueError, EOFError, SyntaxError) as error:  # what a bad header ends in
+  except Exception as error:  # a damaged header ends in errors of many kinds, MemoryError too
     raise ValueError(
       f"{lengths_path(path)} must hold lengths of documents, got {error}; {mend(path)}"
     ) from error

@@ -40,7 +40,11 @@ def warn_of_overlap(evaluated: epath.Path, trained: epath.Path) -> None:
   """
   if not evaluated.exists() or not trained.exists():
     return
-  found = overlap(*(json.loads(path.read_text()) for path in (evaluated, trained)))
+  try:
+    found = overlap(*(json.loads(path.read_text()) for path in (evaluated, trained)))
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    logging.warning("whether the text was also training data is unknown: %s is damaged", trained)
+    return
   if found:
     logging.warning(
       "the loss is not that of unseen text: %d validation files are also training data, such as "

@@ -87,7 +87,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """
   try:
     value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path} must be a JSON file: {error}") from error
   if not isinstance(value, dict):
     fail(f"{path} must hold a JSON object, got {type(value).__name__}")

@@ -254,7 +254,7 @@ def _lines(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         row = json.loads(line)
         if not isinstance(row, dict) or type(row.get("step")) is not int:
           raise ValueError("no object with an integer step")
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:
         if not any(rest.strip() for rest in file):  # the last one, whether or not it was ended
           return
         raise ValueError(

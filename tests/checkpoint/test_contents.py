@@ -1,9 +1,12 @@
 """Tests of dsmoe/checkpoint/contents.py: paths under which checkpoints are restored, or refused."""
 
+import os
+
 import numpy as np
 import pytest
 
 from dsmoe import checkpoint
+from dsmoe.checkpoint import contents
 from dsmoe.config import CheckpointConfig
 from dsmoe.training.train_step import TrainState
 
@@ -55,3 +58,12 @@ def test_what_tensorstore_cannot_take_is_refused(tmp_path, name):
 def test_an_empty_path_is_refused(name):
   with pytest.raises(ValueError, match="must be the name of a folder, got '"):
     checkpoint.Checkpointer(name, KEEP_ALL)
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run", "gs://bucket/lr=[3]/run"])
+def test_an_object_store_stays_one(name):
+  checkpoint.check_path(name)
+  assert os.fspath(contents.folder(name)) == f"{name}/checkpoints"
+  assert os.fspath(contents.step_folder(name, 3)) == f"{name}/checkpoints/3"
+  with pytest.raises(ValueError, match="may have a backslash in its name or a colon at its end"):
+    checkpoint.check_path(f"{name}/a:/b")

@@ -86,13 +86,15 @@ def test_another_tokenizer_is_refused_unless_allowed(corpus, source, tmp_path):
   assert checkpoint.with_tokenizer_of(own, source, allow_other_tokenizer=True) == own
 
 
-def test_a_source_without_a_tokenizer(corpus, tmp_path):
+def test_a_source_without_a_tokenizer(corpus, tmp_path, caplog):
   """As after random tokens, or an import of weights alone."""
   checkpoint.record_config(tmp_path / "source", small_config(), 0)
   with pytest.raises(ValueError, match=r"tokenizer.json that the weights in .*--allow_other"):
     checkpoint.with_tokenizer_of(config_of(corpus), tmp_path / "source")
   for config in (config_of(corpus, tokenizer="given.json"), small_config()):
     assert checkpoint.with_tokenizer_of(config, tmp_path / "source") == config
+  [warning] = caplog.messages
+  assert warning.startswith("data.tokenizer cannot be compared with that of the weights in ")
   half = dataclasses.replace(small_config().data, validation_globs=("stdlib",))
   with pytest.raises(ValueError, match=r"data\.tokenizer must be"):
     config = dataclasses.replace(small_config(), data=half)

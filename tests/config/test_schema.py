@@ -294,6 +294,11 @@ def test_every_float_must_be_finite(name, number):
     config_lib.from_dict(_values(**{name: value}))
 
 
+def test_an_int_beyond_every_float():
+  with pytest.raises(ValueError, match=r"^config.optim.beta1 must be a finite number of float32"):
+    config_lib.from_dict(_values(**{"optim.beta1": 10**400}))
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [

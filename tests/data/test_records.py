@@ -361,6 +361,23 @@ def test_a_flipped_bit_is_noticed_when_it_is_read(tmp_path, is_validation):
   assert noticed > 15
 
 
+def test_every_flipped_bit_of_lengths_is_named_or_harmless(tmp_path):
+  path = tmp_path / "x.arrayrecord"
+  lengths = np.array([3, 1, 2], np.int64)
+  np.save(shards.lengths_path(path), lengths)
+  whole = shards.lengths_path(path).read_bytes()
+  for bit in range(8 * (len(whole) - lengths.nbytes)):
+    damaged = bytearray(whole)
+    damaged[bit // 8] ^= 1 << bit % 8
+    shards.lengths_path(path).write_bytes(damaged)
+    try:
+      found = shards.load_lengths(path)
+    except ValueError as error:
+      assert "x.lengths.npy must hold lengths of documents, got" in str(error)
+    else:  # the manifest says how many there are
+      assert len(found) != 3 or found.tolist() == lengths.tolist() or found.sum() != 6
+
+
 def test_lengths_that_do_not_fit_the_records(tmp_path):
   config = make_sources(tmp_path)
   prepared = batches.prepare(config, VOCAB, tmp_path / "cache")

@@ -5,12 +5,13 @@ import itertools
 import math
 
 import pytest
+from etils import epath
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dsmoe.data import records
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.evaluation import perplexity
-from dsmoe.evaluation.held_out import overlap
+from dsmoe.evaluation.held_out import overlap, warn_of_overlap
 from tests.data.cases import EOS, VOCAB, text_config, texts_of, token_documents
 from tests.evaluation.oracle import SEQUENCE_LENGTH as S
 from tests.evaluation.oracle import log_probabilities
@@ -200,6 +201,15 @@ def test_overlap_by_loops():
   assert overlap(held_out, trained) == [("w", "b")]
   assert overlap(trained, trained) == []
   assert overlap(manifest(), trained) == overlap(held_out, manifest()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"inputs": 1}', '{"inputs": {}}'])
+def test_a_damaged_manifest_of_the_training_data_is_said(tmp_path, caplog, text):
+  whole, damaged = tmp_path / "manifest.json", tmp_path / "damaged.json"
+  whole.write_text('{"inputs": {"sources": {}}}')
+  damaged.write_text(text)
+  warn_of_overlap(epath.Path(whole), epath.Path(damaged))
+  assert "damaged.json is damaged" in caplog.text
 
 
 @pytest.mark.parametrize("nats", [math.nan, math.inf, 1e9])

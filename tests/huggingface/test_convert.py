@@ -721,7 +721,7 @@ def test_script_converts_both_ways(tmp_path):
   assert stored_bytes(tmp_path / "out") == stored_bytes(tmp_path / "hf")
   for wrong, message in (
     (("nope",), "one of import, export, verify must be given"),
-    (("import",), "--folder must be given"),
+    (("import",), "--folder must be given, and not empty"),
     (("export", "--dtype=float32"), "--dtype must not be given with export, which reads --"),
     (("verify", f"--first={tmp_path}", "--second=/"), f"{tmp_path} must hold config"),
     (("verify", "--first=a", "--second=b", "--tolerance=inf"), "at least 0 and finite, got inf"),

@@ -195,6 +195,9 @@ def test_evaluate_choices(workdir, tmp_path):
     ),
     (("bench_decode",), "--config must be given"),
     (("bench_decode", "--json=/nowhere/a.json"), "the folder of the file must exist"),
+    (("report", "--workdir= "), "--workdir must not be empty"),
+    (("serve", "--workdir="), "a workdir must be the name of a folder, got ''"),
+    (("convert_hf", "import", "--folder="), "--folder must be given, and not empty"),
     (("evaluate", "--text="), "--text must not be empty"),
     (("evaluate", "--text= "), "--text must not be empty"),
     (("evaluate", "--choices="), "--choices must not be empty"),
@@ -211,7 +214,7 @@ def test_evaluate_choices(workdir, tmp_path):
 )
 def test_mistakes_end_in_one_sentence(args, message):
   name, *flags = args
-  if name in ("generate", "serve", "evaluate"):
+  if name in ("generate", "serve", "evaluate") and not any("workdir" in flag for flag in flags):
     flags.append("--workdir=/nowhere")
   found, out, err = runs.finish(runs.start(f"scripts/{name}.py", *flags))
   assert found == 2 and out == "" and "Traceback" not in err
@@ -222,6 +225,13 @@ def test_mistakes_end_in_one_sentence(args, message):
 def test_report(workdir):
   out = runs.run("-m", "scripts.report", f"--workdir={workdir}", "--noplots")
   assert "validation loss" in out
+
+
+def test_report_of_metrics_without_a_line(tmp_path):
+  for text in ("", '{"step": 1, "lo'):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    last = failure("scripts/report.py", f"--workdir={tmp_path}")
+    assert last == f"error: {tmp_path}/metrics.jsonl must have a whole line, it has none"
 
 
 def test_bench_kernels():
