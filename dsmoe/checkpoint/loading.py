@@ -12,7 +12,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from dsmoe import platforms
-from dsmoe.checkpoint import checkpointer, run_config
+from dsmoe.checkpoint import checkpointer, contents, run_config
 from dsmoe.checkpoint.source import tokenizer_path
 from dsmoe.config import Config, MeshConfig
 from dsmoe.data import tokenizer as tokenizer_lib
@@ -70,6 +70,7 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
   Raises:
     ValueError: when `workdir` holds no run or no such checkpoint.
   """
+  contents.check_path(workdir)
   workdir = epath.Path(workdir)
   config = run_config.load_config(workdir)
   whole = MeshConfig(stage=1, data=-1, expert=1, context=1, model=1)

@@ -67,7 +67,9 @@ def test_kernels_of_another_platform_become_none_here(workdir, tmp_path, caplog)
   with caplog.at_level("WARNING"):
     kernels = checkpoint.load_run(folder).config.model.kernels
   assert (kernels.attention, kernels.routing, kernels.tuned) == (None, "reference", None)
-  assert [record.getMessage().split(" is None here: ")[0] for record in caplog.records] == [
+  # Other tests leave asyncio records behind: of reads that failed, as they should.
+  warnings = [record.getMessage() for record in caplog.records if record.name != "asyncio"]
+  assert [warning.split(" is None here: ")[0] for warning in warnings] == [
     f"kernels.{field} of {folder}" for field in ("attention", "tuned")
   ]
 

@@ -148,7 +148,7 @@ def test_a_request_that_takes_too_long(stream):
 def test_limits_must_be_positive():
   with pytest.raises(ValueError, match="body_secs must be positive, got 0"):
     Limits(body_secs=0)
-  with pytest.raises(ValueError, match="a name and a stop token, got 'tiny' and"):
+  with pytest.raises(ValueError, match="a name and 1 to 8 stop tokens, got 'tiny' and"):
     served_model(stop_tokens=())
 
 

@@ -78,12 +78,9 @@ def first_step(
   "variant",
   [
     dict(num_microbatches=4),
-    dict(num_devices=2),
     dict(num_devices=4, remat="dots"),
     dict(num_devices=8, num_microbatches=2, remat="full", scanned=True),
     dict(dispatch="dense"),
-    dict(num_devices=2, expert=2, dispatch="all_gather"),
-    dict(num_devices=4, expert=4, dispatch="all_gather", num_microbatches=4),
     pytest.param(
       dict(
         num_devices=8, expert=4, dispatch="ring", num_microbatches=2, remat="full", scanned=True
@@ -108,8 +105,6 @@ def first_step(
       remat="full",
       scanned=True,
     ),
-    dict(num_devices=4, expert=2, dispatch="dense"),
-    dict(num_devices=2, context=2, num_microbatches=4),
     dict(
       num_devices=4,
       context=4,
@@ -117,8 +112,17 @@ def first_step(
       model__num_hidden_layers=2,
       model__first_k_dense_replace=1,
     ),
-    dict(num_devices=8, expert=2, context=2, model=2, dispatch="all_to_all", remat="full"),
-    dict(num_devices=4, model=4, remat="dots"),
+    dict(
+      num_devices=8,
+      expert=2,
+      context=2,
+      model=2,
+      dispatch="all_to_all",
+      num_microbatches=2,
+      remat="full",
+      scanned=True,
+    ),
+    dict(num_devices=4, model=4, remat="dots", scanned=True),
     dict(num_devices=4, model=2, tied=True),
     dict(
       num_devices=8,
@@ -134,6 +138,7 @@ def first_step(
       expert=4,
       dispatch="all_to_all",
       num_microbatches=4,
+      scanned=True,
       exchange=(("receive_capacity", 4.0),),
     ),
     dict(
@@ -199,6 +204,7 @@ def test_dropped_rows_are_counted_over_devices_and_microbatches():
     expert=4,
     dispatch="all_to_all",
     num_microbatches=4,
+    scanned=True,
     exchange=(("receive_capacity", 0.5),),
   )
   stats, rows = metrics["load"].dispatch, 16 * 16 * 3
