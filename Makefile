@@ -38,7 +38,7 @@ test-slow: setup
 
 # Kernels through the compilers of TPUs and of the H100. Neither device is needed.
 test-tpu: $(VENV)/.tpu
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m tpu
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist worksteal -m tpu
 
 test-gpu: $(VENV)/.cuda13
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 -m gpu
@@ -53,7 +53,7 @@ test-on-gpu: $(VENV)/.cuda13
 
 # With XLA's default options, as users compile; the other tests compile faster, slower code.
 parity: $(VENV)/.parity
-	XLA_FLAGS= $(BIN)/python -m pytest -m parity
+	XLA_FLAGS= $(BIN)/python -m pytest -n 2 --dist worksteal -m parity
 
 lint: setup
 	$(BIN)/ruff check .

@@ -123,7 +123,7 @@ def first_step(
       scanned=True,
     ),
     dict(num_devices=4, model=4, remat="dots", scanned=True),
-    dict(num_devices=4, model=2, tied=True),
+    dict(num_devices=4, model=2, tied=True, scanned=True),
     dict(
       num_devices=8,
       expert=2,
@@ -150,11 +150,15 @@ def first_step(
       scanned=True,
       exchange=(("receive_capacity", 0.5), ("dropless_fallback", "layer")),
     ),
-    dict(
-      num_devices=4,
-      expert=2,
-      dispatch="all_to_all",
-      exchange=(("receive_capacity", 0.5), ("dropless_fallback", "step"), ("moe_chunks", 2)),
+    pytest.param(
+      dict(
+        num_devices=4,
+        expert=2,
+        dispatch="all_to_all",
+        scanned=True,
+        exchange=(("receive_capacity", 0.5), ("dropless_fallback", "step"), ("moe_chunks", 2)),
+      ),
+      marks=pytest.mark.slow,
     ),
   ],
   ids=str,
