@@ -77,7 +77,7 @@ def first_step(
 @pytest.mark.parametrize(
   "variant",
   [
-    dict(num_microbatches=4),
+    dict(num_microbatches=4, scanned=True),
     dict(num_devices=4, remat="dots"),
     dict(num_devices=8, num_microbatches=2, remat="full", scanned=True),
     dict(dispatch="dense"),
