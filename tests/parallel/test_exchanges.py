@@ -88,6 +88,18 @@ def test_fp8_equals_one_device(back_end):
 
 
 @pytest.mark.tpu
+def test_gathered_tokens_compile_for_a_tpu_and_no_row_is_summed():
+  """The gradient over 2 x 2 devices: weights and rows are scattered, and no row is all-reduced."""
+  M, K = 256, 2
+  text = tpu_gradients("all_gather", data=2, expert=2, M=M, D=512, E=4, F=256, K=K)
+  for name in ("matmul_rows", "matmul_weights", "all-gather", "reduce-scatter"):
+    assert name in text
+  # XLA makes all-reduces of the exchanges of counts and gates; nothing larger may become one.
+  shapes = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+  assert shapes and all(math.prod(sizes) <= 2 * M * K for s in shapes for sizes in _sizes(s))
+
+
+@pytest.mark.tpu
 @pytest.mark.parametrize("back_end", ["replicated", "hierarchical"])
 def test_compiles_for_a_tpu_and_sums_no_rows(back_end):
   """Over 2 x 2 devices: rows, and copies of experts, are exchanged; nothing large is all-reduced."""
