@@ -54,7 +54,7 @@ def rows(
     "back_end": back_end,
     "stamp": f"compiled for {chip.name}, not run",
     "topology": topology,
-    "mesh": {k: v for k, v in vars(mesh_config).items() if v > 1},
+    "mesh": {a: size for a in mesh_lib.AXES if (size := getattr(mesh_config, a)) > 1},
     "tokens_per_device": tokens,
   }
   try:
