@@ -11,6 +11,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -113,13 +114,40 @@ def validation_line(nats: float, tokens: float, num_bytes: int | None) -> dict:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[str]]:
-  """Collects SIGTERM and SIGINT (Ctrl-C) instead of ending; a second Ctrl-C interrupts as usual.
+def noted_interrupts() -> Iterator[list[str]]:
+  """Interrupts upon Ctrl-C as usual, and notes that it came.
+
+  Python drops an interrupt that arrives while a garbage collector's callback runs (JAX has one); the
+  note is what remains of it.
 
   Yields:
     The names of the signals that came so far.
   """
   received: list[str] = []
+  previous = signal.getsignal(signal.SIGINT)
+
+  def record(number, frame):
+    received.append(signal.Signals(number).name)
+    previous(number, frame)
+
+  if callable(previous):
+    signal.signal(signal.SIGINT, record)
+  try:
+    yield received
+  finally:
+    signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def stop_signals(received: list[str]) -> Iterator[list[str]]:
+  """Collects SIGTERM and SIGINT (Ctrl-C) instead of ending; a second Ctrl-C interrupts as usual.
+
+  Args:
+    received: the names of the signals that came before.
+
+  Yields:
+    `received`, to which the names of those that come are added.
+  """
 
   def record(number, _):
     received.append(signal.Signals(number).name)
@@ -176,9 +204,21 @@ def train(
   train_step.check_memory(abstract, mesh)
   if checked := kernel_check.check(config):
     print(checked)
-  with checkpoint.owned(workdir) as check_owner:
-    start = (allow_config_change, init_from, resume_from)
-    return _train(config, workdir, mesh, abstract, check_owner, *start)
+  start_from = Start(allow_config_change, init_from, resume_from)
+  with (
+    checkpoint.owned(workdir) as check_owner,
+    checkpoint.Checkpointer(workdir, config.checkpoint) as checkpoints,
+    noted_interrupts() as signals,
+  ):
+    return _train(config, workdir, mesh, abstract, checkpoints, check_owner, signals, start_from)
+
+
+class Start(NamedTuple):
+  """Where a run starts: arguments of `train`."""
+
+  allow_config_change: bool
+  init_from: epath.PathLike | None
+  resume_from: int | None
 
 
 def _train(
@@ -186,23 +226,22 @@ def _train(
   workdir: epath.Path,
   mesh: jax.sharding.Mesh,
   abstract: train_step.TrainState,
+  checkpoints: checkpoint.Checkpointer,
   check_owner: Callable[[], None],
-  allow_config_change: bool,
-  init_from: epath.PathLike | None,
-  resume_from: int | None,
+  signals: list[str],
+  start_from: Start,
 ) -> int:
   """The rest of `train`, by the one process that may write to the workdir."""
   # --- where the run starts
-  checkpoints = checkpoint.Checkpointer(workdir, config.checkpoint)
-  first = checkpoints.find_step(resume_from)
+  first = checkpoints.find_step(start_from.resume_from)
   if first is not None:
-    checkpoint.check_config(workdir, config, first, abstract, allow_config_change)
+    checkpoint.check_config(workdir, config, first, abstract, start_from.allow_config_change)
   if (first or 0) > config.num_steps:
     raise ValueError(
       f"num_steps ({config.num_steps}) must be at least the step that the run in {workdir} has "
       f"reached ({first})"
     )
-  weights = None
+  weights, init_from = None, start_from.init_from
   if init_from and not first:
     weights = checkpoint.restore_weights(init_from, abstract.params, abstract.router_bias)
   # A checkpoint of step 0 has the weights that an earlier start took from another run.
@@ -271,7 +310,7 @@ def _train(
     due = step % config.log.eval_every_steps == 0 or step == config.num_steps
     return bool(step and due and prepared.validation_tokens)
 
-  with checkpoints, writer, bar, contextlib.ExitStack() as stack:
+  with writer, bar, contextlib.ExitStack() as stack:
     bar.print(f"compiling for {mesh.size} x {jax.devices()[0].device_kind}")
     start = time.perf_counter()
     batch = mesh_lib.to_global(next(batches), mesh)
@@ -293,7 +332,7 @@ def _train(
       evaluate(state, first)
 
     # --- loop
-    signals = stack.enter_context(stop_signals())
+    stack.enter_context(stop_signals(signals))
     logged_step, logged_time = first, time.perf_counter()
     saved = first
     for step in range(first + 1, config.num_steps + 1):

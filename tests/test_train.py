@@ -1,5 +1,6 @@
 """Whole runs: killed at any moment, stopped, changed, exploding; they go on bitwise."""
 
+import gc
 import json
 import pathlib
 import random
@@ -117,6 +118,25 @@ def test_ctrl_c_before_the_first_step_says_so(tmp_path):
   code, out, err = runs.finish(process)
   assert code == 130 and "Traceback" not in err, out + err
   assert err.splitlines()[-1].startswith("error: stopped by Ctrl-C; the same command goes on")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_python_drops_stops_the_run(tmp_path, monkeypatch):
+  """An exception in a callback of the garbage collector is printed and forgotten."""
+  first_position = train.data.first_position
+
+  def interrupted(config):
+    def interrupt(*_):
+      gc.callbacks.remove(interrupt)
+      signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(interrupt)
+    gc.collect()
+    return first_position(config)
+
+  monkeypatch.setattr(train.data, "first_position", interrupted)
+  assert train.train(quick_config(), tmp_path) == 1
+  assert checkpoint_steps(tmp_path) == [1]
 
 
 @pytest.mark.slow

@@ -26,6 +26,18 @@ def _manager(workdir: epath.PathLike, options: ocp.CheckpointManagerOptions):
   )
 
 
+def _delete_unfinished(folder: epath.Path) -> None:
+  """Deletes what saves that were killed have left.
+
+  Orbax's option for this works in a thread that nothing waits for before the first save: it ends in
+  a traceback where a run is refused or interrupted at once.
+  """
+  if jax.process_index() == 0 and folder.exists():
+    for path in folder.iterdir():
+      if ocp.utils.is_tmp_checkpoint(path):
+        path.rmtree()
+
+
 class NotFiniteError(ValueError):
   """A state with NaN or infinity was to be saved."""
 
@@ -35,13 +47,13 @@ class Checkpointer:
 
   def __init__(self, workdir: epath.PathLike, config: CheckpointConfig):
     self._workdir = workdir
+    _delete_unfinished(contents.folder(workdir))
     self._manager = _manager(
       workdir,
       ocp.CheckpointManagerOptions(
         max_to_keep=config.keep_last,
         keep_period=config.keep_every_steps or None,
         enable_async_checkpointing=True,
-        cleanup_tmp_directories=True,  # of saves that were killed
       ),
     )
 

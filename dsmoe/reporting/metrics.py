@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import tensorboardX
 from etils import epath
 
 METRICS_FILE = "metrics.jsonl"
@@ -150,6 +149,8 @@ class MetricsWriter:
     self._upload_time = time.monotonic()
     self._board = None
     if tensorboard:
+      import tensorboardX  # here, since it imports torch where that is installed: seconds
+
       self._board = tensorboardX.SummaryWriter(
         os.fspath(workdir / "tensorboard"), purge_step=start_step + 1
       )
