@@ -1,9 +1,12 @@
 """Training runs as processes of their own, and what they leave behind."""
 
+import functools
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 
@@ -28,13 +31,19 @@ TIMINGS = ("step_secs", "tokens_per_sec", "gflops_per_sec", "mfu")
 
 def start(*args, **options) -> subprocess.Popen:
   """Starts a Python process in the repository on one CPU device; output is captured as text."""
-  env = os.environ | {
-    "PYTHONPATH": str(ROOT),
-    "JAX_PLATFORMS": "cpu",
-    "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(jax.config.jax_compilation_cache_dir).resolve()),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "COLUMNS": "200",
-  }
+  env = (
+    os.environ
+    | options.pop("env", {})
+    | {
+      "PYTHONPATH": str(ROOT),
+      "JAX_PLATFORMS": "cpu",
+      "JAX_COMPILATION_CACHE_DIR": str(
+        pathlib.Path(jax.config.jax_compilation_cache_dir).resolve()
+      ),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "COLUMNS": "200",
+    }
+  )
   return subprocess.Popen(
     [sys.executable, *map(str, args)],
     cwd=ROOT,
@@ -55,8 +64,42 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
   return process.returncode, out, err
 
 
+@functools.cache
+def _prepared() -> subprocess.Popen:
+  """Returns the process that forks; it ends with this one, which closes its stdin."""
+  # With this variable set, dsmoe.train does not execute itself again.
+  env = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "")}
+  return start("tests/prepared_process.py", stdin=subprocess.PIPE, env=env)
+
+
+def call(*args) -> tuple[int, str, str]:
+  """Runs a Python program of this repository to its end, without the seconds that imports take.
+
+  Args:
+    *args: a file and its arguments, or `-m`, a module and its arguments.
+
+  Returns:
+    (exit code, stdout, stderr).
+  """
+  process = _prepared()
+  with tempfile.TemporaryDirectory() as folder:
+    files = {name: pathlib.Path(folder) / name for name in ("out", "err")}
+    task = {"args": list(map(str, args))} | {name: str(path) for name, path in files.items()}
+    process.stdin.write(json.dumps(task) + "\n")
+    process.stdin.flush()
+    code = int(process.stdout.readline())
+    return code, *(path.read_text() for path in files.values())
+
+
 def run(*args) -> str:
-  """Runs a Python process that must succeed; returns its stdout."""
+  """Runs a Python program of this repository that must succeed; returns its stdout."""
+  code, out, err = call(*args)
+  assert code == 0, f"{args} ended with {code}:\n{out[-2000:]}\n{err[-4000:]}"
+  return out
+
+
+def run_fresh(*args) -> str:
+  """Runs a Python process of its own, which must succeed; returns its stdout."""
   code, out, err = finish(start(*args))
   assert code == 0, f"{args} ended with {code}:\n{out[-2000:]}\n{err[-4000:]}"
   return out

@@ -2,12 +2,11 @@ import dataclasses
 import importlib
 import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from dsmoe import config as config_lib
+from tests import runs
 from tests.helpers import small_config
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -404,10 +403,9 @@ def test_every_experiment_converts(name):
 
 
 def _train(*flags):
-  command = [sys.executable, "-m", "dsmoe.train", "--config=experiments/tiny.py", *flags]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode != 0
-  return done.stdout + done.stderr
+  code, out, err = runs.call("-m", "dsmoe.train", "--config=experiments/tiny.py", *flags)
+  assert code != 0
+  return out + err
 
 
 def test_a_mistyped_flag_fails_and_names_the_nearest_field(tmp_path):

@@ -617,11 +617,11 @@ def test_memory_stays_far_below_the_checkpoint(tmp_path):
     files.write_rows(place, 0, np.full(place.shape, 0.5, ml_dtypes.bfloat16))
   assert max(s.num_bytes for s in files.read_folder(tmp_path / "hf").values()) == 1 << 24
   workdir = tmp_path / "run"
-  grown = [int(runs.run("-c", PEAK, "import", tmp_path / "hf", workdir).split()[-1])]
+  grown = [int(runs.run_fresh("-c", PEAK, "import", tmp_path / "hf", workdir).split()[-1])]
   state = workdir / "checkpoints/0/state"
   assert sum(path.stat().st_size for path in state.rglob("*")) > 200e6
   for format in ("float32", "fp8"):
-    grown.append(int(runs.run("-c", PEAK, format, workdir, tmp_path / format).split()[-1]))
+    grown.append(int(runs.run_fresh("-c", PEAK, format, workdir, tmp_path / format).split()[-1]))
   assert max(grown) < 130, grown
 
 
@@ -651,8 +651,8 @@ def test_verify_finds_the_layer_that_differs(tmp_path):
   assert verify.worst(list(rows.values())).name == "layer 1"
   assert rows["layer 0"].difference == 0 < rows["layer 1"].difference
   assert rows["logits"].alone == 0 < rows["logits"].difference
-  code, out, err = runs.finish(
-    runs.start("scripts/convert_hf.py", "verify", f"--first={folder}", f"--second={other}")
+  code, out, err = runs.call(
+    "scripts/convert_hf.py", "verify", f"--first={folder}", f"--second={other}"
   )
   assert code == 1 and "Traceback" not in err
   assert re.search(r"layer 1 .* worst", out)
@@ -710,10 +710,10 @@ def test_script_converts_both_ways(tmp_path):
   assert re.search(r"import: .* of .* GB, .* GB/s, 0 s left", out)
   assert re.search(r"ignored\s+4\b", out) and "ignored, copy: 4" in out
   other = (args[0], f"--workdir={tmp_path / 'main'}", "--no_mtp")
-  code, out, err = runs.finish(runs.start(script, "import", *other))
+  code, out, err = runs.call(script, "import", *other)
   assert code == 0 and "ignored, MTP: " in out
   assert [line for line in err.splitlines() if "are left out: layers [3, 4]" in line]
-  code, _, err = runs.finish(runs.start(script, "import", *args))
+  code, _, err = runs.call(script, "import", *args)
   assert code == 2 and err.startswith("error: the destination must not exist, ")
   args = (f"--folder={tmp_path / 'out'}", f"--workdir={tmp_path / 'run'}")
   out = runs.run(script, "export", *args, "--max_shard_bytes=5000")
@@ -727,7 +727,7 @@ def test_script_converts_both_ways(tmp_path):
     (("verify", "--first=a", "--second=b", "--tolerance=inf"), "at least 0 and finite, got inf"),
     (("export", "--no_mtp"), "--no_mtp must not be given with export"),
   ):
-    code, out, err = runs.finish(runs.start(script, *wrong))
+    code, out, err = runs.call(script, *wrong)
     assert (code, out) == (2, "")
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert message in line and "Traceback" not in err

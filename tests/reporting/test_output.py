@@ -94,7 +94,7 @@ def test_without_json_there_is_the_table_only(script):
   ],
 )
 def test_mistakes_end_in_one_sentence(script, args, message):
-  found, out, err = runs.finish(runs.start(script, *args))
+  found, out, err = runs.call(script, *args)
   assert (found, out) == (2, "")
   [line] = err.splitlines()
   assert line.startswith("error: ") and message in line
@@ -109,7 +109,7 @@ def test_mistakes_end_in_one_sentence(script, args, message):
   ],
 )
 def test_defects_and_what_is_asked_for_keep_their_traceback(script, args):
-  code, _, err = runs.finish(runs.start(script, *args))
+  code, _, err = runs.call(script, *args)
   assert code == 1 and "Traceback" in err
 
 

@@ -1,12 +1,9 @@
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from matplotlib import image
 
 from dsmoe.reporting import metrics, plots
+from tests import runs
 
 ALL = ["losses", "learning_rate", "throughput", "expert_load", "router_bias", "balance"]
 
@@ -101,24 +98,22 @@ def test_long_series_are_thinned_to_means(length):
 
 
 def _report(*arguments):
-  root = pathlib.Path(__file__).parent.parent.parent
-  command = [sys.executable, "-m", "scripts.report", *arguments]
-  return subprocess.run(command, cwd=root, capture_output=True, text=True)
+  return runs.call("-m", "scripts.report", *arguments)
 
 
 def test_report_prints_the_table_and_redraws(tmp_path):
   _fake_run(tmp_path, 3, 2, 4)
-  done = _report(f"--workdir={tmp_path}")
-  assert done.returncode == 0, done.stderr
-  assert "best validation loss" in done.stdout and "1.0000 at step 3" in done.stdout
+  code, out, err = _report(f"--workdir={tmp_path}")
+  assert code == 0, err
+  assert "best validation loss" in out and "1.0000 at step 3" in out
   drawn = [str(tmp_path / "plots" / f"{name}.png") for name in ALL]
-  assert done.stdout.splitlines()[-len(ALL) :] == drawn
+  assert out.splitlines()[-len(ALL) :] == drawn
 
 
 def test_report_names_the_missing_file(tmp_path):
-  done = _report(f"--workdir={tmp_path}")
-  assert (done.returncode, done.stdout) == (2, "")
-  assert done.stderr == f"error: --workdir={tmp_path} must hold metrics.jsonl, it does not\n"
+  code, out, err = _report(f"--workdir={tmp_path}")
+  assert (code, out) == (2, "")
+  assert err == f"error: --workdir={tmp_path} must hold metrics.jsonl, it does not\n"
 
 
 def test_running_mean_matches_a_loop_and_keeps_the_ends():

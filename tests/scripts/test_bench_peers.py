@@ -44,8 +44,7 @@ def interpreter(tmp_path):
 
 def bench_peers(*args) -> tuple[str, dict]:
   """Returns what is printed for a reader, and the JSON."""
-  process = runs.start("scripts/bench_peers.py", "--rounds=1", "--json=-", *args)
-  code, out, err = runs.finish(process)
+  code, out, err = runs.call("scripts/bench_peers.py", "--rounds=1", "--json=-", *args)
   assert code == 0, err
   return err, json.loads(out)
 

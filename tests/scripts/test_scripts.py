@@ -33,7 +33,7 @@ def workdir(corpus, tmp_path_factory):
 
 
 def failure(*args) -> str:
-  code, out, err = runs.finish(runs.start(*args))
+  code, out, err = runs.call(*args)
   assert code != 0, out
   assert "Traceback" not in err
   return err.strip().splitlines()[-1]
@@ -216,7 +216,7 @@ def test_mistakes_end_in_one_sentence(args, message):
   name, *flags = args
   if name in ("generate", "serve", "evaluate") and not any("workdir" in flag for flag in flags):
     flags.append("--workdir=/nowhere")
-  found, out, err = runs.finish(runs.start(f"scripts/{name}.py", *flags))
+  found, out, err = runs.call(f"scripts/{name}.py", *flags)
   assert found == 2 and out == "" and "Traceback" not in err
   [line] = err.splitlines()
   assert line.startswith("error: ") and message in line
@@ -290,7 +290,7 @@ def test_bench_kernels_compiles(tmp_path):
   ],
 )
 def test_bench_kernels_refuses_in_one_sentence(args, message):
-  code, out, err = runs.finish(runs.start("scripts/bench_kernels.py", *args))
+  code, out, err = runs.call("scripts/bench_kernels.py", *args)
   assert (code, out) == (2, "")
   [line] = [line for line in err.splitlines() if line.startswith("error: ")]
   assert message in line and "Traceback" not in err

@@ -167,13 +167,13 @@ def test_the_programs_were_compiled_at_the_start(client):
 def test_a_port_in_use_is_refused_at_once():
   with socket.create_server(("127.0.0.1", 0)) as other:
     args = ("--workdir=nowhere", f"--port={other.getsockname()[1]}")
-    code, _, err = runs.finish(runs.start("scripts/serve.py", *args))
+    code, _, err = runs.call("scripts/serve.py", *args)
   assert code and "of 127.0.0.1 must be free, got: Address already in use" in err
   assert "Traceback" not in err
 
 
 def test_a_key_file_must_hold_a_key():
   args = ("--workdir=nowhere", "--api_key_file=nokey")
-  code, _, err = runs.finish(runs.start("scripts/serve.py", *args))
+  code, _, err = runs.call("scripts/serve.py", *args)
   assert code == 2 and "api_key_file must hold a key, nokey does not" in err
   assert "Traceback" not in err
