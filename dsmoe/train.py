@@ -33,7 +33,7 @@ from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
 from dsmoe.reporting import metrics, output, plots, progress, routing_trace
-from dsmoe.training import kernel_check, train_step
+from dsmoe.training import exchange_check, kernel_check, train_step
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "An experiment, experiments/<name>.py; needed."
@@ -83,7 +83,7 @@ def step_line(host_metrics: dict, router_bias, tokens: int) -> dict:
     line |= metrics.load_statistics(load.counts_LE)
     line["groups_per_token"] = load.groups_per_token_L
     line["expert_counts"] = load.counts_LE
-    line["dropped_rows"] = dropped_rows(load)
+    line |= exchange_counts(load)
   bias = [np.asarray(leaf) for _, leaf in parameters.by_stack(router_bias)]
   if bias:
     line["router_bias"] = np.concatenate(bias)
@@ -91,9 +91,19 @@ def step_line(host_metrics: dict, router_bias, tokens: int) -> dict:
   return line
 
 
-def dropped_rows(load: train_step.LoadStats | None) -> int:
-  """Returns how many rows found no room in a step, over all layers, devices and microbatches."""
-  return 0 if load is None else int(load.dispatch.dropped_rows.sum(dtype=np.int64))
+def exchange_counts(load: train_step.LoadStats | None) -> dict[str, int]:
+  """Returns what a step's exchanges could not do at once, over all layers and microbatches.
+
+  Returns:
+    `dropped_rows`: rows of all devices that found no room. `fallbacks`: how often
+    `dropless_fallback` computed a layer of a microbatch by an exact path instead. {} without experts.
+  """
+  if load is None:
+    return {}
+  dropped_L, fallbacks_L = load.dispatch.dropped_rows, load.dispatch.fallbacks
+  # NumPy's int64: the counts of one layer are int32, their sum may be more.
+  dropped, fallbacks = (int(np.sum(a, dtype=np.int64)) for a in (dropped_L, fallbacks_L))
+  return {"dropped_rows": dropped, "fallbacks": fallbacks}
 
 
 def throughput(tokens: int, flops: float, step_secs: float) -> dict:
@@ -191,6 +201,7 @@ def train(
       than the checkpoint has; for a damaged checkpoint; when another process trains in `workdir`.
     NonFiniteError: when a loss or gradient is not finite.
     WrongKernelError: when a compiled kernel's results differ from its reference's on this device.
+    WrongExchangeError: when an exchange's results differ from the dense oracle's on this mesh.
   """
   # --- mesh, and what is refused before anything is written
   checkpoint.check_path(workdir)
@@ -202,8 +213,9 @@ def train(
   records.find_sources(config.data)  # raises when a glob matches nothing
   abstract = train_step.abstract_state(config, mesh)
   train_step.check_memory(abstract, mesh)
-  if checked := kernel_check.check(config):
-    print(checked)
+  for checked in (kernel_check.check(config), exchange_check.check(config, mesh)):
+    if checked:
+      print(checked)
   start_from = Start(allow_config_change, init_from, resume_from)
   with (
     checkpoint.owned(workdir) as check_owner,
@@ -375,9 +387,9 @@ def _train(
         logged_step, logged_time = step, now
         writer.write(step, line)
         bar.update(step, line)
-      elif dropped := dropped_rows(step_metrics["load"]):
-        writer.write(step, {"dropped_rows": dropped})
-        bar.update(step, {"dropped_rows": dropped})
+      elif any((counts := exchange_counts(step_metrics["load"])).values()):
+        writer.write(step, counts)
+        bar.update(step, counts)
       else:
         bar.update(step, {})
 
@@ -449,7 +461,11 @@ def main(argv: list[str]) -> None:
     )
     if step == config.num_steps and jax.process_index() == 0:
       report(config, epath.Path(workdir))
-  except (NonFiniteError, kernel_check.WrongKernelError) as error:
+  except (
+    NonFiniteError,
+    kernel_check.WrongKernelError,
+    exchange_check.WrongExchangeError,
+  ) as error:
     output.fail(str(error), 1)
   except KeyboardInterrupt:
     output.fail("stopped by Ctrl-C; the same command goes on from the newest checkpoint", 130)

@@ -5,7 +5,8 @@
   python scripts/bench_expert_parallel.py --config=experiments/tiny.py --what_if --chip=v5p --routing=trace:FILE
 
 The first runs the layer on the attached devices (on CPU, on fake ones). Each back end is checked
-against the dense oracle before, values and every gradient; a wrong one is reported and not timed.
+against the dense oracle before, values and every gradient; a wrong one is reported and not timed,
+and the command then ends with exit code 1, as it does where one cannot be run or compiled.
 The parts of its time are read from a profile, by the scopes that its operations were made in. The
 second compiles it for chips that are not attached (v5p, v6e, tpu7x: needs the tpu extra; h100, two
 hosts of eight: the cuda13 extra) and reads bytes by mesh axis, buffers and FLOPs from the compiled
@@ -41,6 +42,7 @@ from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import chips, exchanges
 from dsmoe.planning import what_if as what_if_lib
 from dsmoe.reporting import output, routing_trace
+from dsmoe.training import exchange_layer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment whose layer is measured.")
 _MESH = flags.DEFINE_list(
@@ -124,9 +126,9 @@ def run(config: Config) -> list[dict]:
   runtime.start()
   mesh = mesh_lib.make_mesh(mesh_config(config))
   names = back_ends(mesh.shape["expert"], config.model.exchange)
-  shards = mesh_lib.num_batch_shards(mesh)
+  devices = exchange_layer.num_devices(mesh)
   drawn = {
-    name: routings.of_name(name, shards, _TOKENS.value, config.model, _TRACE_LAYER.value)
+    name: routings.of_name(name, devices, _TOKENS.value, config.model, _TRACE_LAYER.value)
     for name in _ROUTING.value
   }
   return executed.measure(config.model, mesh, names, drawn, _ROUNDS.value, _CHECK_TOKENS.value)
@@ -189,8 +191,14 @@ def main(argv: list[str]) -> None:
   output.write_json(_JSON.value, rows)
   if _PLOT.value:
     show.draw(rows, _PLOT.value)
-  if _JSON.value == output.STDOUT:
-    return
+  if _JSON.value != output.STDOUT:
+    print_rows(rows)
+  if failed := dict.fromkeys(row["back_end"] for row in rows if "error" in row):
+    output.fail(f"wrong, or not run: {', '.join(failed)}", 1)
+
+
+def print_rows(rows: list[dict]) -> None:
+  """Prints the table, and a line for each row that has an error."""
   console = rich.console.Console(width=1000)
   for stamp in dict.fromkeys(row["stamp"] for row in rows if row.get("stamp")):
     console.print(stamp, markup=False)

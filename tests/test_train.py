@@ -320,6 +320,7 @@ def test_dropped_rows_are_reported_at_every_step(tmp_path, capsys):
   printed = capsys.readouterr().out
   for row in rows:
     assert row["dropped_rows"] > 0 and f"{row['dropped_rows']:,} rows dropped" in printed
+    assert row["fallbacks"] == 0 and "exact path" not in printed
 
 
 @pytest.mark.slow

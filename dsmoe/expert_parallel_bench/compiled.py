@@ -10,9 +10,9 @@ import numpy as np
 
 from dsmoe.compilers import collective_bytes, compile_only
 from dsmoe.config import MeshConfig, ModelConfig
-from dsmoe.expert_parallel_bench import layer
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning.chips import Chip
+from dsmoe.training import exchange_layer
 
 
 def devices_of(topology: str, num_devices: int) -> list[jax.Device]:
@@ -60,13 +60,13 @@ def rows(
   try:
     num_devices = mesh_config.data * mesh_config.expert * mesh_config.context * mesh_config.model
     mesh = mesh_lib.make_mesh(mesh_config, devices_of(topology, num_devices))
-    own = layer.config_of(config, back_end)
-    about["exchange"] = layer.options_of(own)
-    args = layer.abstract_inputs(own, mesh, tokens)
-    run = layer.forward(own, mesh)
+    own = exchange_layer.config_of(config, back_end)
+    about["exchange"] = exchange_layer.options_of(own)
+    args = exchange_layer.abstract_inputs(own, mesh, tokens)
+    run = exchange_layer.forward(own, mesh)
     for direction, fn, inputs in (
       ("forward", run, args[:3]),
-      ("forward + backward", layer.with_gradients(run), args),
+      ("forward + backward", exchange_layer.with_gradients(run), args),
     ):
       with jax.sharding.use_abstract_mesh(
         mesh.abstract_mesh

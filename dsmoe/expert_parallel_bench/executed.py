@@ -7,27 +7,22 @@ that stays on its device included. Both are one way, of x; the sums travel back 
 Shapes: N devices that the batch is split over, M tokens of each, E experts, K experts a token.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
 
-from dsmoe import platforms
 from dsmoe.config import ModelConfig
-from dsmoe.expert_parallel_bench import layer, profile
-from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.expert_parallel_bench import profile
 from dsmoe.planning import chips, exchanges
+from dsmoe.training import exchange_check, exchange_layer
 
 STAMP = "no claim about accelerators"
-# The largest difference from the oracle over the oracle's largest magnitude.
-_LIMITS = {"float32": 1e-4, "bfloat16": 5e-2, "fp8": 1e-1}
 _PROFILED_RUNS = 3
 
 
@@ -59,29 +54,35 @@ def measure(
     "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
     "stamp": STAMP if device.platform == "cpu" else None,
   }
-  configs = {name: layer.config_of(config, name) for name in back_ends}
+  configs = {name: exchange_layer.config_of(config, name) for name in back_ends}
   # For the comparison, receive buffers hold whatever comes: what is dropped would differ.
   checked = {
-    name: _program(layer.with_room_for_all(own, mesh.shape["expert"]), mesh)
+    name: exchange_layer.program(exchange_layer.with_room_for_all(own, mesh.shape["expert"]), mesh)
     for name, own in configs.items()
   }
-  in_compute_dtype = dataclasses.replace(config, matmul_precision="compute_dtype")
-  oracle = _program(layer.config_of(in_compute_dtype, "dense"), mesh)
+  oracle = exchange_layer.program(exchange_layer.oracle_of(config), mesh)
   compiled: dict[tuple[str, str], jax.stages.Compiled] = {}
   for routing, expert_NMK in routings.items():
-    args = layer.inputs(config, mesh, expert_NMK)
+    args = exchange_layer.inputs(config, mesh, expert_NMK)
     few_NMK = expert_NMK[:, :check_tokens]
-    few = layer.inputs(config, mesh, few_NMK)
+    few = exchange_layer.inputs(config, mesh, few_NMK)
     expected, programs = oracle(*few), {}
     for name, own in configs.items():
-      about = head | {"routing": routing, "back_end": name, "exchange": layer.options_of(own)}
+      about = head | {
+        "routing": routing,
+        "back_end": name,
+        "exchange": exchange_layer.options_of(own),
+      }
       about["tokens_per_device"] = expert_NMK.shape[1]
       try:
-        compare(own, checked[name](*few), expected, few_NMK)
+        wrong = exchange_check.difference(own, checked[name](*few), expected, few_NMK)
+        if wrong:
+          rows.append(about | {"error": f"wrong: {wrong}"})
+          continue
         for direction in ("forward", "forward + backward"):
           inputs = args[:3] if direction == "forward" else args
           if (name, direction) not in compiled:
-            fn = _program(own, mesh, gradients=direction != "forward")
+            fn = exchange_layer.program(own, mesh, gradients=direction != "forward")
             compiled[name, direction] = fn.lower(*inputs).compile()
           programs[name, direction] = (about, compiled[name, direction], inputs)
       except Exception as error:
@@ -95,49 +96,6 @@ def measure(
       found |= timings(secs[name, direction], expert_NMK, parts, found, device)
       rows.append(about | {"direction": direction} | found)
   return rows
-
-
-def _program(config: ModelConfig, mesh, gradients: bool = True) -> Any:
-  """Returns the layer as a jitted function, with or without its gradients."""
-  run = layer.forward(config, mesh)
-  options = platforms.compiler_options(mesh_lib.platform_of(mesh))
-  return jax.jit(layer.with_gradients(run) if gradients else run, compiler_options=options)
-
-
-def compare(config: ModelConfig, actual: tuple, oracle: tuple, expert_NMK: np.ndarray) -> None:
-  """Compares a back end's output and every gradient with the dense oracle's.
-
-  Args:
-    config: of the back end, whose precision sets the limit.
-    actual, oracle: what `layer.with_gradients` returns.
-    expert_NMK: what the tokens should have chosen.
-
-  Raises:
-    AssertionError: naming what differs and by how much.
-  """
-  (y, outcome, grads), (expected, _, expected_grads) = actual, oracle
-  wanted_NE = [np.bincount(e.ravel(), minlength=config.n_routed_experts) for e in expert_NMK]
-  if not np.array_equal(outcome.counts_NE, wanted_NE):
-    raise AssertionError("the router did not choose the experts that the routing names")
-  if dropped := int(np.sum(outcome.dropped_N)):
-    raise AssertionError(f"{dropped} rows were dropped although the buffers have room for all")
-  fp8 = "fp8" in (config.matmul_precision[:3], config.exchange.precision)
-  limit = _LIMITS["fp8" if fp8 else config.compute_dtype]
-  named = {"output": (y, expected)}
-  for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads)):
-    named["gradient of " + (jax.tree_util.keystr(path[1:]) or "x")] = (a, b)
-  for what, (a, b) in named.items():
-    difference = float(_difference(a, b))
-    if not difference <= limit:
-      raise AssertionError(
-        f"the {what} differs from the oracle's by {difference:.2g}, limit {limit}"
-      )
-
-
-@jax.jit
-def _difference(a, b):
-  a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-  return jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(b)), 1e-30)
 
 
 def _in_turns(programs: dict[Any, tuple], rounds: int) -> dict[Any, list[float]]:

@@ -8,6 +8,7 @@ import numpy as np
 from dsmoe.config import ModelConfig
 from dsmoe.planning import what_if
 from dsmoe.reporting import routing_trace
+from dsmoe.training import exchange_layer
 
 
 def of_name(
@@ -30,36 +31,15 @@ def of_name(
   """
   kind, _, value = name.partition(":")
   if name == "balanced":
-    return draw(num_devices, tokens, config, 0.0)
+    return exchange_layer.draw(num_devices, tokens, config, 0.0)
   if kind == "zipf":
     try:
-      return draw(num_devices, tokens, config, float(value))
+      return exchange_layer.draw(num_devices, tokens, config, float(value))
     except ValueError:
       raise ValueError(f"routing zipf:A must have a number for A, got {name!r}") from None
   if kind == "trace" and value:
     return _of_trace(value, num_devices, tokens, config, trace_layer)
   raise ValueError(f"routing must be balanced, zipf:A or trace:FILE, got {name!r}")
-
-
-def draw(
-  num_devices: int, tokens: int, config: ModelConfig, exponent: float, seed: int = 0
-) -> np.ndarray:
-  """Draws each token's experts, int32 [N, M, K], without repetition; see `of_name`.
-
-  The largest of log-likelihoods plus Gumbel noise are what drawing without putting back gives: so a
-  token's groups are drawn by the likelihood of all their experts, then its experts among theirs.
-  """
-  E, G, K = config.n_routed_experts, config.n_group, config.num_experts_per_tok
-  rng = np.random.default_rng(seed)
-  log_share_E = rng.permutation(-exponent * np.log(np.arange(1, E + 1)))
-  log_share_G = np.log(np.exp(log_share_E).reshape(G, E // G).sum(axis=1))
-  expert_NMK = np.empty((num_devices, tokens, K), np.int32)
-  for expert_MK in expert_NMK:
-    score_MGO = (log_share_E + rng.gumbel(size=(tokens, E))).reshape(tokens, G, E // G)
-    order_MG = np.argsort(-(log_share_G + rng.gumbel(size=(tokens, G))), axis=1)
-    np.put_along_axis(score_MGO, order_MG[:, config.topk_group :, None], -np.inf, axis=1)
-    expert_MK[:] = np.argsort(-score_MGO.reshape(tokens, E), axis=1)[:, :K]
-  return expert_NMK
 
 
 def _of_trace(path: str, num_devices: int, tokens: int, config: ModelConfig, layer: int):

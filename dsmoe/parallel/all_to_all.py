@@ -44,7 +44,7 @@ from pallas_kernels import permute
 from pallas_kernels import quantized_matmul as quantized
 from pallas_kernels.quantized_matmul.e4m3 import TILE
 from pallas_kernels.routing import Routed
-from pallas_kernels.varying import vary_alike
+from pallas_kernels.varying import vary_alike, varying_like
 
 
 def all_to_all(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
@@ -73,8 +73,19 @@ def all_to_all(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig
   counts_CE = _split(routed, chunks).counts_E
   dropped = jnp.sum(jax.vmap(lambda counts_E: _dropped(counts_E, room))(counts_CE))
   overflow = collectives.sum_over_batch(dropped) > 0
+  stats = _all_kept(routed.counts_E, O, overflow)
   x_MD, gate_MK, weights, routed = vary_alike(x_MD, routed.gate_MK, weights, routed)
-  return _either(exact, capped, platforms.current(), overflow, x_MD, gate_MK, weights, routed)
+  platform = platforms.current()
+  return _either(exact, capped, platform, overflow, x_MD, gate_MK, weights, routed), stats
+
+
+def _all_kept(counts_E, O: int, overflow) -> DispatchStats:
+  """Returns the stats of an exchange that drops nothing, which both of `_either` are."""
+  me = jax.lax.axis_index("expert")
+  own = jnp.sum(jax.lax.dynamic_slice_in_dim(counts_E, me * O, O), dtype=jnp.int32)
+  sent = jnp.sum(counts_E, dtype=jnp.int32) - own
+  fallbacks = collectives.on_first_device(overflow.astype(jnp.int32))
+  return DispatchStats(jnp.zeros_like(sent), sent, varying_like(fallbacks, sent))
 
 
 def _split(routed: Routed, chunks: int) -> Routed:
@@ -119,15 +130,18 @@ def _one_by_one(x_MD, routed: Routed, weights, config: ModelConfig, chunks: int,
 def _either(
   exact: Callable, capped: Callable, platform: str, overflow, x_MD, gate_MK, weights, routed: Routed
 ):
-  """Runs one of two functions of (x, routed, weights), of which nothing else is kept."""
+  """Returns the first result of one of two functions of (x, routed, weights).
+
+  Of the functions nothing else is kept.
+  """
 
   def run(fn: Callable):
-    return lambda x, g, w, routed: fn(x, routed._replace(gate_MK=g), w)
+    return lambda x, g, w, routed: fn(x, routed._replace(gate_MK=g), w)[0]
 
   return jax.lax.cond(overflow, run(exact), run(capped), x_MD, gate_MK, weights, routed)
 
 
-def _either_backward(exact: Callable, capped: Callable, platform: str, saved, cotangents):
+def _either_backward(exact: Callable, capped: Callable, platform: str, saved, dy_MD):
   overflow, *operands, routed = saved
 
   def gradients(fn: Callable):
@@ -139,7 +153,7 @@ def _either_backward(exact: Callable, capped: Callable, platform: str, saved, co
     return run
 
   dx_MD, dgate_MK, dweights = jax.lax.cond(
-    overflow, gradients(exact), gradients(capped), operands, routed, cotangents[0]
+    overflow, gradients(exact), gradients(capped), operands, routed, dy_MD
   )
   return None, dx_MD, dgate_MK, dweights, None
 
@@ -202,7 +216,7 @@ def _exchanged(x_MD, routed: Routed, weights, config: ModelConfig, room: int):
     y_MD = permute.combine(y_PD, *order)
   kept = jnp.sum(way.slices.sizes, dtype=jnp.int32)
   own = jnp.sum(way.slices.sizes.reshape(-1, O)[jax.lax.axis_index("expert")], dtype=jnp.int32)
-  return y_MD, DispatchStats(dropped_rows=P - kept, sent_rows=kept - own)
+  return y_MD, DispatchStats(P - kept, kept - own, jnp.zeros_like(kept))
 
 
 def _sent(x_MD, order, way: ragged.Way, config: ModelConfig):

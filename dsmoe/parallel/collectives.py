@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dsmoe.parallel.mesh import AXES, BATCH_AXES, TOKEN_AXES
 from dsmoe.parallel.sharding import COMPUTED, axes_of, stored_spec
@@ -38,6 +39,16 @@ def sum_over_batch(x: Any) -> Any:
   """
   varies = varying.varying_axes(x)
   return jax.lax.psum(x, tuple(a for a in TOKEN_AXES if a in varies or devices_along(a) > 1))
+
+
+def on_first_device(x: jax.Array) -> jax.Array:
+  """Returns x on the first of the devices that hold parts of the batch, 0 on the others.
+
+  Of what is alike on all of them, such as that they compute something again together, the sum over
+  the batch is then x itself.
+  """
+  axes = (axis for axis in TOKEN_AXES if devices_along(axis) > 1)
+  return jnp.where(sum(jax.lax.axis_index(axis) for axis in axes) == 0, x, 0)
 
 
 def num_batch_shards() -> int:

@@ -61,9 +61,8 @@ def hierarchical(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConf
   y_ND, dropped = own_share(tokens, experts.own(), room, config)
   with jax.named_scope("exchange"):
     y_MD = home(back(y_ND))
-  return y_MD, DispatchStats(
-    crossing.dropped_rows + inside.dropped_rows + dropped, crossing.sent_rows + inside.sent_rows
-  )
+  spread = jax.tree.map(jnp.add, crossing, inside)
+  return y_MD, spread._replace(dropped_rows=spread.dropped_rows + dropped)
 
 
 def _spread(
@@ -108,4 +107,4 @@ def _spread(
     return permute.combine(y_PD, order.pair_P, order.row_NC)
 
   sent = jnp.sum(way.slices.sizes, dtype=jnp.int32) - way.slices.sizes[jax.lax.axis_index("expert")]
-  return received, back, DispatchStats(dropped, sent)
+  return received, back, DispatchStats(dropped, sent, jnp.zeros_like(sent))

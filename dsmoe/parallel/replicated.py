@@ -82,7 +82,8 @@ def replicated(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig
   with jax.named_scope("exchange"):
     y_PD = ragged.exchange(y_PD, ragged.back(way))
   sent = P - sizes_X[jax.lax.axis_index("expert")]
-  return permute.combine(y_PD, pair_P, row_MK), DispatchStats(jnp.zeros((), jnp.int32), sent)
+  zero = jnp.zeros((), jnp.int32)
+  return permute.combine(y_PD, pair_P, row_MK), DispatchStats(zero, sent, zero)
 
 
 def _planned(routed: Routed) -> tuple[shares.Shares, jax.Array]:

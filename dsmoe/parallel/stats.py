@@ -14,6 +14,10 @@ class DispatchStats(NamedTuple):
 
   dropped_rows: jax.Array  # rows that found no room; each is counted once, on one device
   sent_rows: jax.Array  # rows of x that this device sent to other devices, one way
+  # How often an exact path computed the layer because a row would have found no room: 0 or 1 with
+  # `dropless_fallback="layer"`. All devices take it together, and the mesh's first counts it. With
+  # "step" the train step sets it, to once for each microbatch of a step that was computed again.
+  fallbacks: jax.Array
 
 
 def nothing_dropped(sent_rows: int = 0) -> DispatchStats:
@@ -22,4 +26,5 @@ def nothing_dropped(sent_rows: int = 0) -> DispatchStats:
   Args:
     sent_rows: rows of x that each device sends to other devices, one way.
   """
-  return DispatchStats(jnp.zeros((), jnp.int32), jnp.full((), sent_rows, jnp.int32))
+  zero = jnp.zeros((), jnp.int32)
+  return DispatchStats(zero, jnp.full((), sent_rows, jnp.int32), zero)

@@ -16,6 +16,9 @@ import rich.progress
 import rich.table
 import rich.text
 
+# What is said of counts above zero.
+_EXCHANGES = {"dropped_rows": "rows dropped", "fallbacks": "layers computed by the exact path"}
+
 
 class Progress:
   """A live line with a bar on a terminal; elsewhere a plain line for each update."""
@@ -58,8 +61,8 @@ class Progress:
     Args:
       step: optimizer steps made so far.
       metrics: any of loss, validation_loss, validation_bits_per_byte, the same two of the whole set
-        (whole_...), dropped_rows, shown above zero, tokens_per_sec, mfu (a fraction of 1, or None),
-        gflops_per_sec and step_secs, which gives the time left.
+        (whole_...), dropped_rows and fallbacks, shown above zero, tokens_per_sec, mfu (a fraction
+        of 1, or None), gflops_per_sec and step_secs, which gives the time left.
     """
     steps_left = self._total_steps - step
     parts = _parts(metrics, steps_left)
@@ -87,10 +90,12 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
   """Condenses metrics lines into (name, value) pairs for `final_table`."""
   last: dict[str, Any] = {}
   speeds: dict[str, list[float]] = collections.defaultdict(list)
-  best_loss, best_step, dropped = np.inf, 0, 0
+  best_loss, best_step = np.inf, 0
+  exchanges = dict.fromkeys(_EXCHANGES, 0)
   for row in rows:
     last |= row
-    dropped += row.get("dropped_rows") or 0
+    for name in exchanges:
+      exchanges[name] += row.get(name) or 0
     for name in ("tokens_per_sec", "mfu", "gflops_per_sec"):
       if row.get(name) is not None:
         speeds[name].append(row[name])
@@ -134,8 +139,9 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     values = [v for v in last.get(name) or [] if v is not None]
     if values:
       pairs.append((f"{label}, mean (largest) layer", f"{np.mean(values):.3g} ({max(values):.3g})"))
-  if dropped:
-    pairs.append(("rows dropped for want of room, all steps", f"{dropped:,}"))
+  for name, what in _EXCHANGES.items():
+    if exchanges[name]:
+      pairs.append((f"{what} for want of room, all steps", f"{exchanges[name]:,}"))
   return pairs
 
 
@@ -168,8 +174,9 @@ def _parts(metrics: Mapping[str, Any], steps_left: int) -> list[str]:
     said = curve != name and metrics.get(curve) == metrics.get(name)  # the curve is of all of it
     if metrics.get(name) is not None and not said:
       parts.append(form.format(metrics[name]))
-  if metrics.get("dropped_rows"):
-    parts.append(f"{metrics['dropped_rows']:,} rows dropped")
+  for name, what in _EXCHANGES.items():
+    if metrics.get(name):
+      parts.append(f"{metrics[name]:,} {what}")
   if metrics.get("mfu") is None and metrics.get("gflops_per_sec") is not None:
     parts.append(f"{metrics['gflops_per_sec']:,.1f} GFLOP/s")
   if metrics.get("step_secs") is not None:

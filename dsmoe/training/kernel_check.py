@@ -131,7 +131,7 @@ def _run(each: Check) -> None:
   inputs = jax.tree.map(_to_float32, each.inputs) if each.in_float32 else each.inputs
   with jax.default_matmul_precision("highest"):
     expected = results(each.reference)(*inputs)
-  figures = jax.device_get(_differences(actual, expected))
+  figures = jax.device_get(differences(actual, expected))
   for name in sorted(figures, key=lambda name: name.startswith("gradient")):
     difference = figures[name]
     size = actual[name].size
@@ -148,7 +148,7 @@ def _run(each: Check) -> None:
 
 
 @jax.jit
-def _differences(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+def differences(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
   """Returns by name how many integers differ, or the largest difference over the largest value."""
 
   def one(a, b):

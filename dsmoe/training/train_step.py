@@ -52,7 +52,7 @@ class LoadStats(NamedTuple):
 
   counts_LE: jax.Array  # int32
   groups_per_token_L: jax.Array  # float32
-  dispatch: DispatchStats  # int32 [L] each: what the exchanges of rows dropped and sent
+  dispatch: DispatchStats  # int32 [L] each: what the exchanges of rows counted
 
 
 def model_parts(config: Config):
@@ -277,15 +277,24 @@ def _dropless(config: Config) -> Config:
   return dataclasses.replace(config, model=dataclasses.replace(config.model, exchange=exchange))
 
 
-def _again_if_dropped(first: Callable, second: Callable) -> Callable:
-  """Returns a function with the results of `first`, or of `second` where `first` dropped a row."""
+def _again_if_dropped(first: Callable, second: Callable, num_microbatches: int) -> Callable:
+  """Returns a function with the results of `first`, or of `second` where `first` dropped a row.
+
+  The fallbacks counted are then those of this: every layer, once for each microbatch.
+  """
+
+  def again(*args):
+    (each, load), *rest = second(*args)
+    counted = jnp.full_like(load.dispatch.fallbacks, num_microbatches)
+    dispatched = load.dispatch._replace(fallbacks=counted)
+    return (each, load._replace(dispatch=dispatched)), *rest
 
   def run(*args):
     (_, load), *_ = result = first(*args)
     if load is None:  # no layer has experts
       return result
     dropped = jnp.any(load.dispatch.dropped_rows > 0)
-    return jax.lax.cond(dropped, lambda: second(*args), lambda: result)
+    return jax.lax.cond(dropped, lambda: again(*args), lambda: result)
 
   return run
 
@@ -296,7 +305,7 @@ def _no_microbatch(config: ModelConfig, params):
   zero, L = jnp.zeros(()), config.num_moe_layers + (depths if config.num_moe_layers else 0)
   none_L = jnp.zeros(L, jnp.int32)
   counts_LE = jnp.zeros((L, config.n_routed_experts), jnp.int32)
-  load = LoadStats(counts_LE, jnp.zeros(L), DispatchStats(none_L, none_L)) if L else None
+  load = LoadStats(counts_LE, jnp.zeros(L), DispatchStats(none_L, none_L, none_L)) if L else None
   grads = jax.tree.map(lambda p: varying.zeros_like_operands(p.shape, jnp.float32, p), params)
   return (Losses(zero, zero, zero, zero, zero), load), grads
 
@@ -330,7 +339,7 @@ def make_train_step(config: Config, mesh, record_routing: bool = False):
   loss_and_grads = _on_mesh(config, mesh, record_routing)
   if config.model.exchange.dropless_fallback == "step":
     exact = _on_mesh(_dropless(config), mesh, record_routing)
-    loss_and_grads = _again_if_dropped(loss_and_grads, exact)
+    loss_and_grads = _again_if_dropped(loss_and_grads, exact, config.num_microbatches)
   optimizer = optim.make(config.optim, config.num_steps)
   learning_rate = optim.schedule(config.optim, config.num_steps)
   balancer = balance.make(config.balance)

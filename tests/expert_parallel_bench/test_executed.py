@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from dsmoe.config import ExchangeConfig, MeshConfig
-from dsmoe.expert_parallel_bench import executed, layer, profile, routings
+from dsmoe.expert_parallel_bench import executed, profile, routings
 from dsmoe.parallel import dispatch
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import exchanges
+from dsmoe.training import exchange_layer
 from tests.helpers import small_config
 
 TOKENS = 16
@@ -29,13 +30,13 @@ def mesh_of(data: int, expert: int):
 
 
 def drawn(mesh, name: str = "zipf:1.2"):
-  shards = mesh_lib.num_batch_shards(mesh)
-  return routings.of_name(name, shards, TOKENS, small_config().model)
+  devices = exchange_layer.num_devices(mesh)
+  return routings.of_name(name, devices, TOKENS, small_config().model)
 
 
 def executed_and_expected(config, mesh, expert_NMK):
-  params, bias, x, _ = layer.inputs(config, mesh, expert_NMK)
-  _, outcome = jax.jit(layer.forward(config, mesh))(params, bias, x)
+  params, bias, x, _ = exchange_layer.inputs(config, mesh, expert_NMK)
+  _, outcome = jax.jit(exchange_layer.forward(config, mesh))(params, bias, x)
   counts_NE = [np.bincount(e.ravel(), minlength=12) for e in expert_NMK]
   np.testing.assert_array_equal(outcome.counts_NE, counts_NE)
   sizes = (config.n_routed_experts, mesh.shape["expert"])
@@ -45,7 +46,7 @@ def executed_and_expected(config, mesh, expert_NMK):
 @pytest.mark.parametrize("name", EXCHANGES)
 def test_what_if_equals_what_is_executed(name):
   mesh = mesh_of(2, 4)
-  config = layer.with_room_for_all(layer.config_of(MODEL, name), 4)
+  config = exchange_layer.with_room_for_all(exchange_layer.config_of(MODEL, name), 4)
   outcome, expected = executed_and_expected(config, mesh, drawn(mesh))
   np.testing.assert_array_equal(outcome.sent_N, expected.sent_N)
   assert not np.any(outcome.dropped_N) and np.sum(outcome.sent_N) > 0
@@ -113,4 +114,4 @@ def test_parts_of_operations():
 def test_more_experts_than_hidden_dimensions_are_refused():
   config = dataclasses.replace(small_config().model, hidden_size=8)
   with pytest.raises(ValueError, match=r"hidden_size \(8\) must be at least n_routed_experts"):
-    layer.inputs(config, mesh_of(1, 2), drawn(mesh_of(1, 2)))
+    exchange_layer.inputs(config, mesh_of(1, 2), drawn(mesh_of(1, 2)))

@@ -114,6 +114,8 @@ def test_layers_that_would_drop_rows_are_computed_by_an_exact_path():
     actual, stats = run(*inputs)
     assert_close(actual, _by_loops(*inputs))
     assert not stats.dropped_rows.any()
+    # Counted once, not by every device.
+    assert stats.fallbacks.tolist() == [second_half is skewed] + [0] * 7
     every = np.ones((20, K), bool)
     sent = [_sent(part, every, 4) for part in np.split(experts, 2)]
     np.testing.assert_array_equal(stats.sent_rows, np.concatenate(sent))
@@ -124,7 +126,7 @@ def test_an_exact_path_under_scan_and_rematerialisation():
   actual, stats = program(_of(0.75, fallback="layer"), 2, 4, twice=True)(*inputs)
   expected, _ = program(_of(), 2, 4, twice=True)(*inputs)
   assert_close(actual, expected)
-  assert not stats.dropped_rows.any()
+  assert not stats.dropped_rows.any() and stats.fallbacks.tolist() == [1] + [0] * 7
 
 
 @pytest.mark.parametrize("precision", ["compute_dtype", "fp8_ue8m0"])

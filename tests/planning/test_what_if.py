@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dsmoe.config import ExchangeConfig
-from dsmoe.expert_parallel_bench import routings
 from dsmoe.parallel import eplb
 from dsmoe.planning import chips, exchanges, what_if
 from dsmoe.reporting.routing_trace import Trace
+from dsmoe.training import exchange_layer
 from tests.helpers import small_config
 
 N, M, K, E = 8, 5, 3, 12
@@ -121,7 +121,7 @@ def test_deduplicated_copies_of_deepseek_v3(degree, copies):
   config = dataclasses.replace(
     small_config().model, n_routed_experts=256, num_experts_per_tok=8, n_group=1, topk_group=1
   )
-  expert_NMK = routings.draw(degree, 12_800 // degree, config, 0.0)
+  expert_NMK = exchange_layer.draw(degree, 12_800 // degree, config, 0.0)
   least, _ = exchanges.least_rows(expert_NMK, 256, degree)
   assert least.sum() / 12_800 == pytest.approx(copies, abs=0.02)
   pairs = exchanges.work("all_to_all", expert_NMK, 256, degree).sent_N.sum() / 12_800
@@ -133,7 +133,7 @@ def test_limited_to_four_groups_of_eight():
   config = dataclasses.replace(
     small_config().model, n_routed_experts=256, num_experts_per_tok=8, n_group=8, topk_group=4
   )
-  expert_NMK = routings.draw(8, 1_600, config, 0.0)
+  expert_NMK = exchange_layer.draw(8, 1_600, config, 0.0)
   least, logical = exchanges.least_rows(expert_NMK, 256, 8)
   assert logical.sum() / 12_800 == pytest.approx(3.629, abs=0.02)
   assert least.sum() / 12_800 == pytest.approx(3.175, abs=0.02)

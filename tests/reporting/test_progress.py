@@ -25,8 +25,8 @@ def test_off_a_terminal_an_update_is_a_plain_line(capsys, monkeypatch):
     display.update(21, {})
     display.update(30, LINE | {"mfu": None})
     display.update(30, {"validation_loss": 3.5, "validation_bits_per_byte": 1.0})
-    display.update(31, {"dropped_rows": 1234})
-    display.update(40, {"loss": 3.0, "dropped_rows": 0})
+    display.update(31, {"dropped_rows": 1234, "fallbacks": 0})
+    display.update(40, {"loss": 3.0, "dropped_rows": 0, "fallbacks": 12})
     display.print("[bold]a sample[/bold]\x1b[31m " + "long " * 40 + "end")
   out = capsys.readouterr().out
   assert out.splitlines() == [
@@ -34,7 +34,7 @@ def test_off_a_terminal_an_update_is_a_plain_line(capsys, monkeypatch):
     "step 30/1000  loss 3.2500  12,346 tokens/s  9.0 GFLOP/s  0:08:05 left",
     "step 30/1000  validation loss 3.5000  1.0000 bits/byte",
     "step 31/1000  1,234 rows dropped",
-    "step 40/1000  loss 3.0000",
+    "step 40/1000  loss 3.0000  12 layers computed by the exact path",
     "[bold]a sample[/bold]\\x1b[31m " + "long " * 40 + "end",
   ]
   assert _is_plain(out)
@@ -63,10 +63,10 @@ def test_summary_takes_last_values_medians_and_the_best_validation():
   rows = [
     {"step": 10, "loss": 4.0, "tokens": 100, "tokens_per_sec": 1.0, "mfu": None},
     {"step": 20, "validation_loss": 2.0, "validation_bits_per_byte": 0.5},
-    {"step": 14, "dropped_rows": 1200},
+    {"step": 14, "dropped_rows": 1200, "fallbacks": 3},
     {"step": 20, "loss": 3.0, "tokens": 2000, "tokens_per_sec": 30.0, "mfu": None},
     {"step": 30, "loss": 2.5, "tokens": 3000, "tokens_per_sec": 20.0, "max_vio": [1.0, None, 2.0]}
-    | {"dropped_rows": 34},
+    | {"dropped_rows": 34, "fallbacks": 2},
     {"step": 30, "validation_loss": 2.25, "validation_bits_per_byte": 0.75},
   ]
   assert progress.summary(iter(rows)) == [
@@ -79,6 +79,7 @@ def test_summary_takes_last_values_medians_and_the_best_validation():
     ("tokens/s, median", "20"),
     ("MaxVio, mean (largest) layer", "1.5 (2)"),
     ("rows dropped for want of room, all steps", "1,234"),
+    ("layers computed by the exact path for want of room, all steps", "5"),
   ]
   assert progress.summary([]) == []
 

@@ -38,13 +38,24 @@ def trace(tmp_path_factory):
 
 
 def test_executed_with_a_drawn_and_a_recorded_routing(trace, tmp_path):
+  """One of two exchanges cannot run: it is named after the table, and the exit code is 1."""
   files = (f"--json={tmp_path}/rows.json", f"--plot={tmp_path}/rows.png")
   flags = ("--mesh=data:2,expert:2", "--fake_devices=4", "--tokens=16", "--rounds=1")
   routing = f"--routing=zipf:1.2,trace:{trace}"
-  out = runs.run(SCRIPT, *SMALL, *flags, *files, routing, "--back_ends=all_gather")
-  assert "no claim about accelerators" in out and "all_gather" in out
+  exchange = ("--config.model.dispatch=all_to_all", "--config.model.exchange.moe_chunks=3")
+  back_ends = "--back_ends=all_gather,all_to_all"
+  process = runs.start(SCRIPT, *SMALL, *flags, *files, routing, *exchange, back_ends)
+  code, out, err = runs.finish(process)
+  assert code == 1 and err.strip().splitlines()[-1] == "error: wrong, or not run: all_to_all"
+  table, _, errors = out.partition("all_to_all")
+  assert "no claim about accelerators" in table and "all_gather" in table
+  reason = "ValueError: model.exchange.moe_chunks (3) must divide the tokens of a device (16)"
+  assert errors.splitlines()[0] == f" zipf:1.2: {reason}"
   rows = json.loads((tmp_path / "rows.json").read_text())
-  assert [row.get("error") for row in rows] == [None] * 4
+  failed = [row["back_end"] for row in rows if "error" in row]
+  assert failed == ["all_to_all"] * 2
+  rows = [row for row in rows if "error" not in row]
+  assert len(rows) == 4
   assert {row["routing"] for row in rows} == {"zipf:1.2", f"trace:{trace}"}
   assert all(row["wire_bytes_per_token"] == 32 * 4 for row in rows)
   assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
