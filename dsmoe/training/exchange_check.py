@@ -25,8 +25,11 @@ from dsmoe.training import exchange_layer, kernel_check
 PLATFORMS = ("tpu", "gpu")  # where exchanges are checked
 ROUTINGS = {"balanced": 0.0, "zipf:1.2": 1.2}  # the exponents of Zipf's law
 TOKENS = 128  # of each device, or the next multiple of `moe_chunks`
-# The largest difference from the oracle over the oracle's largest magnitude.
-_LIMITS = {"float32": 1e-4, "bfloat16": 5e-2, "fp8": 1e-1}
+# The largest difference from the oracle over the oracle's largest magnitude. The oracle computes in
+# the compute dtype: with 64 experts of 128 x 128, 8 of them a token, experts in FP8 differ from it by
+# up to 0.08 when nothing is wrong. A row of a wrong expert (0.3) is seen in any precision; that a
+# token's gates were taken for each other may be seen in float32 only (0.06 to 0.1).
+_LIMITS = {"float32": 1e-4, "bfloat16": 5e-2, "fp8 rows": 1e-1, "fp8 experts": 2e-1}
 
 
 class WrongExchangeError(RuntimeError):
@@ -142,8 +145,10 @@ def _by_name(result: tuple) -> dict[str, jax.Array]:
 
 def _limit(config: ModelConfig) -> float:
   """Returns the largest difference allowed; TPUs multiply float32 as bfloat16."""
-  if "fp8" in (config.matmul_precision[:3], config.exchange.precision):
-    return _LIMITS["fp8"]
+  if config.matmul_precision != "compute_dtype":
+    return _LIMITS["fp8 experts"]
+  if config.exchange.precision == "fp8":
+    return _LIMITS["fp8 rows"]
   if jax.default_backend() == "tpu":
     return _LIMITS["bfloat16"]
   return _LIMITS[config.compute_dtype]
