@@ -39,6 +39,7 @@ from dsmoe.parallel import collectives, ragged
 from dsmoe.parallel.all_gather import multiplied_rows, row_alignment
 from dsmoe.parallel.experts import ExpertWeights
 from dsmoe.parallel.local import local
+from dsmoe.parallel.mesh import TOKEN_AXES
 from dsmoe.parallel.stats import DispatchStats
 from pallas_kernels import permute
 from pallas_kernels import quantized_matmul as quantized
@@ -84,7 +85,9 @@ def _all_kept(counts_E, O: int, overflow) -> DispatchStats:
   me = jax.lax.axis_index("expert")
   own = jnp.sum(jax.lax.dynamic_slice_in_dim(counts_E, me * O, O), dtype=jnp.int32)
   sent = jnp.sum(counts_E, dtype=jnp.int32) - own
-  fallbacks = collectives.on_first_device(overflow.astype(jnp.int32))
+  # All devices that hold parts of the batch take one path together.
+  axes = (axis for axis in TOKEN_AXES if collectives.devices_along(axis) > 1)
+  fallbacks = collectives.on_first_device(overflow.astype(jnp.int32), axes)
   return DispatchStats(jnp.zeros_like(sent), sent, varying_like(fallbacks, sent))
 
 

@@ -1,6 +1,7 @@
 """The few collectives of the model, by name; called inside `mesh.shard_map`."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -41,13 +42,16 @@ def sum_over_batch(x: Any) -> Any:
   return jax.lax.psum(x, tuple(a for a in TOKEN_AXES if a in varies or devices_along(a) > 1))
 
 
-def on_first_device(x: jax.Array) -> jax.Array:
-  """Returns x on the first of the devices that hold parts of the batch, 0 on the others.
+def sum_over_mesh(x: jax.Array) -> jax.Array:
+  """Sums an array over all devices; it must vary over every axis, see `on_first_device`."""
+  return jax.lax.psum(x, AXES)
 
-  Of what is alike on all of them, such as that they compute something again together, the sum over
-  the batch is then x itself.
+
+def on_first_device(x: jax.Array, axes: Iterable[str]) -> jax.Array:
+  """Returns x on the first of the devices along mesh axes, 0 on the others.
+
+  Of what is alike on all of them, the sum over these axes is then x itself.
   """
-  axes = (axis for axis in TOKEN_AXES if devices_along(axis) > 1)
   return jnp.where(sum(jax.lax.axis_index(axis) for axis in axes) == 0, x, 0)
 
 

@@ -1,6 +1,6 @@
 """One optimizer step, one jitted function: microbatches, gradient, update, balance.
 
-Losses and gradients are computed inside `shard_map`, from one device's view; the
+Losses, gradients and their norms are computed inside `shard_map`, from one device's view; the
 optimizer's elementwise update runs outside it on the sharded arrays.
 
 Shapes: B batch, S sequence, D hidden, L MoE layers, E routed experts.
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -310,19 +311,6 @@ def _no_microbatch(config: ModelConfig, params):
   return (Losses(zero, zero, zero, zero, zero), load), grads
 
 
-def _norms(grads) -> dict[str, jax.Array]:
-  """Returns the gradient norm of each top-level part, a vector [L] for a stack of layers."""
-  norms = {}
-  for name, part in grads.items():
-    leaves = jax.tree.leaves(part)
-    if name in parameters.STACKS:
-      squares = [jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in leaves]
-    else:
-      squares = [jnp.sum(jnp.square(g)) for g in leaves]
-    norms[name] = jnp.sqrt(sum(squares[1:], squares[0]))
-  return norms
-
-
 def make_train_step(config: Config, mesh, record_routing: bool = False):
   """Returns the jitted step: (state, batch) -> (state, metrics).
 
@@ -344,14 +332,16 @@ def make_train_step(config: Config, mesh, record_routing: bool = False):
   learning_rate = optim.schedule(config.optim, config.num_steps)
   balancer = balance.make(config.balance)
   shardings = state_shardings(config, mesh)
+  specs = parameters.specs(state_shapes(config).params, mesh)
+  norms = mesh_lib.shard_map(optim.norms, mesh, (specs,), jax.sharding.PartitionSpec())
 
   def train_step(state: TrainState, batch):
     (each, load), grads, experts = loss_and_grads(
       state.params, state.router_bias, state.step, batch
     )
     with jax.named_scope("optimizer"):
-      grad_norm = optax.tree.norm(grads)
-      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      grad_norm, grad_norms = norms(grads)
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params, norm=grad_norm)
       params = optax.apply_updates(state.params, updates)
     router_bias = state.router_bias
     if jax.tree.leaves(router_bias):
@@ -363,7 +353,7 @@ def make_train_step(config: Config, mesh, record_routing: bool = False):
       "losses": each,
       "load": load,
       "grad_norm": grad_norm,
-      "grad_norms": _norms(grads),
+      "grad_norms": grad_norms,
       "learning_rate": learning_rate(state.step),
       "finite": finite,
     }
@@ -453,6 +443,23 @@ def check_fit(config: Config, sizes: Mapping[str, int]) -> None:
   mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
   check_batch(config, mesh)
   parameters.check_fit(model_lib.whole_shapes(config.model), mesh)
+
+
+def check_no_padding(batch: Mapping[str, Any]) -> None:
+  """Raises ValueError where a training batch has padding, whose segment is 0.
+
+  The router chooses experts for every token of a batch. Padding would be counted in the load that
+  moves the bias, and take room in the exchanges' buffers. Training rows have none: `data.batches`
+  cuts them from an endless stream. Only the last batch of a validation set is padded, and there
+  nothing is counted and no exchange drops a row.
+
+  Args:
+    batch: this process's rows, NumPy arrays [B, S].
+  """
+  if num_padding := int(np.sum(batch["segments"] == 0)):
+    raise ValueError(
+      f"a training batch must have no padding (segment 0), got {num_padding} such tokens"
+    )
 
 
 def check_batch(config: Config, mesh) -> None:

@@ -1,13 +1,16 @@
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
-from dsmoe.config import OptimConfig
+from dsmoe.config import MeshConfig, OptimConfig
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import optim
 from tests.helpers import assert_close
 
@@ -90,8 +93,8 @@ def test_adamw_matches_numpy(clip_norm, moment_dtype):
   }
 
   @jax.jit
-  def step(params, state, gradients):
-    updates, state = optimizer.update(gradients, state, params)
+  def step(params, state, gradients, norm):
+    updates, state = optimizer.update(gradients, state, params, norm=norm)
     return optax.apply_updates(params, updates), state
 
   paths = [("attention_norm",), ("attention", "o_bias"), ("mlp", "w_up")]
@@ -100,8 +103,9 @@ def test_adamw_matches_numpy(clip_norm, moment_dtype):
   moments = {path: (0.0, 0.0) for path in paths}
   for t in range(1, 8):  # over the end of the warm-up
     gradients = _gradients(rng)
-    params, state = step(params, state, jax.tree.map(lambda g: g.astype(np.float32), gradients))
     norm = math.sqrt(sum((get(gradients, path) ** 2).sum() for path in paths))
+    rounded = jax.tree.map(lambda g: g.astype(np.float32), gradients)
+    params, state = step(params, state, rounded, norm)
     factor = min(1.0, clip_norm / norm) if clip_norm else 1.0
     assert (factor < 1) == (clip_norm == 1.0)
     for path in paths:
@@ -114,3 +118,45 @@ def test_adamw_matches_numpy(clip_norm, moment_dtype):
   kind = "op_float32" if moment_dtype == "float32" else "bfloat16"
   for path in paths:
     assert_close(get(params, path), values[path], kind)
+
+
+@pytest.mark.parametrize(
+  "data, expert, context, model", [(1, 1, 1, 1), (8, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
+)
+def test_norms_count_each_number_once_on_any_mesh(data, expert, context, model):
+  """Split over several axes, over one or none, a stack's by layer; one small sum over the mesh."""
+  mesh = mesh_lib.make_mesh(
+    MeshConfig(stage=1, data=data, expert=expert, context=context, model=model),
+    jax.devices()[: data * expert * context * model],
+  )
+  specs = {
+    "moe_layers": {
+      "w": PartitionSpec(None, ("expert", "data"), "model"),
+      "norm": PartitionSpec(),
+    },
+    "embed": PartitionSpec("model", ("data", "context")),
+    "norm": PartitionSpec(),
+  }
+  shapes = {"moe_layers": {"w": (3, 8, 10), "norm": (3, 7)}, "embed": (6, 16), "norm": (5,)}
+  rng = np.random.default_rng(1)
+  is_shape = lambda s: isinstance(s, tuple)  # noqa: E731
+  gradients = jax.tree.map(
+    lambda s: rng.standard_normal(s).astype(np.float32), shapes, is_leaf=is_shape
+  )
+  placed = jax.device_put(gradients, mesh_lib.named(mesh, specs))
+  run = jax.jit(mesh_lib.shard_map(optim.norms, mesh, (specs,), PartitionSpec()))
+  compiled = run.lower(placed).compile()
+  total, parts = compiled(placed)
+  square = lambda a, *axes: (a.astype(np.float64) ** 2).sum(axes or None)  # noqa: E731
+  stack = gradients["moe_layers"]
+  expected = {
+    "embed": np.sqrt(square(gradients["embed"])),
+    "moe_layers": np.sqrt(square(stack["w"], 1, 2) + square(stack["norm"], 1)),
+    "norm": np.sqrt(square(gradients["norm"])),
+  }
+  assert_close(parts, expected)
+  assert_close(total, math.sqrt(sum(square(a) for a in jax.tree.leaves(gradients))))
+  sums = re.findall(r"= (\S+) all-reduce(?:-start)?\(", compiled.as_text())
+  assert sums == ["f32[5]{0}"]
+  others = ("all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+  assert not [name for name in others if name in compiled.as_text()]
