@@ -213,9 +213,10 @@ def train(
   records.find_sources(config.data)  # raises when a glob matches nothing
   abstract = train_step.abstract_state(config, mesh)
   train_step.check_memory(abstract, mesh)
-  for checked in (kernel_check.check(config), exchange_check.check(config, mesh)):
-    if checked:
-      print(checked)
+  if checked := kernel_check.check(config):
+    print(checked)
+  if checked := exchange_check.check(config, mesh):
+    print(checked)
   start_from = Start(allow_config_change, init_from, resume_from)
   with (
     checkpoint.owned(workdir) as check_owner,
@@ -287,6 +288,11 @@ def _train(
   processes = mesh_lib.part_of_rows(mesh, jax.process_index())
   batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, position)
 
+  def next_batch() -> dict[str, jax.Array]:
+    rows = next(batches)
+    train_step.check_no_padding(rows)
+    return mesh_lib.to_global(rows, mesh)
+
   def position_after(step: int) -> data.Position:
     return position.advance(config.data, (step - first) * config.batch_size)
 
@@ -325,7 +331,7 @@ def _train(
   with writer, bar, contextlib.ExitStack() as stack:
     bar.print(f"compiling for {mesh.size} x {jax.devices()[0].device_kind}")
     start = time.perf_counter()
-    batch = mesh_lib.to_global(next(batches), mesh)
+    batch = next_batch()
     step_fn = step_fn.lower(state, batch).compile()
     recorded = [step for step in config.log.routing_trace_steps if step > first]
     recording_step_fn = step_fn
@@ -354,7 +360,7 @@ def _train(
       fn = recording_step_fn if step in recorded else step_fn
       state, step_metrics = fn(state, batch)
       experts = step_metrics.pop("expert_LBSK", None)
-      batch = mesh_lib.to_global(next(batches), mesh)
+      batch = next_batch()
       step_metrics = jax.device_get(step_metrics)
       if step == first + 1 and (first == 0 or step_metrics["finite"]):
         checkpoint.record_config(workdir, config, first)  # it is known to work

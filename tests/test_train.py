@@ -17,7 +17,7 @@ from dsmoe.reporting import metrics
 from dsmoe.training import train_step
 from tests import runs
 from tests.data.cases import VOCAB, make_folder
-from tests.helpers import assert_close, small_config
+from tests.helpers import assert_close, random_batch, small_config
 
 LAST_STEP = 40
 
@@ -299,6 +299,17 @@ def test_a_run_that_counted_batches_goes_on_at_the_same_row(tmp_path, monkeypatc
   train.train(changed, tmp_path, allow_config_change=True)
   [saved] = (tmp_path / "checkpoints" / "3" / "data").rglob("metadata")
   assert json.loads(saved.read_text())["sequences"] == 2 * 16 + 8
+
+
+def test_padding_is_refused_before_the_step_is_compiled(monkeypatch, tmp_path):
+  config = small_config(**runs.TWO_LAYERS, **{"num_steps": 3})
+  batch = random_batch(config, 0)
+  batch["segments"][0, 1] = 0
+  monkeypatch.setattr(train.data, "train_iterator", lambda *_: iter([batch]))
+  monkeypatch.setattr(train.train_step, "init_state", lambda *_: None)
+  with pytest.raises(ValueError, match=r"must have no padding .* got 1 such tokens"):
+    train.train(config, tmp_path)
+  assert not (tmp_path / "config.json").exists()
 
 
 def test_run_without_validation_data(tmp_path):

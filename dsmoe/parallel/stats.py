@@ -9,7 +9,8 @@ import jax.numpy as jnp
 class DispatchStats(NamedTuple):
   """Counts of one layer on this device, int32 scalars; the caller sums them over devices.
 
-  A row here is a pair of a token and one of its chosen experts.
+  A row here is a pair of a token and one of its chosen experts. Every token that an exchange is
+  given has its rows: a training batch must have no padding, see `train_step.check_no_padding`.
   """
 
   dropped_rows: jax.Array  # rows that found no room; each is counted once, on one device
