@@ -3,15 +3,18 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
 from dsmoe import checkpoint
-from dsmoe.config import CheckpointConfig
+from dsmoe.config import CheckpointConfig, MeshConfig
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import train_step
 from tests.helpers import assert_close, mesh_of, random_batch, small_config
 from tests.runs import TWO_LAYERS, assert_bitwise_equal, checkpoint_arrays
@@ -79,6 +82,47 @@ def test_goes_on_with_other_devices(tmp_path, before, after):
   _, expected = trained(before, state, 3)
   _, actual = trained(after, restored, 3)
   assert_close(np.array(actual), np.array(expected))
+
+
+def state_on(sizes, seed):
+  """Returns (random state, abstract state) on a mesh (data, expert, context, model).
+
+  Of the parameters and one moment they have a layer's experts, its attention's and the embedding:
+  orbax takes its time for each array and device.
+  """
+  fields = {"model.num_attention_heads": 4, "model.moe_intermediate_size": 20}
+  config = config_of_two_layers(**fields, **{"model.v_head_dim": 12})
+  axes = MeshConfig(1, *sizes)
+  mesh = mesh_lib.make_mesh(axes, jax.devices()[: math.prod(sizes)])
+  abstract = train_step.abstract_state(config, mesh)
+  mu = optax.tree_utils.tree_get(abstract.opt_state, "mu")
+
+  def some(params):
+    layer = params["moe_layers"]
+    parts = {"o_proj": layer["attention"]["o_proj"], "experts": layer["mlp"]["experts"]}
+    return parts | {"embed": params["embed"]}
+
+  abstract = abstract._replace(params=some(abstract.params), opt_state={"mu": some(mu)})
+  rng = np.random.default_rng(seed)
+  draw = lambda a: (9 * rng.standard_normal(a.shape)).astype(a.dtype)  # noqa: E731
+  state = jax.tree.map(lambda a: jax.device_put(draw(a), a.sharding), abstract)
+  return state._replace(step=jax.device_put(np.int32(3), abstract.step.sharding)), abstract
+
+
+def test_restores_along_every_axis_and_at_another_expert_degree(tmp_path):
+  """Bitwise, onto meshes whose devices hold other parts; nothing is compiled."""
+  state, _ = state_on((2, 2, 1, 2), 1)
+  save(tmp_path, state, 3)
+  saved = by_path(state)
+  with checkpoint.Checkpointer(tmp_path, KEEP_ALL) as checkpoints:
+    for after in ((1, 4, 2, 1), (1, 1, 2, 4)):
+      _, abstract = state_on(after, 2)
+      restored, _ = checkpoints.restore(abstract, 3)
+      assert_bitwise_equal(by_path(restored), saved)
+      jax.tree.map(lambda a, b: np.testing.assert_equal(a.sharding, b.sharding), restored, abstract)
+      w_gate = restored.params["experts"]["w_gate"]
+      part = w_gate.addressable_shards[0].data.shape
+      assert part[1] == 12 // after[1] and math.prod(part) * math.prod(after) == w_gate.size
 
 
 @pytest.mark.parametrize(

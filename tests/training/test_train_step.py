@@ -20,12 +20,66 @@ from tests.helpers import (
   small_config,
 )
 
-# A seed whose routing has no near-ties, so that rounding cannot flip a choice.
+# Seeds whose routing has no near-ties, so that rounding cannot flip a choice: of the first step's
+# batch, and of five further ones.
 MARGIN_SEED = 0
+FURTHER_SEEDS = (1, 2, 3, 4, 5)
+TWO_BY_TWO_BY_TWO = dict(
+  num_devices=8,
+  expert=2,
+  context=2,
+  model=2,
+  dispatch="all_to_all",
+  num_microbatches=2,
+  remat="full",
+  scanned=True,
+)
+RING = dict(
+  num_devices=8, expert=4, dispatch="ring", num_microbatches=2, remat="full", scanned=True
+)
+ALONG_DATA = dict(num_devices=4, remat="dots")
+# What goes on for the five further steps; the others make one.
+SIX_STEPS: tuple[dict, ...] = ({}, ALONG_DATA, TWO_BY_TWO_BY_TWO, RING)
 
 
 @functools.cache
-def first_step(
+def first_step(**variant):
+  """Returns (initial params, state after one step, its metrics) as NumPy arrays; see `steps`."""
+  before, made = steps(**variant)
+  return before, *made[0]
+
+
+@functools.cache
+def steps(**variant):
+  """Returns (initial params, [(state, metrics) after each step]) as NumPy arrays."""
+  config, mesh = _config(**variant)
+  step = _compiled(**variant) if variant else step_of_one_device()
+  state = train_step.init_state(config, mesh)
+  before, made = jax.device_get(state.params), []
+  seeds = (MARGIN_SEED, *FURTHER_SEEDS) if variant in SIX_STEPS else (MARGIN_SEED,)
+  for seed in seeds:
+    state, metrics = step(state, mesh_lib.to_global(random_batch(config, seed), mesh))
+    made.append((jax.device_get(state), jax.device_get(metrics)))
+  return before, made
+
+
+@functools.cache
+def step_of_one_device():
+  """Returns the compiled step of the variant without any fields; of others none is kept."""
+  return _compiled()
+
+
+def _compiled(**variant):
+  config, mesh = _config(**variant)
+  batch = mesh_lib.to_global(random_batch(config, MARGIN_SEED), mesh)
+  with mock.patch.object(cpu, "MAX_WRITTEN_OUT_LAYERS", 0 if variant.get("scanned") else 4):
+    lowered = train_step.make_train_step(config, mesh).lower(
+      train_step.abstract_state(config, mesh), batch
+    )
+  return lowered.compile()
+
+
+def _config(
   num_devices: int = 1,
   num_microbatches: int = 1,
   remat: str = "none",
@@ -39,7 +93,7 @@ def first_step(
   tied: bool = False,
   **overrides,
 ):
-  """Returns (initial params, state after one step, metrics) as NumPy arrays.
+  """Returns the config and mesh of a variant.
 
   `scanned` takes the path of deep models, whose layers are scanned; `expert`, `context` and `model`
   are the numbers of devices along those axes; `exchange` has fields of `model.exchange`.
@@ -65,28 +119,19 @@ def first_step(
     }
     | {name.replace("__", "."): value for name, value in overrides.items()}
   )
-  mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:num_devices])
-  state = train_step.init_state(config, mesh)
-  before = jax.device_get(state.params)
-  step = train_step.make_train_step(config, mesh)
-  with mock.patch.object(cpu, "MAX_WRITTEN_OUT_LAYERS", 0 if scanned else 4):
-    state, metrics = step(state, random_batch(config, MARGIN_SEED))
-  return before, jax.device_get(state), jax.device_get(metrics)
+  return config, mesh_lib.make_mesh(config.mesh, jax.devices()[:num_devices])
 
 
 @pytest.mark.parametrize(
   "variant",
   [
     dict(num_microbatches=4, scanned=True),
-    dict(num_devices=4, remat="dots"),
-    dict(num_devices=8, num_microbatches=2, remat="full", scanned=True),
-    dict(dispatch="dense"),
+    ALONG_DATA,
     pytest.param(
-      dict(
-        num_devices=8, expert=4, dispatch="ring", num_microbatches=2, remat="full", scanned=True
-      ),
-      marks=pytest.mark.slow,
+      dict(num_devices=8, num_microbatches=2, remat="full", scanned=True), marks=pytest.mark.slow
     ),
+    dict(dispatch="dense"),
+    pytest.param(RING, marks=pytest.mark.slow),
     dict(num_devices=8, expert=4, dispatch="replicated", remat="full", scanned=True),
     dict(
       num_devices=8,
@@ -98,30 +143,13 @@ def first_step(
       exchange=(("devices_per_group", 2), ("receive_capacity", 4.0)),
     ),
     dict(
-      num_devices=8,
-      expert=4,
-      dispatch="all_gather",
-      num_microbatches=2,
-      remat="full",
-      scanned=True,
-    ),
-    dict(
       num_devices=4,
       context=4,
       data__cross_document_attention=True,
       model__num_hidden_layers=2,
       model__first_k_dense_replace=1,
     ),
-    dict(
-      num_devices=8,
-      expert=2,
-      context=2,
-      model=2,
-      dispatch="all_to_all",
-      num_microbatches=2,
-      remat="full",
-      scanned=True,
-    ),
+    TWO_BY_TWO_BY_TWO,
     dict(num_devices=4, model=4, remat="dots", scanned=True),
     dict(num_devices=4, model=2, tied=True, scanned=True),
     dict(
@@ -133,22 +161,28 @@ def first_step(
       remat="full",
       scanned=True,
     ),
-    dict(
-      num_devices=4,
-      expert=4,
-      dispatch="all_to_all",
-      num_microbatches=4,
-      scanned=True,
-      exchange=(("receive_capacity", 4.0),),
+    pytest.param(
+      dict(
+        num_devices=4,
+        expert=4,
+        dispatch="all_to_all",
+        num_microbatches=4,
+        scanned=True,
+        exchange=(("receive_capacity", 4.0),),
+      ),
+      marks=pytest.mark.slow,
     ),
-    dict(
-      num_devices=8,
-      expert=4,
-      dispatch="all_to_all",
-      num_microbatches=2,
-      remat="full",
-      scanned=True,
-      exchange=(("receive_capacity", 0.5), ("dropless_fallback", "layer")),
+    pytest.param(
+      dict(
+        num_devices=8,
+        expert=4,
+        dispatch="all_to_all",
+        num_microbatches=2,
+        remat="full",
+        scanned=True,
+        exchange=(("receive_capacity", 0.5), ("dropless_fallback", "layer")),
+      ),
+      marks=pytest.mark.slow,
     ),
     pytest.param(
       dict(
@@ -185,9 +219,41 @@ def test_step_does_not_depend_on_how_it_is_computed(variant):
   assert_close(mu, optax.tree_utils.tree_get(expected.opt_state, "mu"))
 
 
+@pytest.mark.parametrize(
+  "variant",
+  [ALONG_DATA, TWO_BY_TWO_BY_TWO, pytest.param(RING, marks=pytest.mark.slow)],
+  ids=str,
+)
+def test_five_further_steps_do_not_depend_on_the_mesh(variant):
+  """By the step that is compiled already; parameters differ by rounding from the second one on."""
+  _, expected = steps()
+  _, actual = steps(**variant)
+  assert len(actual) == len(expected) == 6
+  for (state, metrics), (state_of_one, metrics_of_one) in zip(actual[1:], expected[1:]):
+    counts_LE = metrics_of_one["load"].counts_LE
+    np.testing.assert_array_equal(metrics["load"].counts_LE, counts_LE)
+    assert not metrics["load"].dispatch.dropped_rows.any()
+    jax.tree.map(np.testing.assert_array_equal, state.router_bias, state_of_one.router_bias)
+    assert_close(metrics["losses"], metrics_of_one["losses"], "model_float32")
+    assert_close(metrics["grad_norm"], metrics_of_one["grad_norm"], "gradient_float32")
+  (first, _), (last, metrics_of_last) = expected[0], expected[-1]
+  assert int(last.step) == 6
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), first.params, last.params)
+  assert max(jax.tree.leaves(moved)) > 2 * metrics_of_last["learning_rate"] > 0
+
+
+def _padded(batch, rows):
+  """Returns the batch twice, its last rows as zeros of weight 0, or as they are with that weight."""
+  zeros = {name: a.copy() for name, a in batch.items()}
+  for a in zeros.values():
+    a[-rows:] = 0
+  return zeros, batch | {"weights": zeros["weights"]}
+
+
 def test_evaluation_does_not_depend_on_the_mesh_and_drops_nothing():
   few = {"mesh.expert": 4, "model.exchange.receive_capacity": 0.1}
   hierarchical = {"model.dispatch": "hierarchical", "model.exchange.devices_per_group": 2}
+  """Nor on what padding holds: the last rows are some, of which the second batch has others."""
   sums = []
   for devices, overrides in (
     (1, {}),
@@ -199,7 +265,8 @@ def test_evaluation_does_not_depend_on_the_mesh_and_drops_nothing():
     mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:devices])
     _, params, bias = random_parts(config, 1)
     state = train_step.TrainState(None, params, None, bias)
-    sums.append(train_step.make_eval_step(config, mesh)(state, random_batch(config, 2)))
+    evaluate = train_step.make_eval_step(config, mesh)
+    sums += [evaluate(state, batch) for batch in _padded(random_batch(config, 2), rows=5)]
   (expected_nats, expected_weight), *others = sums
   for nats, weight in others:
     assert float(weight) == float(expected_weight) > 100
@@ -326,13 +393,23 @@ def test_compiled_step_gathers_and_scatters_weights(expert, model):
   assert of_activations >= (4 * 7 if model > 1 else 0)
 
 
+def test_a_training_batch_with_padding_is_refused():
+  """Its tokens would be counted in the load; a target of weight 0 is no padding."""
+  batch = random_batch(small_config(), 0)
+  assert (batch["weights"] == 0).any()
+  train_step.check_no_padding(batch)
+  batch["segments"][3, -2:] = 0
+  with pytest.raises(ValueError, match=r"no padding \(segment 0\), got 2 such tokens"):
+    train_step.check_no_padding(batch)
+
+
 def test_non_finite_loss_keeps_the_old_state():
-  config = small_config()
-  mesh = mesh_of(1)
+  config, mesh = _config()
   state = train_step.init_state(config, mesh)
   params = state.params
   params["norm"] = params["norm"] * np.inf
   old = jax.device_get(state)
-  state, metrics = train_step.make_train_step(config, mesh)(state, random_batch(config, 0))
+  batch = mesh_lib.to_global(random_batch(config, 0), mesh)
+  state, metrics = step_of_one_device()(state, batch)
   assert not metrics["finite"]
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), old)
