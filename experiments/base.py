@@ -85,8 +85,9 @@ def get_config() -> config_dict.ConfigDict:
   # Rows that a device has room to receive, over the mean (its tokens times num_experts_per_tok).
   # Rows beyond it are dropped, and counted as dropped_rows in metrics.jsonl.
   x.receive_capacity = 2.0
-  # What is done about dropped rows. none: they are counted | layer: the layer is computed again by
-  # a path that drops nothing | step: the whole step is. Evaluation never drops rows.
+  # What is done about dropped rows. none: they are counted | layer: the layer is computed by a path
+  # that drops nothing | step: the whole step is, again. Counted as fallbacks in metrics.jsonl, for
+  # each layer and microbatch. Evaluation never drops rows.
   x.dropless_fallback = "none"
   # Parts into which a device's tokens are split; each is exchanged on its own, in smaller buffers.
   x.moe_chunks = 1

@@ -44,8 +44,7 @@ def test_executed_with_a_drawn_and_a_recorded_routing(trace, tmp_path):
   routing = f"--routing=zipf:1.2,trace:{trace}"
   exchange = ("--config.model.dispatch=all_to_all", "--config.model.exchange.moe_chunks=3")
   back_ends = "--back_ends=all_gather,all_to_all"
-  process = runs.start(SCRIPT, *SMALL, *flags, *files, routing, *exchange, back_ends)
-  code, out, err = runs.finish(process)
+  code, out, err = runs.call(SCRIPT, *SMALL, *flags, *files, routing, *exchange, back_ends)
   assert code == 1 and err.strip().splitlines()[-1] == "error: wrong, or not run: all_to_all"
   table, _, errors = out.partition("all_to_all")
   assert "no claim about accelerators" in table and "all_gather" in table
