@@ -131,6 +131,7 @@ def noted_interrupts() -> Iterator[list[str]]:
 
   def record(number, frame):
     received.append(signal.Signals(number).name)
+    assert callable(previous)
     previous(number, frame)
 
   if callable(previous):
