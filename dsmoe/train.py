@@ -118,9 +118,12 @@ def throughput(tokens: int, flops: float, step_secs: float) -> dict:
 
 
 def validation_line(nats: float, tokens: float, num_bytes: int | None) -> dict:
-  """Turns the loss on `num_bytes` of text, None if unknown, into a line of metrics.jsonl."""
+  """Turns the loss on `num_bytes` of text, None if unknown, into a line of metrics.jsonl.
+
+  The number of tokens tells the subset: points of another number are none of the same curve.
+  """
   bits = {"validation_bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}
-  return {"validation_loss": nats / tokens, **bits}
+  return {"validation_loss": nats / tokens, **bits, "validation_tokens": int(tokens)}
 
 
 @contextlib.contextmanager
@@ -138,6 +141,7 @@ def noted_interrupts() -> Iterator[list[str]]:
 
   def record(number, frame):
     received.append(signal.Signals(number).name)
+    assert callable(previous)
     previous(number, frame)
 
   if callable(previous):
@@ -302,7 +306,9 @@ def _train(
   flops_per_step = accounting.flops_per_token(config.model, S)["causal_mtp"] * tokens_per_step
   writer = metrics.MetricsWriter(workdir, config.log.tensorboard, first)
   running = metrics.RunningLoad.from_rows(metrics.iter_metrics(workdir))
-  validated = {row["step"] for row in metrics.iter_metrics(workdir) if "validation_loss" in row}
+  points = [row for row in metrics.iter_metrics(workdir) if "validation_loss" in row]
+  validated = {row["step"] for row in points}
+  curves = {row["validation_tokens"] for row in points[-1:] if "validation_tokens" in row}
   bar = progress.Progress(config.num_steps, first)
 
   # --- the compiled step
@@ -320,6 +326,10 @@ def _train(
     line = lines[config.log.eval_batches]
     if is_last:
       line = line | {f"whole_{name}": value for name, value in lines[-1].items()}
+    tokens = line["validation_tokens"]
+    if curves and tokens not in curves:
+      bar.print(f"a new validation curve: of {tokens:,} tokens, before of {max(curves):,}")
+    curves.add(tokens)
     writer.write(step, line)
     bar.update(step, line)
     return time.perf_counter() - start

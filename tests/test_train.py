@@ -184,10 +184,26 @@ def test_an_update_that_is_not_finite_is_not_saved(tmp_path, save_every):
   assert str(error.value).endswith(end)
 
 
-def test_points_of_the_validation_curve_share_their_subset(tmp_path):
-  """With a learning rate of 0 they are equal, while the whole set has another loss."""
+def shared(make):
+  """Makes `make` return what it returned first, whatever the config."""
+  made = []
+
+  def make_once(*args):
+    made[:] = made or [make(*args)]
+    return made[0]
+
+  return make_once
+
+
+def test_points_of_the_validation_curve_share_their_subset(tmp_path, capsys, monkeypatch):
+  """With a learning rate of 0 they are equal, while the whole set has another loss.
+
+  A resumed run with another subset says so, and its points tell.
+  """
   still = {"optim.learning_rate": 0.0, "optim.final_learning_rate": 0.0, "balance.methods": ()}
   fields = {"log.eval_every_steps": 1, "log.eval_batches": 1}
+  for name in ("make_train_step", "make_eval_step"):  # both runs share the programs
+    monkeypatch.setattr(train_step, name, shared(getattr(train_step, name)))
   train.train(quick_config(**still, **fields), tmp_path)
   rows = [row for row in metrics.read_metrics(tmp_path) if "validation_loss" in row]
   assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -195,6 +211,16 @@ def test_points_of_the_validation_curve_share_their_subset(tmp_path):
   assert ["whole_validation_loss" in row for row in rows] == [False, False, False, True]
   assert rows[-1]["whole_validation_loss"] != curve
   assert abs(rows[-1]["whole_validation_loss"] - curve) < 0.5
+  assert "a new validation curve" not in capsys.readouterr().out
+  path = tmp_path / metrics.METRICS_FILE
+  lines = path.read_text().splitlines(keepends=True)
+  assert "whole_validation_loss" in lines[-1]
+  path.write_text("".join(lines[:-1]))  # as a run stopped before its last evaluation leaves it
+  fields |= {"log.eval_batches": 2}
+  train.train(quick_config(**still, **fields), tmp_path, allow_config_change=True)
+  assert "a new validation curve: of 448 tokens, before of 224" in capsys.readouterr().out
+  rows = [row for row in metrics.read_metrics(tmp_path) if "validation_loss" in row]
+  assert [row["validation_tokens"] for row in rows] == [224, 224, 224, 448]
 
 
 def test_an_evaluation_that_fails_comes_after_the_save(tmp_path, monkeypatch):

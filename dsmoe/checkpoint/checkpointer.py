@@ -10,6 +10,7 @@ import zlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -203,6 +204,17 @@ def restore_weights(
   return state["params"], state["router_bias"], step
 
 
+def _check_step(step: int, state: dict[str, Any], checksums: dict[str, str]) -> None:
+  """Raises ValueError for the checkpoint of another step under this one's name.
+
+  Where the state is read without its step, the step's checksum tells; imported weights have none.
+  """
+  expected, _ = integrity.measure({"step": np.int32(step)})["step"]
+  is_other = "step" in checksums and checksums["step"] != expected
+  if is_other or int(state.get("step", step)) != step:
+    raise ValueError(f"its state is that of another step than {step}, whose name it has")
+
+
 def _listed(steps: Any) -> str:
   return ", ".join(map(str, sorted(steps))) or "none"
 
@@ -222,6 +234,7 @@ def _read(
   checksums = contents.saved_checksums(workdir, step)
   with contents.named_damage(workdir, step):
     restored = manager.restore(step, args=ocp.args.Composite(**items))
+    _check_step(step, restored["state"], checksums or {})
     if checksums is not None:
       for name, (checksum, _) in integrity.measure(restored["state"]).items():
         contents.compare_checksum(name, checksums, checksum)

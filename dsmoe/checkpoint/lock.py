@@ -36,8 +36,9 @@ def owned(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
     workdir: on disk or in an object store; created if absent.
 
   Yields:
-    A function that raises ValueError if another process has become the owner, which can happen
-    only in an object store, to a process that stood still. Call it before anything is replaced.
+    A function that raises ValueError if another process has become the owner, which can happen in
+    an object store, to a process that stood still, and on disk, to one whose lock somebody deleted.
+    Call it before anything is replaced.
 
   Raises:
     ValueError: when another process is the owner, naming it.
@@ -66,20 +67,28 @@ def _refuse(workdir: epath.Path, owner: str) -> None:
 @contextlib.contextmanager
 def _kernel_lock(workdir: epath.Path) -> Iterator[Callable[[], None]]:
   """The lock of a file on disk. A process that was forked from the owner would hold it too."""
-  with open(workdir / LOCK_FILE, "a+") as file:
+  path = workdir / LOCK_FILE
+
+  def check() -> None:
+    # Somebody deleted it, and another process has locked the file that it made instead.
+    with contextlib.suppress(FileNotFoundError), open(path, errors="replace") as found:
+      if not os.path.samestat(os.fstat(found.fileno()), os.fstat(file.fileno())):
+        _refuse(workdir, found.read().strip() or "another process")
+
+  with open(path, "a+", errors="replace") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       file.seek(0)
       _refuse(workdir, file.read().strip() or "another process")
     except OSError:  # a file system without locks
-      with _lease(workdir) as check:
-        yield check
+      with _lease(workdir) as check_lease:
+        yield check_lease
       return
     file.truncate(0)
     file.write(_owner() + "\n")
     file.flush()
-    yield lambda: None
+    yield check
 
 
 @contextlib.contextmanager

@@ -76,13 +76,14 @@ def train_iterator(
   position = position or first_position(config)
   rows_before = rows_of_sources(position.sequences, config.train_weights)
   tokens_before = position.tokens_of_sources(config.train_globs)
+  numbers = position.numbers_of_sources(config.train_globs)
   S = config.sequence_length
   rows = [
     # Row `rows_before` begins with the first token that was not consumed.
-    TrainRows(paths, prepared, config, source, tokens_before[source] - rows_before[source] * S)
+    TrainRows(paths, prepared, config, number, tokens_before[source] - rows_before[source] * S)
     if paths
-    else SyntheticRows(prepared.vocab_size, S, (config.seed, source))
-    for source, paths in enumerate(prepared.train)
+    else SyntheticRows(prepared.vocab_size, S, (config.seed, number))
+    for source, (number, paths) in enumerate(zip(numbers, prepared.train, strict=True))
   ]
   mixture = grain.MapDataset.source(MixedRows(rows, config.train_weights))[position.sequences :]
   batches = mixture.batch(local_size)[process_index::process_count]

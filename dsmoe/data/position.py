@@ -20,42 +20,63 @@ class Position:
   Attributes:
     sequences: rows of all batches.
     tokens: of those rows.
-    sources: for each of `data.train_globs` its name and the tokens of it in those rows.
+    sources: the name of each source that was ever read, and the tokens of it in those rows. Its
+      place here is its number, which decides the order of its documents.
+    order: the numbers of `data.train_globs`, in their order; None for all, as they are in `sources`.
   """
 
   sequences: int
   tokens: int
   sources: tuple[tuple[str, int], ...]
+  order: tuple[int, ...] | None = None
+
+  def __post_init__(self):
+    if self.order is None:
+      object.__setattr__(self, "order", tuple(range(len(self.sources))))
 
   def advance(self, config: DataConfig, sequences: int) -> "Position":
     """Returns the position after that many more rows were read with this config."""
     before = rows_of_sources(self.sequences, config.train_weights)
     after = rows_of_sources(self.sequences + sequences, config.train_weights)
-    S = config.sequence_length
+    S, numbers = config.sequence_length, self.numbers_of_sources(config.train_globs)
     consumed = self.tokens_of_sources(config.train_globs)
-    tokens = (t + (b - a) * S for t, a, b in zip(consumed, before, after, strict=True))
+    sources = dict(enumerate(self.sources))
+    for number, name, tokens, a, b in zip(
+      numbers, config.train_globs, consumed, before, after, strict=True
+    ):
+      sources[number] = name, tokens + (b - a) * S
     return Position(
       self.sequences + sequences,
       self.tokens + sequences * S,
-      tuple(zip(config.train_globs, tokens, strict=True)),
+      tuple(sources[number] for number in range(len(sources))),
+      tuple(numbers),
     )
 
-  def tokens_of_sources(self, globs: Sequence[str]) -> list[int]:
-    """Returns the tokens consumed of each source, found by its name.
+  def numbers_of_sources(self, globs: Sequence[str]) -> list[int]:
+    """Returns the number of each source, found by its name, also of one that was away for a while.
 
     A name that is not known is that of a renamed source, if the one in its place has gone, or else
-    of a new one, with 0 tokens.
+    of a new one, whose number is the next.
     """
-    names = [name for name, _ in self.sources]
-    consumed = []
+    order = self.order or ()
+    known = {name: n for n, (name, _) in reversed(list(enumerate(self.sources)))}
+    numbers: list[int] = []
     for place, name in enumerate(globs):
-      if names[place : place + 1] != [name]:
-        if name in names:
-          place = names.index(name)
-        elif place < len(names) and names[place] in globs:
-          place = len(names)
-      consumed.append(self.sources[place][1] if place < len(names) else 0)
-    return consumed
+      number = order[place] if place < len(order) else None
+      if number is None or self.sources[number][0] != name:
+        if name in known:
+          number = known[name]
+        elif number is not None and self.sources[number][0] in globs:
+          number = None
+      if number is None or number in numbers:
+        number = max([len(self.sources) - 1, *numbers]) + 1
+      numbers.append(number)
+    return numbers
+
+  def tokens_of_sources(self, globs: Sequence[str]) -> list[int]:
+    """Returns the tokens consumed of each source; see `numbers_of_sources`."""
+    numbers = self.numbers_of_sources(globs)
+    return [self.sources[n][1] if n < len(self.sources) else 0 for n in numbers]
 
   def to_dict(self) -> dict[str, Any]:
     """Returns plain values for JSON."""
@@ -85,7 +106,10 @@ def position_from_dict(
       batches, config = _count(saved["next_batch"]), read_config_then()
       return first_position(config.data).advance(config.data, batches * config.batch_size)
     sources = tuple((str(name), _count(tokens)) for name, tokens in saved["sources"])
-    return Position(_count(saved["sequences"]), _count(saved["tokens"]), sources)
+    order = tuple(map(_count, saved.get("order", range(len(sources)))))  # older ones have none
+    if len({*order}) < len(order) or not {*order} <= {*range(len(sources))}:
+      raise ValueError(f"{order} must be numbers of the sources")
+    return Position(_count(saved["sequences"]), _count(saved["tokens"]), sources, order)
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f"the data position of a checkpoint must have its counts of sequences and tokens, got "

@@ -146,7 +146,15 @@ class Batcher:
       yield B, S
 
   def submit(self, prompt: Sequence[int], sampling: Sampling) -> int:
-    """Puts a request in the queue; returns its number.
+    """Puts a request in the queue; returns its number. See `submit_all`."""
+    [number] = self.submit_all(prompt, [sampling])
+    return number
+
+  def submit_all(self, prompt: Sequence[int], samplings: Sequence[Sampling]) -> list[int]:
+    """Puts several requests with one prompt in the queue, which is read once; or none.
+
+    Returns:
+      Their numbers, in order.
 
     Raises:
       ValueError: for an empty prompt, a token outside the vocabulary (of stop tokens and biases
@@ -158,9 +166,24 @@ class Batcher:
     for token in (min(prompt), max(prompt)):
       if not 0 <= token < V:
         raise ValueError(f"tokens must be at least 0 and below vocab_size ({V}), got {token}")
-    if len(prompt) + sampling.max_tokens > self.max_tokens_per_row:
+    for each in samplings:
+      self._check(len(prompt), each)
+    # Log-probabilities of a prompt need all of it computed, so its pages are not looked up.
+    keys = [] if all(s.prompt_logprobs for s in samplings) else cache.page_keys(prompt)
+    with self._lock:
+      rows = [
+        Row(next(self._numbers), prompt, s, [] if s.prompt_logprobs else keys) for s in samplings
+      ]
+      self._waiting.extend(rows)
+      self._lock.notify_all()
+    return [row.request for row in rows]
+
+  def _check(self, num_prompt: int, sampling: Sampling) -> None:
+    """Raises ValueError for more tokens than a row can hold, or one outside the vocabulary."""
+    V = self.config.vocab_size
+    if num_prompt + sampling.max_tokens > self.max_tokens_per_row:
       raise ValueError(
-        f"prompt ({len(prompt)} tokens) plus max_tokens ({sampling.max_tokens}) must not exceed "
+        f"prompt ({num_prompt} tokens) plus max_tokens ({sampling.max_tokens}) must not exceed "
         f"the {self.max_tokens_per_row} tokens of a row"
       )
     biased = [token for token, _ in sampling.logit_bias]
@@ -168,13 +191,6 @@ class Batcher:
       for token in tokens:
         if not 0 <= token < V:
           raise ValueError(f"{name} must be at least 0 and below vocab_size ({V}), got {token}")
-    # Log-probabilities of a prompt need all of it computed, so its pages are not looked up.
-    keys = [] if sampling.prompt_logprobs else cache.page_keys(prompt)
-    with self._lock:
-      row = Row(next(self._numbers), prompt, sampling, keys)
-      self._waiting.append(row)
-      self._lock.notify_all()
-    return row.request
 
   def cancel(self, request: int) -> None:
     """Ends a request, which has no more events after the current round.

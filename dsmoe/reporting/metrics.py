@@ -216,7 +216,8 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: for any other line that is no JSON object with an integer "step", naming it.
+    ValueError: for any other line that is no JSON object with an integer "step" and numbers or
+      lists, naming it.
   """
   return list(iter_metrics(workdir))
 
@@ -255,6 +256,8 @@ def _lines(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         row = json.loads(line)
         if not isinstance(row, dict) or type(row.get("step")) is not int:
           raise ValueError("no object with an integer step")
+        if odd := [name for name, value in row.items() if isinstance(value, str | dict)]:
+          raise ValueError(f"{odd[0]} is neither a number nor a list of numbers")
       except (ValueError, RecursionError) as error:
         if not any(rest.strip() for rest in file):  # the last one, whether or not it was ended
           return

@@ -5,6 +5,7 @@ longer than 256 points are averaged, so that a long run is drawn in bounded memo
 """
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -94,10 +95,16 @@ class _Run:
       self.rows.append({name: value for name, value in row.items() if name not in _WIDE})
 
   def series(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns steps [T] and values [T] or [T, L], null as NaN; None if there is no value."""
+    """Returns steps [T] and values [T] or [T, L], null as NaN; None if there is no value.
+
+    NaN also parts the validation losses on another number of tokens, which are another curve.
+    """
     rows = [row for row in self.rows if row.get(name) not in (None, [])]
     if not rows:
       return None
+    if name == "validation_loss":
+      parts = itertools.groupby(rows, lambda row: row.get("validation_tokens"))
+      rows = [row for _, part in parts for row in (*part, {"step": np.nan, name: np.nan})][:-1]
     return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows], float)
 
 

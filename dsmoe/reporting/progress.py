@@ -87,10 +87,13 @@ class Progress:
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
-  """Condenses metrics lines into (name, value) pairs for `final_table`."""
+  """Condenses metrics lines into (name, value) pairs for `final_table`.
+
+  The best validation loss is that of the last curve: of points on as many tokens as the last one.
+  """
   last: dict[str, Any] = {}
   speeds: dict[str, list[float]] = collections.defaultdict(list)
-  best_loss, best_step = np.inf, 0
+  best_loss, best_step, validation_tokens = np.inf, 0, None
   exchanges = dict.fromkeys(_EXCHANGES, 0)
   for row in rows:
     last |= row
@@ -99,8 +102,11 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     for name in ("tokens_per_sec", "mfu", "gflops_per_sec"):
       if row.get(name) is not None:
         speeds[name].append(row[name])
-    if row.get("validation_loss") is not None and row["validation_loss"] < best_loss:
-      best_loss, best_step = row["validation_loss"], row["step"]
+    if row.get("validation_loss") is not None:
+      if row.get("validation_tokens") != validation_tokens:
+        best_loss, validation_tokens = np.inf, row.get("validation_tokens")
+      if row["validation_loss"] < best_loss:
+        best_loss, best_step = row["validation_loss"], row["step"]
 
   if last.get("whole_validation_loss") == last.get("validation_loss"):  # the curve is of all of it
     for name in ("validation_loss", "validation_bits_per_byte"):

@@ -5,6 +5,7 @@ is therefore known before its first event arrives, and nothing here needs a lock
 """
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Sequence
 
@@ -79,9 +80,12 @@ class BatcherThread:
       raise ApiError(message, None, "rate_limit_exceeded", 429, "rate_limit_error")
     job = Job(self)
     try:
-      for index, (prompt, sampling) in enumerate(choices):
-        number = self.batcher.submit(prompt, sampling)
-        self._jobs[number], job.running[number] = job, index
+      index = itertools.count()
+      # The choices of one prompt share it: it is read once, since the event loop waits meanwhile.
+      for _, group in itertools.groupby(choices, lambda choice: id(choice.prompt)):
+        same = list(group)
+        for number in self.batcher.submit_all(same[0].prompt, [c.sampling for c in same]):
+          self._jobs[number], job.running[number] = job, next(index)
     except ValueError as error:
       job.cancel()
       fields = {"stop_tokens": "stop_token_ids", "logit_bias": "logit_bias"}

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -264,6 +265,22 @@ def test_another_data_position_is_named(tmp_path):
   path.write_text(path.read_text().replace("50", "51"))
   with pytest.raises(ValueError, match="the checksum of data must be json"):
     readers(tmp_path, 5)[0]()
+
+
+@pytest.mark.parametrize("has_checksums", [True, False])
+def test_the_checkpoint_of_another_step_is_named(tmp_path, has_checksums):
+  """A folder that was copied or renamed is whole, and yet not what its name says."""
+  for step in (2, 5):
+    save(tmp_path, small_state(step), step)
+  folder = tmp_path / "checkpoints"
+  shutil.rmtree(folder / "5")
+  (folder / "2").rename(folder / "5")
+  if not has_checksums:
+    shutil.rmtree(folder / "5" / "checksums")
+  resume, load = readers(tmp_path, 5)
+  for read in (resume, load) if has_checksums else (resume,):
+    with pytest.raises(ValueError, match=r"checkpoint 5 in .* \(its state is that of another step"):
+      read()
 
 
 def test_a_checkpoint_without_checksums_is_read(tmp_path):

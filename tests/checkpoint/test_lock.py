@@ -36,6 +36,25 @@ def test_one_owner_and_the_next_after_its_end(tmp_path):
     pass
 
 
+def test_an_owner_whose_lock_was_deleted_learns_of_the_next(tmp_path):
+  with lock.owned(tmp_path) as check:
+    check()
+    (tmp_path / lock.LOCK_FILE).unlink()
+    check()
+    with lock.owned(tmp_path) as check_next:
+      check_next()
+      with pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on "):
+        check()
+
+
+def test_a_lock_that_names_nobody_is_still_one(tmp_path):
+  with lock.owned(tmp_path):
+    (tmp_path / lock.LOCK_FILE).write_bytes(b"\xff\xfe\0")
+    with pytest.raises(ValueError, match="must have one run at a time, and is in use by"):
+      with lock.owned(tmp_path):
+        pass
+
+
 def test_a_killed_owner_leaves_the_workdir_free(tmp_path):
   command = [sys.executable, "-c", HOLD, str(tmp_path)]
   with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

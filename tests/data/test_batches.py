@@ -273,6 +273,30 @@ def test_other_changes_go_on_at_the_next_token_of_every_source(prepared, folder,
     assert position.sequences - before.sequences == 23
 
 
+def test_sources_in_another_order_or_away_for_a_while_go_on(prepared, folder):
+  """Every row is the next of its source's one stream: none is read twice, none left out."""
+  config = text_config(folder)
+  S, globs = config.sequence_length, config.train_globs
+  streams = []
+  for source in (0, 1):
+    rows = packing.TrainRows(prepared.train[source], prepared, config, source)
+    streams.append(np.concatenate([rows[i]["tokens"] for i in range(100)]))
+  position, places = batches.first_position(config), [0, 0]
+  for order in ((0, 1), (1, 0), (1,), (1, 0), (0, 1), (0,), (0, 1)):
+    now = dataclasses.replace(
+      config,
+      train_globs=tuple(globs[i] for i in order),
+      train_weights=tuple(config.train_weights[i] for i in order),
+    )
+    data = dataclasses.replace(prepared, train=tuple(prepared.train[i] for i in order))
+    for batch in take(batches.train_iterator(data, now, 1, 0, 1, position), 9):
+      row = batch["tokens"][0]
+      [source] = [i for i in order if (streams[i][places[i] : places[i] + S] == row).all()]
+      places[source] += S
+    position = position.advance(now, 9)
+    assert position.tokens_of_sources(globs) == places
+
+
 def test_a_changed_length_of_synthetic_rows(tmp_path):
   config = data_config(train_globs=("synthetic",), validation_globs=(), sequence_length=32)
   prepared = batches.prepare(config, 1000, tmp_path)

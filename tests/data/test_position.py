@@ -57,6 +57,26 @@ def test_sources_are_found_by_name(globs, tokens):
   assert position.tokens_of_sources(globs) == tokens
 
 
+def test_a_source_that_was_away_keeps_its_number_and_its_place():
+  both, alone = config_of(("a", "b"), (1.0, 1.0)), config_of(("a",), (1.0,))
+  position = position_lib.first_position(both).advance(both, 8).advance(alone, 3)
+  position = position_lib.position_from_dict(json.loads(json.dumps(position.to_dict())), None)
+  assert position.order == (0,)
+  for globs, numbers, tokens in (
+    (("a", "b"), [0, 1], [112, 64]),
+    (("b", "a"), [1, 0], [64, 112]),
+    (("a", "new"), [0, 2], [112, 0]),
+    (("renamed", "b"), [0, 1], [112, 64]),
+    (("a", "a"), [0, 2], [112, 0]),
+  ):
+    assert position.numbers_of_sources(globs) == numbers
+    assert position.tokens_of_sources(globs) == tokens
+  three = config_of(("new", "b", "a"), (1.0, 1.0, 1.0))
+  position = position.advance(three, 3)
+  assert [name for name, _ in position.sources] == ["a", "b", "new"]
+  assert position.order == (2, 1, 0)
+
+
 def test_json_and_back():
   config = config_of(("a", "b"), (3.0, 1.0))
   position = position_lib.first_position(config).advance(config, 13)
@@ -83,6 +103,10 @@ def test_batches_of_older_versions():
     {"sequences": 1, "tokens": 2, "sources": [["a"]]},
     {"sequences": 1, "tokens": 2, "sources": [["a", True]]},
     {"sequences": None, "tokens": 2, "sources": []},
+    {"sequences": 1, "tokens": 2, "sources": [["a", 2]], "order": [1]},
+    {"sequences": 1, "tokens": 2, "sources": [["a", 2], ["b", 0]], "order": [1, 1]},
+    {"sequences": 1, "tokens": 2, "sources": [["a", 2]], "order": ["0"]},
+    {"sequences": 1, "tokens": 2, "sources": [["a", 2]], "order": None},
   ],
 )
 def test_a_damaged_position_is_refused(saved):

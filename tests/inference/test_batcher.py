@@ -276,6 +276,19 @@ def test_bad_requests_are_refused(prompt, settings, message):
   assert batcher.num_waiting == 0
 
 
+def test_requests_with_one_prompt_read_it_once(monkeypatch):
+  """128 choices of a long prompt would hold up a server's event loop for seconds."""
+  batcher, read = _batcher(), []
+  page_keys = cache.page_keys
+  monkeypatch.setattr(cache, "page_keys", lambda prompt: read.append(prompt) or page_keys(prompt))
+  [prompt] = _prompts(12, (40,))
+  with pytest.raises(ValueError, match=r"prompt .40 tokens. plus max_tokens"):
+    batcher.submit_all(prompt, [GREEDY, dataclasses.replace(GREEDY, max_tokens=10**6)])
+  assert (batcher.num_waiting, read) == (0, [])
+  numbers = batcher.submit_all(prompt, [dataclasses.replace(GREEDY, seed=i) for i in range(3)])
+  assert (len({*numbers}), batcher.num_waiting, read) == (3, 3, [prompt])
+
+
 def test_the_weights_of_a_loaded_run_are_in_memory_once():
   others = {id(x) for x in jax.live_arrays()}
   params, bias = jax.device_put(_parts(), jax.devices()[0])

@@ -223,7 +223,11 @@ def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path, kept, after):
 
 
 @pytest.mark.parametrize(
-  "broken", [b'{"step": 2', b'{"loss": 1.0}', b"[2]", b'{"step": null}', b"", b"\x00", b'{"\xff"}']
+  "broken",
+  [
+    *(b'{"step": 2', b'{"loss": 1.0}', b"[2]", b'{"step": null}', b"", b"\x00", b'{"\xff"}'),
+    *(b'{"step": 2, "loss": "7.1"}', b'{"step": 2, "validation_loss": {}}'),
+  ],
 )
 def test_a_broken_line_elsewhere_is_named_with_what_to_do(tmp_path, broken):
   text = b'{"step": 1}\n' + broken + b'\n{"step": 3}\n'

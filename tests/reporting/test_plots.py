@@ -53,6 +53,16 @@ def test_the_whole_validation_set_is_a_point_beside_the_curve(tmp_path):
   assert ax.lines[1].get_linestyle() == "None" and ax.lines[1].get_marker() == "D"
 
 
+def test_validation_on_other_tokens_is_another_curve(tmp_path):
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    for step, (loss, tokens) in enumerate([(3.0, 8), (2.5, 8), (2.75, 16), (2.0, 16)]):
+      writer.write(step, {"validation_loss": loss, "validation_tokens": tokens})
+  [ax] = plots._draw_losses(plots._Run(metrics.read_metrics(tmp_path))).axes
+  [line] = ax.lines
+  np.testing.assert_array_equal(line.get_xdata(), [0, 1, np.nan, 2, 3])
+  np.testing.assert_array_equal(line.get_ydata(), [3.0, 2.5, np.nan, 2.75, 2.0])
+
+
 def test_plots_without_data_are_left_out(tmp_path):
   with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
     assert plots.draw(tmp_path) == []

@@ -84,6 +84,16 @@ def test_summary_takes_last_values_medians_and_the_best_validation():
   assert progress.summary([]) == []
 
 
+def test_the_best_validation_is_that_of_the_last_curve():
+  """An easier subset, such as that of another batch size, had a lower loss."""
+  points = [(10, 2.0, 64), (20, 1.5, 64), (30, 2.5, 128), (40, 2.25, 128), (50, 2.375, 128)]
+  rows = [
+    {"step": step, "validation_loss": loss, "validation_tokens": tokens}
+    for step, loss, tokens in points
+  ]
+  assert dict(progress.summary(rows))["best validation loss"] == "2.2500 at step 40"
+
+
 def test_the_whole_set_is_no_point_of_the_validation_curve():
   """Here the curve's subset is easier than the whole set, so that its best looks better."""
   curve = {"validation_loss": 4.774, "validation_bits_per_byte": 2.0}

@@ -30,6 +30,7 @@ class FakeBatcher:
     self.failure = None
     self.cancelled = set()
     self.submitted = []
+    self.num_prompts = 0  # read by the batcher
     self._lock = threading.Condition()
     self._numbers = itertools.count(100)
     self._waiting, self._running = collections.deque(), {}
@@ -57,6 +58,10 @@ class FakeBatcher:
       self.submitted.append((list(prompt), sampling))
       self._lock.notify_all()
     return number
+
+  def submit_all(self, prompt, samplings):
+    self.num_prompts += 1
+    return [self.submit(prompt, sampling) for sampling in samplings]
 
   def cancel(self, request):
     with self._lock:

@@ -81,6 +81,17 @@ def test_prompts_of_every_form_and_choices_in_order(client):
   assert complete(client, "", max_tokens=3).usage.prompt_tokens == 1  # the end of a document
 
 
+def test_each_prompt_is_read_once_whatever_n(server, client):
+  before = server.batcher.num_prompts
+  texts = ["def f", "def f", "return"]
+  answer = client.completions.create(model="tiny", prompt=texts, n=5, seed=3, max_tokens=2)
+  assert server.batcher.num_prompts - before == 3
+  assert [choice.index for choice in answer.choices] == [*range(15)]
+  for place, choice in enumerate(answer.choices):
+    sampling = {"max_tokens": 2, "seed": 3 + place}
+    assert choice.text == text(expected(texts[place // 5], **sampling))
+
+
 def test_default_length_and_seed(server, client):
   del server.batcher.submitted[:]
   for _ in range(2):
