@@ -26,13 +26,20 @@ ROWS = PartitionSpec(ROWS_AXIS)  # of arrays [rows, ...], and of pages [N, T, W]
 def make_mesh(
   mesh: MeshConfig, config: ModelConfig, max_rows: int, devices: list[Any] | None = None
 ) -> Mesh:
-  """Builds the mesh to decode on, over `devices` (default: all there are).
+  """Builds the mesh to load a run onto and to decode on, over `devices` (default: all there are).
 
   Raises:
     ValueError: where the mesh fits the devices, the model or the rows not; it names the nearest
       that does.
   """
-  return mesh_lib.make_mesh(mesh, devices, functools.partial(check_fit, config, max_rows))
+
+  def fits(sizes: Mapping[str, int]) -> None:
+    check_fit(config, max_rows, sizes)
+    # Loaded weights lie as training stores them, before they are cast and moved.
+    abstract = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    parameters.check_fit(model_lib.whole_shapes(config), abstract)
+
+  return mesh_lib.make_mesh(mesh, devices, fits)
 
 
 def check_fit(config: ModelConfig, max_rows: int, sizes: Mapping[str, int]) -> None:

@@ -57,6 +57,23 @@ def place_of(batch: Sequence[Row | None], table_width: int, counts: Sequence[int
   return Place(table_BP, first_B, count_B)
 
 
+def prompt_parts(batch: Sequence[Row | None], S: int):
+  """Returns the next tokens of each row's prompt.
+
+  Returns:
+    (how many, at most S, a list; the tokens, int32 [B, S]; the prompt's token after them, int32
+    [B], -1 where it ends).
+  """
+  counts = [min(len(row.prompt) - row.length, S) if row else 0 for row in batch]
+  tokens_BS, next_B = np.zeros((len(batch), S), np.int32), np.full(len(batch), -1, np.int32)
+  for i, (row, count) in enumerate(zip(batch, counts)):
+    if row is not None:
+      end = row.length + count
+      tokens_BS[i, :count] = row.prompt[row.length : end]
+      next_B[i] = row.prompt[end] if end < len(row.prompt) else -1
+  return counts, tokens_BS, next_B
+
+
 def settings_of(batch: Sequence[Row | None]) -> sampling.RowSampling:
   """Returns how the rows draw; padding takes the likeliest token."""
   padding = Sampling(temperature=0.0)

@@ -7,12 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from dsmoe.config import MeshConfig
+from dsmoe import checkpoint
+from dsmoe.config import CheckpointConfig, MeshConfig
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference import cache, on_mesh
 from dsmoe.inference.sampling import Sampling
 from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.training import train_step
 from tests.helpers import assert_close, random_parts, small_config
 
 CONFIG = small_config(
@@ -121,7 +123,7 @@ def test_no_device_holds_more_than_its_part_of_the_moved_weights():
   params = _parts()[0]
   stored = jax.device_put(params, mesh_lib.named(mesh, parameters.specs(params, mesh)))
   before = {id(x) for x in jax.live_arrays()}
-  weights = _batcher(mesh, True, stored)._weights
+  weights = _batcher(mesh, True, stored)._programs.weights
   mixture = weights.layers[1][0]["mlp"]
   D, E, F = 40, 12, 18
   part_of = {
@@ -152,6 +154,30 @@ def test_no_device_holds_more_than_its_part_of_the_moved_weights():
     for shard in x.addressable_shards:
       whole[shard.index] = shard.data
     assert_close(whole, np.asarray(x))
+
+
+def test_a_checkpoint_is_loaded_onto_a_mesh(tmp_path):
+  """The weights lie where, and are bitwise what, parameters in memory become."""
+  shapes, (params, bias) = train_step.state_shapes(CONFIG), _parts()
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  checkpoint.record_config(tmp_path, CONFIG, 0)
+  with checkpoint.Checkpointer(tmp_path, CheckpointConfig(1, 1, 0)) as checkpoints:
+    checkpoints.save(zeros._replace(params=params, router_bias=bias), 0)
+  options = batcher_lib.BatcherOptions(max_rows=4, speculate=True)
+  axes = MeshConfig(stage=1, context=1, **MESHES[-1])
+  run, batcher = batcher_lib.load(tmp_path, None, options, axes)
+  assert dict(run.mesh.shape) == dict(stage=1, context=1, **MESHES[-1]) and run.params is None
+  expected = jax.tree.leaves(_batcher(run.mesh, True)._programs.weights)
+  found = jax.tree.leaves(batcher._programs.weights)
+  assert [x.sharding for x in found] == [x.sharding for x in expected]
+  for x, y in zip(found, expected, strict=True):
+    np.testing.assert_array_equal(x, y)
+  with pytest.raises(
+    ValueError, match=r"multiply to the number of devices \(8\); the nearest mesh"
+  ):
+    batcher_lib.load(
+      tmp_path, None, options, MeshConfig(stage=1, data=1, expert=3, context=1, model=1)
+    )
 
 
 def _shard(x):
