@@ -73,7 +73,7 @@ def axes_of_flag(parts: Sequence[str]) -> MeshConfig:
   Raises:
     ValueError: for a part of another form, an unknown axis or one that is named twice.
   """
-  sizes = dict.fromkeys(AXES, 1)
+  sizes: dict[str, Any] = dict.fromkeys(AXES, 1)
   named: set[str] = set()
   for part in parts:
     axis, _, size = part.partition(":")
