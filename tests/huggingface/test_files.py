@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import socket
 
 import jax
 import ml_dtypes
@@ -133,8 +134,47 @@ def test_a_mesh_gets_the_parts_of_its_devices(tmp_path):
   small = tmp_path / "small"
   small.mkdir()
   write(small, SMALL, TENSORS)
-  with pytest.raises(ValueError, match="kv_a_proj: each of the mesh axes .* must divide"):
+  with pytest.raises(ValueError, match=r"kv_a_proj: each of the mesh axes .* must divide"):
     loading.load_pretrained(small, mesh=mesh)
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from dsmoe import model as model_lib
+from dsmoe.config import MeshConfig
+from dsmoe.huggingface import files, loading
+from dsmoe.inference import batcher
+from dsmoe.parallel import mesh as mesh_lib
+
+read, names = files.TensorFiles.read, set()
+files.TensorFiles.read = lambda self, name, *rows: names.add(name) or read(self, name, *rows)
+mesh = mesh_lib.make_mesh(MeshConfig(stage=1, data=1, expert=4, context=1, model=1))
+model = loading.load_pretrained(sys.argv[3], mesh=mesh)
+print(sorted({name.split(".")[5] for name in names if ".experts." in name}))
+try:
+  batcher.Batcher(model.config, *model_lib.split(model)[1:], mesh=mesh)
+except ValueError as error:
+  print(error)
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_the_experts_of_its_devices(tmp_path):
+  hf_config = SMALL | dict(vocab_size=12, hidden_size=12, q_lora_rank=8, kv_lora_rank=8)
+  write(tmp_path, hf_config, random_tensors(loading.config_from_hf(hf_config)))
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  processes = [runs.start("-c", PROCESS, address, i, tmp_path) for i in range(2)]
+  refusal = "tokens are generated must have devices of one process only, got 2 processes"
+  for process, experts in zip(processes, (["0", "1"], ["2", "3"])):
+    code, out, err = runs.finish(process)
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if "Gloo" not in line]  # of the two processes' link
+    assert lines == [str(experts), f"a mesh on which {refusal}"]
 
 
 def test_fields_not_in_config_json_are_keywords(tmp_path):
