@@ -10,12 +10,12 @@ import pytest
 from dsmoe import checkpoint
 from dsmoe.config import CheckpointConfig, MeshConfig
 from dsmoe.inference import batcher as batcher_lib
-from dsmoe.inference import cache, on_mesh
+from dsmoe.inference import cache, decode, on_mesh
 from dsmoe.inference.sampling import Sampling
 from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import train_step
-from tests.helpers import assert_close, random_parts, small_config
+from tests.helpers import assert_close, equations, random_parts, small_config
 
 CONFIG = small_config(
   **{
@@ -202,3 +202,24 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, options, message):
   devices = jax.devices()[: math.prod(sizes.values())]
   with pytest.raises(ValueError, match=message + ".*; the nearest mesh that fits is {'stage': 1"):
     on_mesh.make_mesh(axes, CONFIG.model, rows, devices)
+
+
+def test_a_step_sums_rows_and_gathers_no_weight(monkeypatch):
+  """Of two rows a shard, and a draft beside each newest token: at most logits cross at once."""
+  batcher, largest = _batcher(_mesh(**MESHES[-1]), True), {}
+
+  def traced(*args):
+    for equation in equations(jax.make_jaxpr(run, static_argnums=(0, 1))(*args).jaxpr):
+      axes = equation.params.get("axes", equation.params.get("axis_name", ()))
+      name = equation.primitive.name.split("_")[0]
+      if name not in ("pvary", "axis") and not all(isinstance(axis, int) for axis in axes):
+        size = max(math.prod(v.aval.shape) for v in equation.outvars)
+        largest[name] = max(size, largest.get(name, 0))
+    raise StopIteration
+
+  run = decode.decode
+  monkeypatch.setattr(decode, "decode", traced)
+  with pytest.raises(StopIteration):
+    batcher._programs.decode([None] * 4)
+  # Whether any row remains; sums over experts, heads and inner dimensions, and joined logits.
+  assert largest == {"pmax": 1, "psum": 2 * 2 * V}
