@@ -23,7 +23,6 @@ link's peak is that of one direction: half of what is published for both togethe
 """
 
 import json
-from typing import Any
 
 import jax
 import rich.console
@@ -83,15 +82,7 @@ _JSON = output.define_json()
 
 def mesh_config(config: Config) -> MeshConfig:
   """Returns the mesh that --mesh names, or the config's."""
-  if not _MESH.value:
-    return config.mesh
-  sizes: dict[str, Any] = dict(stage=1, data=1, expert=1, context=1, model=1)
-  for part in _MESH.value:
-    axis, _, size = part.partition(":")
-    if axis not in sizes or not size.isdecimal():
-      raise ValueError(f"--mesh must name axes and sizes as data:2,expert:4, got {part!r}")
-    sizes[axis] = int(size)
-  return MeshConfig(**sizes)
+  return mesh_lib.axes_of_flag(_MESH.value) if _MESH.value else config.mesh
 
 
 def named_back_ends(known: list[str]) -> list[str]:

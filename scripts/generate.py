@@ -3,6 +3,7 @@
   python scripts/generate.py --workdir=runs/tiny --prompt="def " --num_tokens=200
   python scripts/generate.py --workdir=runs/tiny --prompts=prompts.txt   # one line of JSON each
   python scripts/generate.py --workdir=runs/imported --chat              # by its chat template
+  python scripts/generate.py --workdir=runs/tiny --prompt="def " --mesh=expert:4,model:2
 
 Speed and memory are printed to stderr at the end. In a conversation, Ctrl-C ends an answer, an
 empty line starts a new conversation, and Ctrl-D quits.
@@ -18,11 +19,12 @@ import rich.console
 from absl import app, flags, logging
 from etils import epath
 
-from dsmoe import checkpoint, runtime
+from dsmoe import runtime
 from dsmoe.data import lines
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference import generate, text_model
 from dsmoe.inference.sampling import Sampling
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.platforms import cpu
 from dsmoe.reporting import output, progress
 
@@ -51,9 +53,15 @@ _STOP = flags.DEFINE_multi_string("stop", [], "A text that ends an answer; may b
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint; by default the newest.")
 _MAX_ROWS = flags.DEFINE_integer("max_rows", 8, "Prompts continued at once.", lower_bound=1)
 _CACHE_BYTES = flags.DEFINE_integer(
-  "cache_bytes", 2**30, "Upper limit of the cache of attention's latents.", lower_bound=1
+  "cache_bytes",
+  2**30,
+  "Upper limit of the cache of attention's latents on a device.",
+  lower_bound=1,
 )
 _SPECULATE = flags.DEFINE_bool("speculate", False, "Draft tokens with the first MTP module.")
+_MESH = flags.DEFINE_list(
+  "mesh", [], "Sizes of mesh axes, as data:2,expert:4,model:2; by default one device is used."
+)
 
 
 def show(figures: generate.Figures, batcher: batcher_lib.Batcher) -> None:
@@ -75,9 +83,9 @@ class Writer:
 
   def __init__(self, sampling: Sampling):
     """Loads the checkpoint that the flags name."""
-    run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
     options = batcher_lib.BatcherOptions(_MAX_ROWS.value, _CACHE_BYTES.value, _SPECULATE.value)
-    self.batcher = batcher_lib.make(run, options)
+    mesh = mesh_lib.axes_of_flag(_MESH.value) if _MESH.value else None
+    run, self.batcher = batcher_lib.load(_WORKDIR.value, _STEP.value, options, mesh)
     cpu.release_memory()  # that restoring and preparing the weights used: compiling comes next
     folder, limit = run.tokenizer_path.parent, self.batcher.max_tokens_per_row
     self.model = text_model.load(folder, run.tokenizer(), _WORKDIR.value, limit)

@@ -19,9 +19,10 @@ import time
 from absl import flags, logging
 from etils import epath
 
-from dsmoe import checkpoint, runtime
+from dsmoe import runtime
 from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference import text_model
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.platforms import cpu
 from dsmoe.reporting import output
 from dsmoe.serving import http, server
@@ -42,9 +43,15 @@ _API_KEY_FILE = flags.DEFINE_string(
 _MAX_ROWS = flags.DEFINE_integer("max_rows", 8, "Choices generated at once.", lower_bound=1)
 _MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "Choices that may wait.", lower_bound=0)
 _CACHE_BYTES = flags.DEFINE_integer(
-  "cache_bytes", 2**30, "Upper limit of the cache of attention's latents.", lower_bound=1
+  "cache_bytes",
+  2**30,
+  "Upper limit of the cache of attention's latents on a device.",
+  lower_bound=1,
 )
 _SPECULATE = flags.DEFINE_bool("speculate", False, "Draft tokens with the first MTP module.")
+_MESH = flags.DEFINE_list(
+  "mesh", [], "Sizes of mesh axes, as data:2,expert:4,model:2; by default one device is used."
+)
 _MAX_BODY_BYTES = flags.DEFINE_integer(
   "max_body_bytes", 4 * 2**20, "Upper limit of a request's body.", lower_bound=1
 )
@@ -110,9 +117,9 @@ def main(argv: list[str]) -> None:
   runtime.start()
   key = api_key()
   check_address(_HOST.value, _PORT.value)
-  run = checkpoint.load_run(_WORKDIR.value, _STEP.value)
   options = batcher_lib.BatcherOptions(_MAX_ROWS.value, _CACHE_BYTES.value, _SPECULATE.value)
-  batcher = batcher_lib.make(run, options)
+  mesh = mesh_lib.axes_of_flag(_MESH.value) if _MESH.value else None
+  run, batcher = batcher_lib.load(_WORKDIR.value, _STEP.value, options, mesh)
   cpu.release_memory()  # that restoring and preparing the weights used: compiling comes next
   name = _MODEL_NAME.value or epath.Path(_WORKDIR.value).resolve().name
   folder, limit = run.tokenizer_path.parent, batcher.max_tokens_per_row

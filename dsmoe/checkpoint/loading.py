@@ -4,6 +4,7 @@ Training resumes through `Checkpointer.restore` instead, which also reads the op
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from dsmoe.training import train_step
 
 @dataclasses.dataclass
 class LoadedRun:
-  """A run's config, and the weights of one of its checkpoints on a mesh of all devices."""
+  """A run's config, and the weights of one of its checkpoints on a mesh, as training stores them."""
 
   config: Config
   tokenizer_path: epath.Path
@@ -57,7 +58,11 @@ class LoadedRun:
     return weights
 
 
-def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
+def load_run(
+  workdir: epath.PathLike,
+  step: int | None = None,
+  mesh_for: Callable[[Config], jax.sharding.Mesh] | None = None,
+) -> LoadedRun:
   """Loads the weights of a run's newest checkpoint, or those of `step`.
 
   Kernels that the run chose by name and that do not exist on this platform become None, which is
@@ -66,6 +71,8 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
   Args:
     workdir: the run's; it may have been written on any number of devices.
     step: the checkpoint; None for the newest.
+    mesh_for: returns the mesh for the run's config, or raises ValueError before anything is read;
+      None: all devices along `data`.
 
   Raises:
     ValueError: when `workdir` holds no run or no such checkpoint.
@@ -80,7 +87,7 @@ def load_run(workdir: epath.PathLike, step: int | None = None) -> LoadedRun:
     logging.warning("kernels.%s of %s is None here: %s", field, workdir, reason)
   kernels = dataclasses.replace(config.model.kernels, **dict.fromkeys(unusable))
   config = dataclasses.replace(config, model=dataclasses.replace(config.model, kernels=kernels))
-  mesh = mesh_lib.make_mesh(config.mesh)
+  mesh = mesh_for(config) if mesh_for else mesh_lib.make_mesh(config.mesh)
   abstract = train_step.abstract_state(config, mesh)
   params, router_bias, step = checkpointer.restore_weights(
     workdir, abstract.params, abstract.router_bias, step

@@ -5,10 +5,8 @@
 Shapes: L layers of a stack, E routed experts; a part of a leaf keeps the model's own dims.
 """
 
-import math
 import pathlib
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from dsmoe import model as model_lib
 from dsmoe.config import ModelConfig
 from dsmoe.huggingface import files, staging
 from dsmoe.huggingface.config import config_at, config_from_hf, config_to_hf, fail, fp8_block
 from dsmoe.huggingface.files import INDEX, WEIGHTS, TensorFiles
+from dsmoe.huggingface.parts import Slot, read_part
+from dsmoe.model import parameters
 
 __all__ = ["INDEX", "WEIGHTS", "config_from_hf", "config_to_hf", "layout", "load_pretrained"]
 
@@ -68,63 +69,6 @@ TOP = (
 # Rotary frequencies, which follow from config.json; old releases stored them.
 IGNORED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
-
-class Slot(NamedTuple):
-  """The place of a published tensor in our parameters."""
-
-  path: tuple[str, ...]  # path of the leaf
-  at: tuple[int, ...]  # index into the leaf's layer and expert dimensions
-  shape: tuple[int, ...]  # shape of the leaf at that index
-  inputs: int  # leading dimensions that are inputs, see BLOCK
-
-  @property
-  def hf_shape(self) -> tuple[int, ...]:
-    if not self.inputs:
-      return self.shape
-    return math.prod(self.shape[self.inputs :]), math.prod(self.shape[: self.inputs])
-
-  @property
-  def _rows(self) -> int:
-    """Returns the published rows for one index of our first output dimension."""
-    return math.prod(self.shape[self.inputs + 1 :]) if self.inputs else 1
-
-  def to_ours(self, rows):
-    """Turns a published tensor, or whole outputs of it, into our part."""
-    if not self.inputs:
-      return rows
-    return _transposed(rows).reshape(*self.shape[: self.inputs], -1, *self.shape[self.inputs + 1 :])
-
-  def to_hf(self, part):
-    """Turns our part, or some of its first output dimension, into published rows."""
-    if not self.inputs:
-      return part
-    return _transposed(part.reshape(math.prod(self.shape[: self.inputs]), -1))
-
-  def block(self, limit: int) -> int:
-    """Returns how much of the first output dimension makes a piece of about `limit` numbers.
-
-    A piece has all rows, or a multiple of 128 rows, so that FP8 scales are not divided.
-    """
-    size = self.shape[self.inputs]
-    unit = 128 // math.gcd(128, self._rows)
-    return min(max(limit * size // math.prod(self.shape) // unit, 1) * unit, size)
-
-  def pieces(self, limit: int) -> Iterator[tuple[slice, tuple[Any, ...]]]:
-    """Yields slices of the published rows and the matching indices of our leaf."""
-    size, block, rows = self.shape[self.inputs], self.block(limit), self._rows
-    for first in range(0, size, block):
-      last = min(first + block, size)
-      index = (*self.at, *(slice(None),) * self.inputs, slice(first, last))
-      yield slice(first * rows, last * rows), index
-
-
-def _transposed(matrix: np.ndarray) -> np.ndarray:
-  """Copies a matrix's transpose in strips, three times as fast as NumPy does it at once."""
-  result = np.empty(matrix.shape[::-1], matrix.dtype)
-  for i in range(0, len(matrix), 16):
-    result[:, i : i + 16] = matrix[i : i + 16].T
-  return result
 
 
 def flat(tree) -> dict[tuple[str, ...], Any]:
@@ -266,8 +210,15 @@ def _uncounted_mtp(config: ModelConfig, weights: TensorFiles) -> set[int]:
   return numbers
 
 
-def check_copies(opened: Opened, block_rows: int = 1 << 12) -> None:
+def check_copies(
+  opened: Opened, block_rows: int = 1 << 12, part: int = 0, num_parts: int = 1
+) -> None:
   """Compares repeated tensors with their originals, block by block.
+
+  Args:
+    opened: the checkpoint.
+    block_rows: rows of a block.
+    part, num_parts: which of the blocks this process compares, if several share them.
 
   Raises:
     ValueError: naming both tensors and their files, if they differ.
@@ -277,7 +228,7 @@ def check_copies(opened: Opened, block_rows: int = 1 << 12) -> None:
   staging.announce("comparing copies", sum(weights.stored[n].num_bytes for n in copies))
   for name, original in copies.items():
     rows = weights.stored[name].shape[0]
-    for start in range(0, rows, block_rows):
+    for start in range(part * block_rows, rows, num_parts * block_rows):
       stop = min(start + block_rows, rows)
       a, b = (opened.read(n, start, stop) for n in (name, original))
       if not np.array_equal(a, b, equal_nan=True):
@@ -288,7 +239,10 @@ def check_copies(opened: Opened, block_rows: int = 1 << 12) -> None:
 
 
 def load_pretrained(
-  folder: str | pathlib.Path, compute_dtype: str = "float32", **fields: Any
+  folder: str | pathlib.Path,
+  compute_dtype: str = "float32",
+  mesh: jax.sharding.Mesh | None = None,
+  **fields: Any,
 ) -> model_lib.Transformer:
   """Loads a published checkpoint: config.json, and safetensors in one file or shards.
 
@@ -302,21 +256,40 @@ def load_pretrained(
     folder: of model_type deepseek_v3, kimi_k2 or deepseek_v2; tensors are float32, bfloat16,
       float16, or float8_e4m3fn with `weight_scale_inv`.
     compute_dtype: dtype of the model's matrix products.
+    mesh: over which the parameters are split as training stores them: each process reads what its
+      own devices hold, a device's part at a time, but for inputs, see `parts`. None: one device.
     **fields: fields of `ModelConfig` to set; see `config_from_hf`.
 
   Raises:
-    ValueError: for an unsupported config; and, naming the tensor and its file, for a tensor that
+    ValueError: for an unsupported config; before a tensor is read, for a mesh that does not fit the
+      model; and, naming the tensor and its file, for a tensor that
       is unknown, missing, of the wrong shape or dtype, or in a broken or missing file.
   """
   opened = open_pretrained(folder, compute_dtype=compute_dtype, **fields)
-  check_copies(opened)
   graphdef, params, router_bias = shapes_of(opened.config)
-  leaves = {**flat(params), **flat(router_bias)}
-  filled = {path: np.empty(leaf.shape, np.float32) for path, leaf in leaves.items()}
+  if mesh is None:
+    check_copies(opened)
+  else:
+    parameters.check_fit(model_lib.whole_shapes(opened.config), mesh)
+    check_copies(opened, part=jax.process_index(), num_parts=jax.process_count())
+  slots: dict[tuple[str, ...], dict[str, Slot]] = {}
   for name, slot in opened.slots.items():
-    filled[slot.path][slot.at] = slot.to_ours(opened.read(name))
-  trees = (
-    jax.tree.map_with_path(lambda path, _: jnp.asarray(filled[tuple(k.key for k in path)]), tree)
-    for tree in (params, router_bias)
-  )
+    slots.setdefault(slot.path, {})[name] = slot
+
+  def loaded(path, leaf) -> jax.Array:
+    own = slots[tuple(key.key for key in path)]
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:  # devices that hold the same share it
+      spans = tuple(s.indices(size) for s, size in zip(index, leaf.shape))
+      if spans not in parts:
+        parts[spans] = read_part(opened.read, own, leaf.shape, index)
+      return parts[spans]
+
+    if mesh is None:
+      return jnp.asarray(part((slice(None),) * len(leaf.shape)))
+    sharding = NamedSharding(mesh, parameters.spec(path, leaf.shape, mesh))
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+  trees = (jax.tree.map_with_path(loaded, tree) for tree in (params, router_bias))
   return nnx.merge(graphdef, *trees)

@@ -14,40 +14,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
+from dsmoe import checkpoint
 from dsmoe.checkpoint import LoadedRun
-from dsmoe.config import ModelConfig
-from dsmoe.inference import cache, decode, forward, sampling
-from dsmoe.inference.cache import PAGE_TOKENS
-from dsmoe.inference.padding import adjustments_of, bucket, buckets, place_of, settings_of
+from dsmoe.config import Config, MeshConfig, ModelConfig
+from dsmoe.inference import cache, decode, on_mesh
+from dsmoe.inference.programs import BatcherOptions, Programs
 from dsmoe.inference.rows import Event, Logprob, Row, logprob_at
 from dsmoe.inference.sampling import Sampling
 
-_ROWS_BASE, _TOKENS_BASE = 8, 4  # of the sizes that programs are compiled for, see `bucket`
-
-__all__ = ["Batcher", "BatcherOptions", "Event", "Logprob", "generate", "make"]
-
-
-@dataclasses.dataclass(frozen=True)
-class BatcherOptions:
-  """How much a `Batcher` does at once, and in how much memory."""
-
-  max_rows: int = 8  # requests decoded together
-  cache_bytes: int = 2**30  # upper limit of the cache
-  speculate: bool = False  # draft tokens with the first MTP module
-  steps_per_round: int = 8  # decode steps in a round
-  prompt_part_tokens: int = 512  # of one prompt in a round; a power of two, at least a page
-  prefill_tokens: int = 4096  # of all prompts in a round
-
-  def __post_init__(self):
-    for name in ("max_rows", "cache_bytes", "steps_per_round", "prefill_tokens"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-    part = self.prompt_part_tokens
-    if part < PAGE_TOKENS or part & (part - 1):
-      raise ValueError(
-        f"prompt_part_tokens must be a power of two of at least {PAGE_TOKENS}, got {part}"
-      )
+__all__ = ["Batcher", "BatcherOptions", "Event", "Logprob", "generate", "load", "make"]
 
 
 class Batcher:
@@ -62,43 +39,36 @@ class Batcher:
     params: Any,
     router_bias: Any,
     options: BatcherOptions | None = None,
+    mesh: jax.sharding.Mesh | None = None,
   ):
     """Prepares weights and the cache.
 
     Args:
       config: the model's.
-      params, router_bias: as `model.split` returns them, on one device.
+      params, router_bias: as `model.split` returns them, on one device or split over a mesh.
       options: None for the defaults.
+      mesh: to generate on, see `on_mesh`: experts are split over `expert`, heads over `model`, rows
+        and pages over `data`. None: the device of the parameters.
 
     Raises:
-      ValueError: when the cache cannot hold one page, or for drafts without an MTP module.
+      ValueError: when the cache cannot hold one page, for drafts without an MTP module, and for a
+        mesh that fits the model or the options not.
     """
-    options = options or BatcherOptions()
-    page_bytes = cache.page_bytes(config, options.speculate)
-    if options.cache_bytes < page_bytes:
-      raise ValueError(
-        f"cache_bytes ({options.cache_bytes}) must be at least the size of a page ({page_bytes})"
-      )
-    limit = config.max_position_embeddings
-    needed_pages = options.max_rows * -(-limit // PAGE_TOKENS)
-    num_pages = min(needed_pages, options.cache_bytes // page_bytes)
-    self.max_tokens_per_row = min(limit, num_pages * PAGE_TOKENS)
-    pages_per_row = -(-self.max_tokens_per_row // PAGE_TOKENS) + 1
-    self._table_width = -(-pages_per_row // cache.BLOCK_PAGES) * cache.BLOCK_PAGES
-    self.config, self.options, self._page_bytes = config, options, page_bytes
-    self._arch, self._weights = forward.prepare(config, params, router_bias, options.speculate)
-    # On their device for good, like what programs return: another kind would be compiled anew.
-    arrays = (x for x in jax.tree.leaves(self._weights) if isinstance(x, jax.Array))
-    [device] = next(arrays).devices()
-    self._kept = jax.device_put(cache.empty(config, num_pages, options.speculate), device)
-    self._pages = cache.PageTable(num_pages)
+    self.config, self.options = config, options or BatcherOptions()
+    self._programs = Programs(config, params, router_bias, self.options, mesh)
+    shards = range(self._programs.num_shards)
+    self._pages = [cache.PageTable(self._programs.shard_pages) for _ in shards]
     self._lock = threading.Condition()
     self._numbers = itertools.count()
     self._waiting: collections.deque[Row] = collections.deque()
     self._running: list[Row] = []
     self._cancelled: set[int] = set()
     self._counts: collections.Counter[str] = collections.Counter()
-    self._unadjusted: dict[int, sampling.Adjustments] = {}  # by the number of rows
+
+  @property
+  def max_tokens_per_row(self) -> int:
+    """Upper limit of a prompt and its answer together."""
+    return self._programs.max_tokens_per_row
 
   @property
   def num_waiting(self) -> int:
@@ -112,11 +82,12 @@ class Batcher:
     """Returns the numbers of tokens and drafts so far, and how full the cache is."""
     names = ("prompt_tokens", "new_tokens", "prefix_hit_tokens", "drafts", "drafts_accepted")
     counts: dict[str, float] = {name: self._counts[name] for name in names}
+    used, pages = (sum(getattr(p, n) for p in self._pages) for n in ("num_used", "num_pages"))
     return counts | {
-      "cache_pages_used": self._pages.num_used,
-      "cache_pages": self._pages.num_pages,
-      "cache_bytes": self._pages.num_pages * self._page_bytes,
-      "cache_bytes_used": self._pages.num_used * self._page_bytes,
+      "cache_pages_used": used,
+      "cache_pages": pages,
+      "cache_bytes": pages * self._programs.page_bytes,
+      "cache_bytes_used": used * self._programs.page_bytes,
       "programs": decode.num_programs(),
     }
 
@@ -126,24 +97,14 @@ class Batcher:
     Whatever is asked for, no others are compiled: settings are values, and rows and prompts are
     padded to a few sizes.
     """
-    sizes = buckets(_ROWS_BASE, self.options.max_rows)
-    longest = min(self.options.prompt_part_tokens, self.max_tokens_per_row)
-    tokens = {self._part_tokens(n) for n in range(1, longest + 1)}
-    return [(B, 0) for B in sizes] + [
-      (B, S) for S in sorted(tokens) for B in sizes if B <= self._rows_at_once(S)
-    ]
+    return self._programs.sizes()
 
   def compile(self) -> Iterator[tuple[int, int]]:
     """Compiles all `programs`, so that no request waits for it; yields each that is ready.
 
     They are run without a row. Nothing may have been submitted.
     """
-    for B, S in self.programs():
-      if S:
-        self._run_prefill([], B, np.zeros((B, S), np.int32), np.full(B, -1, np.int32), [])
-      else:
-        self._run_decode([], B)
-      yield B, S
+    return self._programs.compile()
 
   def submit(self, prompt: Sequence[int], sampling: Sampling) -> int:
     """Puts a request in the queue; returns its number. See `submit_all`."""
@@ -224,74 +185,44 @@ class Batcher:
         row for row in self._waiting if row.request not in self._cancelled
       )
       self._cancelled.clear()
-      while self._waiting and len(self._running) < self.options.max_rows:
-        row = self._waiting[0]
-        taken = self._pages.take(row.keys, len(row.prompt) + row.sampling.max_tokens)
-        if taken is None:
-          break
-        row.pages, row.length = taken
+      while self._waiting and self._take_pages(self._waiting[0]):
+        row = self._waiting.popleft()
         self._counts["prefix_hit_tokens"] += row.length
-        self._running.append(self._waiting.popleft())
+        self._running.append(row)
+
+  def _take_pages(self, row: Row) -> bool:
+    """Reserves a row's pages in one part of the cache; returns whether there was room.
+
+    It is the part that knows most of the prompt's beginning, of several the one with fewest rows.
+    """
+    running = collections.Counter(other.shard for other in self._running)
+
+    def preference(shard: int):
+      return -len(self._pages[shard].known_pages(row.keys)), running[shard]
+
+    for shard in sorted(range(self._programs.num_shards), key=preference):
+      if running[shard] < self._programs.shard_rows:
+        num_tokens = len(row.prompt) + row.sampling.max_tokens
+        taken = self._pages[shard].take(row.keys, num_tokens)
+        if taken is not None:
+          row.shard, (row.pages, row.length) = shard, taken
+          return True
+    return False
 
   def _leave(self, row: Row) -> None:
     self._running.remove(row)
-    self._pages.give_back(row.pages)
-
-  def _part_tokens(self, num_tokens: int) -> int:
-    """Returns the size to which a part of a prompt is padded."""
-    most = self.options.prompt_part_tokens
-    return max(bucket(min(num_tokens, most), _TOKENS_BASE, most), PAGE_TOKENS)
-
-  def _rows_at_once(self, part_tokens: int) -> int:
-    """Returns the number of prompts taken in together, padding included."""
-    sizes = buckets(_ROWS_BASE, self.options.max_rows)
-    return max(B for B in sizes if B == 1 or B * part_tokens <= self.options.prefill_tokens)
-
-  def _settings(
-    self, rows: Sequence[Row], B: int
-  ) -> tuple[sampling.RowSampling, sampling.Adjustments]:
-    """Returns the rows' settings, and what adjusts their logits."""
-    settings = settings_of(rows, B)
-    if any(row.sampling.adjusts for row in rows):
-      return settings, adjustments_of(rows, B, self.config.vocab_size)
-    if B not in self._unadjusted:  # nobody reads it, but it has its place in the program
-      self._unadjusted[B] = adjustments_of([], B, self.config.vocab_size)
-    return settings, self._unadjusted[B]
-
-  def _run_prefill(self, rows: list[Row], B: int, tokens_BS, next_B, counts: list[int]):
-    """Runs the model on a part of each row's prompt; returns NumPy arrays."""
-    wanted = decode.Wanted(
-      np.bool_(any(row.sampling.logprobs is not None for row in rows)),
-      np.bool_(any(row.sampling.prompt_logprobs for row in rows)),
-    )
-    self._kept, *result = decode.prefill(
-      self._arch,
-      self._weights,
-      self._kept,
-      tokens_BS,
-      next_B,
-      place_of(rows, B, self._table_width, counts),
-      *self._settings(rows, B),
-      wanted,
-    )
-    drawn, drafted_B, prompt_logprobs = result
-    return jax.device_get((drawn, drafted_B, prompt_logprobs if wanted.prompt_logprobs else None))
+    self._pages[row.shard].give_back(row.pages)
 
   def _prefill(self, rows: list[Row]) -> list[Event]:
     if not rows:
       return []
-    S = self._part_tokens(len(rows[0].prompt) - rows[0].length)
-    rows = rows[: self._rows_at_once(S)]
-    counts = [min(len(row.prompt) - row.length, S) for row in rows]
-    B = bucket(len(rows), _ROWS_BASE, self.options.max_rows)
-    tokens_BS, next_B = np.zeros((B, S), np.int32), np.full(B, -1, np.int32)
-    for i, (row, count) in enumerate(zip(rows, counts)):
-      end = row.length + count
-      tokens_BS[i, :count] = row.prompt[row.length : end]
-      next_B[i] = row.prompt[end] if end < len(row.prompt) else -1
-    drawn, drafted_B, prompt_logprobs = self._run_prefill(rows, B, tokens_BS, next_B, counts)
+    S = self._programs.part_tokens(len(rows[0].prompt) - rows[0].length)
+    batch = self._programs.arranged(rows, S)
+    counts, drawn, drafted_B, prompt_logprobs = self._programs.prefill(batch, S)
     events = []
-    for i, (row, count) in enumerate(zip(rows, counts)):
+    for i, (row, count) in enumerate(zip(batch, counts)):
+      if row is None:
+        continue
       self._counts["prompt_tokens"] += count
       if row.sampling.prompt_logprobs:
         known = row.prompt[row.length + 1 : row.length + 1 + count]
@@ -302,40 +233,24 @@ class Batcher:
       if not row.is_ready:
         continue
       with self._lock:
-        self._pages.publish(row.keys, row.pages)
+        self._pages[row.shard].publish(row.keys, row.pages)
       row.draft = int(drafted_B[i]) if drafted_B is not None else 0
       new = [int(drawn.token_B[i])] if row.sampling.max_tokens else []
       events.append(self._event(row, new, [(drawn.logprobs, (i,))] * len(new), is_first=True))
     return events
 
-  def _run_decode(self, rows: list[Row], B: int) -> tuple[decode.Step, Any]:
-    """Runs a round of decoding; returns its steps and the newest drafts, as NumPy arrays."""
-    place = place_of(rows, B, self._table_width, [1] * len(rows))
-    token_B, remaining_B, draft_B = np.zeros((3, B), np.int32)
-    for i, row in enumerate(rows):
-      token_B[i], remaining_B[i], draft_B[i] = row.tokens[-1], row.remaining, row.draft
-    self._kept, state, steps = decode.decode(
-      self._arch,
-      self.options.steps_per_round,
-      self._weights,
-      self._kept,
-      decode.Rows(token_B, draft_B if self.options.speculate else None, place.first_B, remaining_B),
-      place.table_BP,
-      *self._settings(rows, B),
-      np.bool_(any(row.sampling.logprobs is not None for row in rows)),
-    )
-    return jax.device_get((steps, state.draft_B))
-
   def _decode(self, rows: list[Row]) -> list[Event]:
     if not rows:
       return []
-    B = bucket(len(rows), _ROWS_BASE, self.options.max_rows)
-    steps, draft_B = self._run_decode(rows, B)
+    batch = self._programs.arranged(rows)
+    steps, draft_B = self._programs.decode(batch)
     self._counts["drafts"] += int(steps.drafted_B.sum())
     if self.options.speculate:
       self._counts["drafts_accepted"] += int((steps.token_BX[..., 1] >= 0).sum())
     events = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(batch):
+      if row is None:
+        continue
       places = [(n, i, x) for n, x in np.argwhere(steps.token_BX[:, i] >= 0).tolist()]
       new = [int(steps.token_BX[p]) for p in places]
       row.length += len(new)
@@ -371,14 +286,43 @@ class Batcher:
     return Event(row.request, tuple(shown), of_shown, of_prompt, finish)
 
 
-def make(run: LoadedRun, options: BatcherOptions | None = None) -> Batcher:
-  """Builds a `Batcher` for a loaded checkpoint, on this process's first device.
+def load(
+  workdir: epath.PathLike, step: int | None, options: BatcherOptions, mesh: MeshConfig | None = None
+) -> tuple[LoadedRun, Batcher]:
+  """Loads a checkpoint of a run and builds a `Batcher` for it, which has its weights.
+
+  Args:
+    workdir, step: as for `checkpoint.load_run`.
+    options: the batcher's.
+    mesh: of all devices; None for this process's first one.
+
+  Raises:
+    ValueError: for no such checkpoint, and for a mesh that fits the devices, the model or the
+      options not, before a weight is read.
+  """
+
+  def mesh_for(config: Config) -> jax.sharding.Mesh:
+    assert mesh is not None
+    return on_mesh.make_mesh(mesh, config.model, options.max_rows)
+
+  run = checkpoint.load_run(workdir, step, None if mesh is None else mesh_for)
+  return run, make(run, options, None if mesh is None else run.mesh)
+
+
+def make(
+  run: LoadedRun,
+  options: BatcherOptions | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Batcher:
+  """Builds a `Batcher` for a loaded checkpoint, on a mesh or on this process's first device.
 
   It takes the weights out of `run`, so that only one copy of the model stays in memory; load the
   run again to evaluate it.
   """
-  params, router_bias = jax.device_put(run.take_weights(), jax.local_devices()[0])
-  return Batcher(run.config.model, params, router_bias, options)
+  params, router_bias = run.take_weights()
+  if mesh is None:
+    params, router_bias = jax.device_put((params, router_bias), jax.local_devices()[0])
+  return Batcher(run.config.model, params, router_bias, options, mesh)
 
 
 def generate(

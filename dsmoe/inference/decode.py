@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from dsmoe import platforms
-from dsmoe.inference import cache, sampling
+from dsmoe.inference import cache, on_mesh, sampling
 from dsmoe.inference.cached_attention import Place, expanded, in_latent_space
 from dsmoe.inference.forward import Architecture, Weights, draft, forward, head, last_logits
+from dsmoe.parallel import collectives
+from pallas_kernels import varying
 
 _PROMPT_LOGPROB_TOKENS = 128  # whose logits are in memory at once
 
@@ -39,6 +42,7 @@ def _log_probs(logits_BV, settings, adjustments, recent_BN, generated_B):
   return sampling.log_distribution(x_BV, settings)
 
 
+@on_mesh.program(1, on_mesh.ROWS)
 def _prefill(
   arch: Architecture,
   weights: Weights,
@@ -53,7 +57,7 @@ def _prefill(
   """Takes in a part of each row's prompt.
 
   Args:
-    arch, weights: from `inference.prepare`; arch is static.
+    arch, weights: from `forward.prepare`; arch is static.
     kept: the cache; donated.
     tokens_BS: int32; S a multiple of cache.PAGE_TOKENS, and so is every `place.first_B`.
     next_B: int32, the prompt's token after these, or -1 where the prompt ends.
@@ -92,7 +96,9 @@ def _prefill(
   of_prompt = jax.lax.cond(
     wanted.prompt_logprobs,
     lambda: jax.lax.map(of_part, parts),
-    lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+    lambda: jax.tree.map(
+      lambda x: varying.zeros_like_operands(x.shape, x.dtype, hidden_BSD), shapes
+    ),
   )
   return kept, drawn, drafted_B, jax.tree.map(lambda x: x.reshape(B, S, *x.shape[2:]), of_prompt)
 
@@ -183,6 +189,7 @@ def _drafted_step(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@on_mesh.program(2, (on_mesh.ROWS, on_mesh.ROWS, PartitionSpec(None, *on_mesh.ROWS)))
 def decode(
   arch: Architecture,
   num_steps: int,
@@ -197,7 +204,7 @@ def decode(
   """Decodes up to `num_steps` steps of every row on the device; fewer when all rows are done.
 
   Args:
-    arch, weights: from `inference.prepare`; arch is static.
+    arch, weights: from `forward.prepare`; arch is static.
     num_steps: static.
     kept: the cache; donated.
     rows: where the rows stand.
@@ -216,19 +223,26 @@ def decode(
     return one(arch, weights, kept, rows, recent_BN, table_BP, settings, adjustments, want_logprobs)
 
   def body(carry):
-    i, kept, rows, steps = carry
+    i, kept, rows, steps, _ = carry
     recent_BN = jnp.moveaxis(steps.token_BX, 1, 0).reshape(B, num_steps * X)
     kept, rows, drawn = step(kept, rows, recent_BN)
-    return i + 1, kept, rows, jax.tree.map(lambda all_, x: all_.at[i].set(x), steps, drawn)
+    steps = jax.tree.map(lambda all_, x: all_.at[i].set(x), steps, drawn)
+    return i + 1, kept, rows, steps, any_remains(rows)
+
+  def any_remains(rows: Rows):
+    return collectives.any_along(on_mesh.ROWS_AXIS, jnp.any(rows.remaining_B > 0))
 
   def goes_on(carry):
-    i, _, rows, _ = carry
-    return (i < num_steps) & jnp.any(rows.remaining_B > 0)
+    i, *_, remains = carry
+    return (i < num_steps) & remains
 
   shapes = jax.eval_shape(step, kept, rows, jnp.zeros((B, num_steps * X), jnp.int32))[2]
-  steps = jax.tree.map(lambda x: jnp.zeros((num_steps, *x.shape), x.dtype), shapes)
+  steps = jax.tree.map(
+    lambda x: varying.zeros_like_operands((num_steps, *x.shape), x.dtype, rows), shapes
+  )
   steps = steps._replace(token_BX=steps.token_BX - 1)
-  _, kept, rows, steps = jax.lax.while_loop(goes_on, body, (0, kept, rows, steps))
+  start = (0, kept, rows, steps, any_remains(rows))
+  _, kept, rows, steps, _ = jax.lax.while_loop(goes_on, body, start)
   return kept, rows, steps
 
 

@@ -14,14 +14,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from dsmoe import model as model_lib
 from dsmoe.config import ModelConfig
-from dsmoe.inference import cached_attention, sampling
+from dsmoe.inference import cached_attention, on_mesh, sampling
 from dsmoe.inference.cached_attention import Place
-from dsmoe.model import parameters, rope
+from dsmoe.model import parameters, rope, transformer
 from dsmoe.model.layers import rms_norm
 from dsmoe.model.moe import MoEOptions
+from dsmoe.parallel import collectives
+from dsmoe.parallel import mesh as mesh_lib
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,10 +34,11 @@ class Architecture:
   config: ModelConfig
   graphdefs: tuple[Any, ...]  # of each layer's block
   mtp_graphdef: Any  # None: no drafts
+  mesh: Mesh | None = None  # None: one device
 
 
 @functools.cache
-def architecture(config: ModelConfig, speculate: bool) -> Architecture:
+def architecture(config: ModelConfig, speculate: bool, mesh: Mesh | None = None) -> Architecture:
   """Returns the one Architecture of these settings.
 
   Raises:
@@ -55,7 +59,7 @@ def architecture(config: ModelConfig, speculate: bool) -> Architecture:
   blocks *= config.first_k_dense_replace
   if config.num_moe_layers:
     blocks += [graphdef("moe_layers")] * config.num_moe_layers
-  return Architecture(config, tuple(blocks), graphdef("mtp") if speculate else None)
+  return Architecture(config, tuple(blocks), graphdef("mtp") if speculate else None, mesh)
 
 
 class Weights(NamedTuple):
@@ -68,13 +72,17 @@ class Weights(NamedTuple):
   mtp: Any  # the same of the first MTP module, or None
 
 
-def prepare(config: ModelConfig, params, router_bias, speculate: bool = False):
+def prepare(
+  config: ModelConfig, params, router_bias, speculate: bool = False, mesh: Mesh | None = None
+):
   """Turns a model's parameters into what this module computes with.
 
   Args:
     config: the model's.
-    params, router_bias: as `model.split` returns them, on one device.
+    params, router_bias: as `model.split` returns them, on one device or split over a mesh.
     speculate: keep the first MTP module, to draft with.
+    mesh: over which the result is split, see `on_mesh`; None: it stays where they are, on one
+      device.
 
   Returns:
     (Architecture, Weights).
@@ -82,8 +90,10 @@ def prepare(config: ModelConfig, params, router_bias, speculate: bool = False):
   Raises:
     ValueError: when drafts are asked of a model without an MTP module.
   """
-  arch = architecture(config, speculate)
-  prepared = _prepared(config, {k: v for k, v in params.items() if k != "mtp" or speculate})
+  arch = architecture(config, speculate, mesh)
+  prepared = _prepared(config, {k: v for k, v in params.items() if k != "mtp" or speculate}, mesh)
+  if mesh is not None:
+    router_bias = on_mesh.placed(router_bias, mesh)
 
   def layers_of(name: str, num: int):
     layers = []
@@ -102,7 +112,10 @@ def prepare(config: ModelConfig, params, router_bias, speculate: bool = False):
   embed_VD = prepared["embed"]
   head_DV = embed_VD.T if config.tie_word_embeddings else prepared["head"]
   mtp = layers_of("mtp", 1)[0] if speculate else None
-  return arch, Weights(embed_VD, tuple(layers), prepared["norm"], head_DV, mtp)
+  weights = Weights(embed_VD, tuple(layers), prepared["norm"], head_DV, mtp)
+  if mesh is not None:  # they lie there already, but for what the compiler chose otherwise
+    weights = jax.device_put(weights, mesh_lib.named(mesh, on_mesh.weight_specs(weights, mesh)))
+  return arch, weights
 
 
 def _is_shared(path) -> bool:
@@ -114,16 +127,18 @@ def _is_shared(path) -> bool:
   return "experts" in parameters.of(path).dims
 
 
-def _prepared(config: ModelConfig, params):
-  """Casts to the compute dtype and puts rotated columns in half-split order.
+def _prepared(config: ModelConfig, params, mesh: Mesh | None):
+  """Casts to the compute dtype, moves to the mesh and puts rotated columns in half-split order.
 
-  What neither changes is returned as it is, not copied: a jitted function would copy it.
+  What none of these changes is returned as it is, not copied: a jitted function would copy it.
   """
   turned = ("q_proj", "q_b_proj", "kv_a_proj", "kv_a_bias") if config.rope_interleave else ()
 
   def prepared(path, x):
     if not parameters.of(path).float32 and x.dtype != config.compute_dtype:
       x = x.astype(config.compute_dtype)
+    if mesh is not None:
+      x = jax.device_put(x, NamedSharding(mesh, parameters.computed_spec(path, x.shape, mesh)))
     return _half_split(config, x) if path[-1].key in turned else x
 
   return jax.tree.map_with_path(prepared, params)
@@ -146,7 +161,7 @@ def forward(arch: Architecture, weights: Weights, kept, tokens_BS, place: Place,
   """
   config, S = arch.config, tokens_BS.shape[1]
   cos_sin = rope.cos_sin(place.position_BS(S), config)
-  x_BSD = weights.embed_VD[tokens_BS]
+  x_BSD = transformer.embedded(weights.embed_VD, tokens_BS)
   layers = []
   for i, (graphdef, layer) in enumerate(zip(arch.graphdefs, weights.layers)):
     params, bias, absorbed = layer
@@ -177,7 +192,7 @@ def draft(arch: Architecture, weights: Weights, kept, hidden_BSD, next_BS, place
   cos_sin = rope.cos_sin(place.position_BS(S), arch.config)
   hidden_BSD, _, pages_NTW = module(
     hidden_BSD,
-    weights.embed_VD[next_BS],
+    transformer.embedded(weights.embed_VD, next_BS),
     cos_sin,
     attend(absorbed, kept.mtp, place),
     _moe_options(place, S, 0),
@@ -187,8 +202,10 @@ def draft(arch: Architecture, weights: Weights, kept, hidden_BSD, next_BS, place
 
 
 def head(weights: Weights, hidden):
-  """Returns float32 logits [..., V]."""
-  return jnp.matmul(hidden, weights.head_DV, preferred_element_type=jnp.float32)
+  """Returns float32 logits [..., V], of the whole vocabulary."""
+  hidden = collectives.enter_model_axis(hidden)
+  logits = jnp.matmul(hidden, weights.head_DV, preferred_element_type=jnp.float32)
+  return collectives.joined_over_model(logits)
 
 
 def last_logits(weights: Weights, hidden_BSD, place: Place):

@@ -34,6 +34,7 @@ class Row:
   prompt: list[int]
   sampling: Sampling
   keys: list[bytes]  # of the prompt's pages
+  shard: int = 0  # the part of the rows, and of the cache, to which it belongs on a mesh
   pages: list[int] = dataclasses.field(default_factory=list)
   length: int = 0  # tokens in the cache
   tokens: list[int] = dataclasses.field(default_factory=list)  # generated, a stop token included

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import varying
+
 _LARGEST = 1e6  # temperature; at any above it all tokens are equally likely too
 MAX_LOGPROBS = 20  # upper limit of the alternatives reported beside a token
 MAX_STOP_TOKENS = 8
@@ -277,5 +279,8 @@ def logprobs_of(logits, tokens) -> TokenLogprobs:
 def logprobs_if(wanted, logits, tokens) -> TokenLogprobs:
   """Returns `logprobs_of`, or zeros, which cost nothing, when none are wanted."""
   shapes = jax.eval_shape(logprobs_of, logits, tokens)
-  zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
+
+  def zeros():
+    return jax.tree.map(lambda x: varying.zeros_like_operands(x.shape, x.dtype, logits), shapes)
+
   return jax.lax.cond(wanted, lambda: logprobs_of(logits, tokens), zeros)

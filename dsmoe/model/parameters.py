@@ -137,6 +137,31 @@ def _stored(entry: str, shape: tuple[int, ...], mesh) -> PartitionSpec:
     raise ValueError(f"parameter {entry}: {error}") from error
 
 
+def computed_spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh) -> PartitionSpec:
+  """Returns how the parameter at `path` lies on a mesh while it is computed with.
+
+  Args:
+    path: as for `of`, of the whole model or of one layer.
+    shape: its sizes; leading dimensions that the table does not list are not split.
+    mesh: a Mesh or AbstractMesh.
+
+  Raises:
+    ValueError: naming the parameter, where a mesh axis does not divide a dimension that it splits.
+  """
+  dims = of(path).dims
+  lead = len(shape) - len(dims)
+  try:
+    own = sharding.computed_spec(dims, shape[lead:], mesh.shape)
+  except ValueError as error:
+    raise ValueError(f"parameter {_entry(path)}: {error}") from error
+  return PartitionSpec(*(None,) * lead, *own) if len(own) else own
+
+
+def computed_specs(tree: Any, mesh) -> Any:
+  """Maps `computed_spec` over a tree of parameters or router biases."""
+  return jax.tree.map_with_path(lambda path, x: computed_spec(path, x.shape, mesh), tree)
+
+
 def specs(tree: Any, mesh) -> Any:
   """Maps `spec` over a tree of parameters or router biases, arrays or ShapeDtypeStructs."""
   return jax.tree.map_with_path(lambda path, x: spec(path, x.shape, mesh), tree)

@@ -60,7 +60,7 @@ def _gathered(graphdef, state, config: ModelConfig) -> Any:
   return nnx.merge(graphdef, parameters.gathered(state, whole_shapes(config)))
 
 
-def _embedded(embed_vD, tokens_BS):
+def embedded(embed_vD, tokens_BS):
   """Returns each token's row [B, S, D] of an embedding whose rows are split over `model`."""
   if collectives.devices_along("model") == 1:
     return embed_vD[tokens_BS]
@@ -133,7 +133,7 @@ class Transformer(nnx.Module):
     cos_sin = platforms.computed_once(lambda x: rope.cos_sin(x, config), positions_BS)
     options = MoEOptions(balance_loss, record_routing=record_routing)
     block_args = (cos_sin, attention.within_rows(segments_BS), options)
-    x_BSD = _embedded(embed_vD, tokens_BS)
+    x_BSD = embedded(embed_vD, tokens_BS)
     stats: list[MoEStats] = []
     for name in ("dense_layers", "moe_layers"):
       if hasattr(self, name):
@@ -154,7 +154,7 @@ class Transformer(nnx.Module):
       def module(hidden_BSD, depth):
         state, tokens_BS = depth
         hidden_BSD, layer_stats, _ = _gathered(graphdef, state, config)(
-          hidden_BSD, _embedded(embed_vD, tokens_BS), *block_args
+          hidden_BSD, embedded(embed_vD, tokens_BS), *block_args
         )
         return hidden_BSD, (hidden_BSD, layer_stats)
 

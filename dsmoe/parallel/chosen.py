@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from dsmoe import platforms
 from dsmoe.parallel.experts import ExpertWeights
+from pallas_kernels import varying
 from pallas_kernels.routing import Routed
 
 
-def chosen(x_MD, routed: Routed, experts: ExpertWeights, real_M=None):
+def chosen(x_MD, routed: Routed, experts: ExpertWeights, real_M=None, first=None):
   """Sums each token's experts, reading the weights of experts that a counting token chose once.
 
   Where every expert is chosen, all are multiplied in one batch, without the copy that taking a
@@ -26,8 +27,10 @@ def chosen(x_MD, routed: Routed, experts: ExpertWeights, real_M=None):
     x_MD: tokens.
     routed: their experts and gates.
     experts: the layer's weights, in x's dtype.
-    real_M: bool, tokens that count; None: all of them. With M = 1 it is not looked at; with more,
-      the other tokens' results are zeros.
+    real_M: bool, tokens that count; None: all of them. Where M = 1 and `first` is None it is not
+      looked at; else the other tokens' results are zeros.
+    first: int32 scalar, where `experts` are only some of the layer's: the number of the first one.
+      Choices of others contribute nothing. None: they are all.
 
   Returns:
     [M, D] in x's dtype.
@@ -35,24 +38,33 @@ def chosen(x_MD, routed: Routed, experts: ExpertWeights, real_M=None):
   # The loop takes choices by traced numbers, which NumPy's own arrays refuse.
   expert_MK, gate_MK = jnp.asarray(routed.expert_MK), jnp.asarray(routed.gate_MK)
   M, K = expert_MK.shape
-  if M == 1:
+  if M == 1 and first is None:
 
     def add(k, y_MD):
       return y_MD + _expert(x_MD, experts, expert_MK[0, k], gate_MK[:, k])
 
     # Written out, XLA:CPU would copy each choice's expert into a buffer of its own.
-    return jax.lax.fori_loop(0, K, add, jnp.zeros(x_MD.shape, jnp.float32)).astype(x_MD.dtype)
+    none_MD = _nothing(x_MD, gate_MK, expert_MK, experts)
+    return jax.lax.fori_loop(0, K, add, none_MD).astype(x_MD.dtype)
   E = experts.num_experts
+  if first is not None:
+    own_MK = (expert_MK >= first) & (expert_MK < first + E)
+    expert_MK = jnp.where(own_MK, expert_MK - first, E)  # dropped
   if real_M is not None:
     expert_MK = jnp.where(real_M[:, None], expert_MK, E)  # dropped
-  gate_ME = jnp.zeros((M, E), jnp.float32)
+  gate_ME = varying.zeros_like_operands((M, E), jnp.float32, expert_MK, gate_MK)
   gate_ME = gate_ME.at[jnp.arange(M)[:, None], expert_MK].set(gate_MK, mode="drop")
-  chosen_E = jnp.zeros(E, bool).at[expert_MK].set(True, mode="drop")
+  chosen_E = varying.zeros_like_operands(E, bool, expert_MK).at[expert_MK].set(True, mode="drop")
   each = functools.partial(_each_chosen, x_MD, experts, gate_ME, chosen_E)
   if M * K < 2 * E:  # hardly ever are all of them chosen
     return each().astype(x_MD.dtype)
   every = functools.partial(_every_expert, x_MD, experts, gate_ME)
   return jax.lax.cond(jnp.all(chosen_E), every, each).astype(x_MD.dtype)
+
+
+def _nothing(x_MD, *operands):
+  """Returns the sum of no expert's shares, which varies over what x_MD and the operands do."""
+  return varying.zeros_like_operands(x_MD.shape, jnp.float32, x_MD, *operands)
 
 
 def _expert(x_MD, experts: ExpertWeights, expert, gate_M):
@@ -79,7 +91,8 @@ def _each_chosen(x_MD, experts: ExpertWeights, gate_ME, chosen_E):
     return y_MD
 
   num_steps = (num_chosen + at_once - 1) // at_once
-  return jax.lax.fori_loop(0, num_steps, add_some, jnp.zeros(x_MD.shape, jnp.float32))
+  none_MD = _nothing(x_MD, gate_ME, chosen_E, experts)
+  return jax.lax.fori_loop(0, num_steps, add_some, none_MD)
 
 
 def _every_expert(x_MD, experts: ExpertWeights, gate_ME):

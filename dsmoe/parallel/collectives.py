@@ -68,6 +68,13 @@ def devices_along(axis: str) -> int:
     return 1
 
 
+def any_along(axis: str, x: jax.Array) -> jax.Array:
+  """Returns whether a bool is true on any device along an axis, alike on all of them."""
+  if axis not in varying.varying_axes(x):
+    return x
+  return jax.lax.pmax(x.astype(jnp.int32), axis) > 0
+
+
 def sum_to_owners(x: jax.Array, axis: str) -> jax.Array:
   """Sums an array over the devices along an axis and gives each its part of the first dimension."""
   return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
@@ -91,6 +98,21 @@ def enter_model_axis(x: Any) -> Any:
 def sum_over_model(x: Any) -> Any:
   """Sums partial results over the devices of `model`, all of which get the sum."""
   return x if devices_along("model") == 1 else jax.lax.psum(x, "model")
+
+
+def joined_over_model(x: jax.Array) -> jax.Array:
+  """Joins the last dimension's parts, one a device of `model`; all devices get the whole.
+
+  As a sum with zeros in the others' places, whose type says that the result is alike on all of
+  them, which that of a gather does not. For arrays that are small beside a weight.
+  """
+  devices = devices_along("model")
+  if devices == 1:
+    return x
+  size = x.shape[-1]
+  whole = varying.zeros_like_operands((*x.shape[:-1], devices * size), x.dtype, x)
+  first = first_of_model(size)
+  return sum_over_model(jax.lax.dynamic_update_slice_in_dim(whole, x, first, axis=x.ndim - 1))
 
 
 def max_over_model(x: jax.Array) -> jax.Array:

@@ -18,14 +18,14 @@ def dense(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
   """
   num_devices = collectives.devices_along("expert")
   if num_devices == 1:
-    return _masked(x_MD, routed, experts, 0), nothing_dropped()
+    return masked(x_MD, routed, experts, 0), nothing_dropped()
   x_TD, routed = gathered_tokens(x_MD, routed)
   first = jax.lax.axis_index("expert") * experts.num_experts
-  y_MD = collectives.sum_to_owners(_masked(x_TD, routed, experts, first), "expert")
+  y_MD = collectives.sum_to_owners(masked(x_TD, routed, experts, first), "expert")
   return y_MD, nothing_dropped(sent_rows=x_MD.shape[0] * (num_devices - 1))
 
 
-def _masked(x_MD, routed: Routed, experts: ExpertWeights, first):
+def masked(x_MD, routed: Routed, experts: ExpertWeights, first):
   """Returns the sum of every token's shares of the experts from number `first` on."""
   expert_MK, gate_MK = routed.expert_MK, routed.gate_MK
   w_gate_EDF, w_up_EDF, w_down_EFD = experts.own()

@@ -55,20 +55,34 @@ def routed_experts(
     experts: the layer's weights, in x's dtype.
     config: dispatch, exchange, matmul_precision, kernels.
     real_M: bool, tokens that count; the others' results are undefined. None: all count.
-    inference: no gradient is taken. Few tokens then read only the experts they chose, unless the
-      config names a grouped matmul, another back end or FP8, whose paths are the same everywhere.
+    inference: no gradient is taken, and the devices along `expert` have the same tokens: each
+      applies its own experts to all of them, and the results are summed. Few tokens then read only
+      the experts they chose, unless the config names a grouped matmul, the back end `dense` or FP8,
+      whose paths are the same everywhere.
 
   Returns:
     ([M, D] in x's dtype; this device's `DispatchStats`).
   """
-  M = x_MD.shape[0]
-  if (
+  few = (
     inference
     and config.dispatch != "dense"
-    and collectives.devices_along("expert") == 1
     and config.kernels.grouped_matmul is None
     and config.matmul_precision == "compute_dtype"
-    and platforms.reads_chosen_experts(M)
-  ):
+    and platforms.reads_chosen_experts(x_MD.shape[0])
+  )
+  if inference and collectives.devices_along("expert") > 1:
+    own_MD = _own_experts(x_MD, routed, experts, config, real_M, few)
+    return jax.lax.psum(own_MD, "expert"), nothing_dropped()
+  if few:
     return chosen.chosen(x_MD, routed, experts, real_M), nothing_dropped()
   return BACK_ENDS[config.dispatch](x_MD, routed, experts, config)
+
+
+def _own_experts(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig, real_M, few):
+  """Returns the sum of this device's experts' shares of tokens that all devices of `expert` have."""
+  first = jax.lax.axis_index("expert") * experts.num_experts
+  if few:
+    return chosen.chosen(x_MD, routed, experts, real_M, first)
+  if config.dispatch == "dense":
+    return dense.masked(x_MD, routed, experts, first)
+  return all_gather.own_experts(x_MD, routed, experts, config)

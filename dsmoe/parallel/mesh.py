@@ -1,7 +1,7 @@
 """The device mesh: its axes, how the batch is split over them, and the model's `shard_map`."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,29 @@ def make_mesh(
     raise ValueError(f"{reason}; {advice}")
   grid = device_grid(tuple(sizes.values()), devices, AXES.index(across))
   return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def axes_of_flag(parts: Sequence[str]) -> MeshConfig:
+  """Returns the mesh that a flag --mesh names, as data:2,expert:4; axes it leaves out are 1.
+
+  Args:
+    parts: the flag's parts between commas.
+
+  Raises:
+    ValueError: for a part of another form, an unknown axis or one that is named twice.
+  """
+  sizes: dict[str, Any] = dict.fromkeys(AXES, 1)
+  named: set[str] = set()
+  for part in parts:
+    axis, _, size = part.partition(":")
+    if axis not in sizes or axis in named or not size.isdecimal():
+      raise ValueError(
+        f"--mesh must name axes and sizes as data:2,expert:4, got {part!r}; the axes, each once at "
+        f"most, are {', '.join(AXES)}"
+      )
+    named.add(axis)
+    sizes[axis] = int(size)
+  return MeshConfig(**sizes)
 
 
 def nearest(

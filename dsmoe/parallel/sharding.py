@@ -80,11 +80,7 @@ def _matrix_spec(dims, shape, sizes_items) -> PartitionSpec:
   used = {axis for axis, size in sizes.items() if size > 1 or axis in ("data", "expert")}
   owners = {dim: COMPUTED[dim] for dim in dims if COMPUTED.get(dim) in used}
   for dim, axis in owners.items():
-    if size_of[dim] % sizes[axis]:
-      raise ValueError(
-        f"dimension {dim} ({size_of[dim]}) must be divisible by the mesh axis {axis!r} "
-        f"({sizes[axis]})"
-      )
+    _check_owned(dim, size_of[dim], axis, sizes[axis])
   free = [axis for axis in STORED if axis in used and axis not in owners.values()]
   found: list[tuple[int, dict[str, list[str]]]] = []
   for places in itertools.product(*(_candidates(axis, dims) for axis in free)):
@@ -103,6 +99,35 @@ def _matrix_spec(dims, shape, sizes_items) -> PartitionSpec:
   _, axes_of = min(found, key=lambda candidate: candidate[0])
   parts = (tuple(axes_of[dim]) for dim in dims)
   return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in parts))
+
+
+def computed_spec(
+  dims: tuple[str, ...], shape: tuple[int, ...], sizes: Mapping[str, int]
+) -> PartitionSpec:
+  """Returns how a parameter lies while it is computed with: what `gather_weight` gathers it to.
+
+  Only dimensions of `COMPUTED` are split, each over its own axis where that has several devices.
+
+  Args:
+    dims, shape, sizes: as for `stored_spec`.
+
+  Raises:
+    ValueError: where the axis does not divide the dimension.
+  """
+  owners = [COMPUTED.get(dim) for dim in dims]
+  axes = [axis if axis and sizes[axis] > 1 else None for axis in owners]
+  for dim, size, axis in zip(dims, shape, axes, strict=True):
+    if axis:
+      _check_owned(dim, size, axis, sizes[axis])
+  return PartitionSpec(*axes) if any(axes) else PartitionSpec()
+
+
+def _check_owned(dim: str, size: int, axis: str, devices: int) -> None:
+  """Raises ValueError unless a dimension that an axis' devices own divides by their number."""
+  if size % devices:
+    raise ValueError(
+      f"dimension {dim} ({size}) must be divisible by the mesh axis {axis!r} ({devices})"
+    )
 
 
 def _candidates(axis: str, dims: tuple[str, ...]) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import socket
 
 import jax
 import ml_dtypes
@@ -13,8 +14,11 @@ import safetensors
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from dsmoe import config as config_lib
 from dsmoe import model as model_lib
-from dsmoe.huggingface import files, fp8, loading
+from dsmoe.huggingface import files, fp8, loading, parts
+from dsmoe.model import parameters
+from dsmoe.parallel import mesh as mesh_lib
 from tests import runs
 from tests.huggingface import cases
 
@@ -96,6 +100,81 @@ def test_every_kind_of_model_reads_back_exactly(tmp_path, changes):
   tensors = random_tensors(loading.config_from_hf(hf_config))
   write(tmp_path, hf_config, tensors)
   assert_holds(loading.load_pretrained(tmp_path), tensors)
+
+
+def test_a_mesh_gets_the_parts_of_its_devices(tmp_path):
+  """As training stores them, bitwise; a device's part reads its own experts' rows and no others."""
+  hf_config = SMALL | dict(vocab_size=12, intermediate_size=16, kv_lora_rank=6, v_head_dim=8)
+  hf_config |= dict(qk_nope_head_dim=4, moe_intermediate_size=18)
+  write(tmp_path, hf_config, random_tensors(loading.config_from_hf(hf_config)))
+  axes = config_lib.MeshConfig(stage=1, data=2, expert=2, context=1, model=2)
+  mesh = mesh_lib.make_mesh(axes, jax.devices())
+  model = loading.load_pretrained(tmp_path, mesh=mesh)
+  expected = model_lib.split(loading.load_pretrained(tmp_path))[1:]
+  for found, whole in zip(model_lib.split(model)[1:], expected, strict=True):
+    shardings = mesh_lib.named(mesh, parameters.specs(whole, mesh))
+    assert jax.tree.map(lambda x: x.sharding, found) == shardings
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
+
+  opened, reads = loading.open_pretrained(tmp_path), []
+
+  def read(name, *rows):
+    reads.append((name, *rows))
+    return opened.read(name, *rows)
+
+  path = ("moe_layers", "mlp", "experts", "w_gate")
+  own = {name: slot for name, slot in opened.slots.items() if slot.path == path}
+  # Layers, half of the experts, half of the inputs, half of the outputs.
+  index = (slice(None), slice(2, 4), slice(0, 5), slice(9, 18))
+  part = parts.read_part(read, own, (2, 4, 10, 18), index)
+  np.testing.assert_array_equal(part, loading.flat(expected[0])[path][index])
+  names = [f"model.layers.{i}.mlp.experts.{e}.gate_proj.weight" for i in (1, 2) for e in (2, 3)]
+  assert reads == [(name, 9, 18) for name in names]
+
+  small = tmp_path / "small"
+  small.mkdir()
+  write(small, SMALL, TENSORS)
+  with pytest.raises(ValueError, match=r"kv_a_proj: each of the mesh axes .* must divide"):
+    loading.load_pretrained(small, mesh=mesh)
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from dsmoe import model as model_lib
+from dsmoe.config import MeshConfig
+from dsmoe.huggingface import files, loading
+from dsmoe.inference import batcher
+from dsmoe.parallel import mesh as mesh_lib
+
+read, names = files.TensorFiles.read, set()
+files.TensorFiles.read = lambda self, name, *rows: names.add(name) or read(self, name, *rows)
+mesh = mesh_lib.make_mesh(MeshConfig(stage=1, data=1, expert=4, context=1, model=1))
+model = loading.load_pretrained(sys.argv[3], mesh=mesh)
+print(sorted({name.split(".")[5] for name in names if ".experts." in name}))
+try:
+  batcher.Batcher(model.config, *model_lib.split(model)[1:], mesh=mesh)
+except ValueError as error:
+  print(error)
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_the_experts_of_its_devices(tmp_path):
+  hf_config = SMALL | dict(vocab_size=12, hidden_size=12, q_lora_rank=8, kv_lora_rank=8)
+  write(tmp_path, hf_config, random_tensors(loading.config_from_hf(hf_config)))
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  processes = [runs.start("-c", PROCESS, address, i, tmp_path) for i in range(2)]
+  refusal = "tokens are generated must have devices of one process only, got 2 processes"
+  for process, experts in zip(processes, (["0", "1"], ["2", "3"])):
+    code, out, err = runs.finish(process)
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if "Gloo" not in line]  # of the two processes' link
+    assert lines == [str(experts), f"a mesh on which {refusal}"]
 
 
 def test_fields_not_in_config_json_are_keywords(tmp_path):

@@ -295,7 +295,7 @@ def test_the_weights_of_a_loaded_run_are_in_memory_once():
   run = checkpoint.LoadedRun(CONFIG, epath.Path("none"), params, bias, mesh_of(1), 0)
   del params, bias
   batcher = batcher_lib.make(run, _options())
-  own = {id(x) for x in jax.tree.leaves((batcher._weights, batcher._kept))}
+  own = {id(x) for x in jax.tree.leaves((batcher._programs.weights, batcher._programs.kept))}
   assert sum(x.nbytes for x in jax.live_arrays() if id(x) not in own | others) == 0
   assert len(own) > 20 and run.params is None
 

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 
-from dsmoe.config import KernelsConfig
+from dsmoe.config import KernelsConfig, MeshConfig
 from dsmoe.parallel import dense, dispatch, local
+from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.parallel.experts import ExpertWeights
 from pallas_kernels.quantized_matmul import quantized_matmul
 from pallas_kernels.routing import Routed, ranks
@@ -87,6 +89,36 @@ def test_back_ends_match_loops_in_value_and_every_gradient(back_end, grouped_mat
   with pltpu.force_tpu_interpret_mode():
     actual = run(x, experts, gates, weights, dy)
   assert_close(actual, _by_loops(x, experts, gates, weights, dy))
+
+
+@pytest.mark.parametrize(
+  "back_end, M", [("local", 1), ("local", 19), ("local", 200), ("dense", 19)]
+)
+def test_devices_with_the_same_tokens_sum_their_own_experts(back_end, M):
+  """A token, few and many; each device's experts lie between those of other layers."""
+  rng, E, devices = np.random.default_rng(M), 8, 4
+  x = rng.standard_normal((M, D)).astype(np.float32)
+  experts = np.stack([rng.permutation(E)[:K] for _ in range(M)]).astype(np.int32)
+  gates = rng.uniform(0.1, 2, (M, K)).astype(np.float32)
+  shapes = ((E, D, F), (E, D, F), (E, F, D))
+  weights = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+  config = _config(dispatch=back_end, n_routed_experts=E)
+  real = np.arange(M) != 3
+
+  def one_device(x, experts, gates, *own):
+    others = [jnp.full_like(w, np.nan) for w in own]
+    layers = [jnp.concatenate(parts) for parts in zip(others, own, others)]
+    routed = Routed(experts, gates, *ranks(experts, E)[::-1])
+    of_layer = ExpertWeights(*layers, first=E // devices, num=E // devices)
+    return dispatch.routed_experts(x, routed, of_layer, config, real, inference=True)[0]
+
+  mesh = mesh_lib.make_mesh(
+    MeshConfig(stage=1, data=1, expert=devices, context=1, model=1), jax.devices()[:devices]
+  )
+  specs = (P(), P(), P(), *[P("expert")] * 3)
+  y = jax.jit(mesh_lib.shard_map(one_device, mesh, specs, P()))(x, experts, gates, *weights)
+  expected = _by_loops(x, experts, gates, weights, np.zeros_like(x))[0]
+  assert_close(y[real], expected[real])
 
 
 def test_local_makes_nothing_of_tokens_times_experts():

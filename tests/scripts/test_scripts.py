@@ -1,6 +1,7 @@
 """Every script runs, once; what it prints is what it promises."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -84,6 +85,23 @@ def test_generate(workdir):
   likeliest = runs.run(*args, "--prompt=alpha beta", "--temperature=0", "--step=3")
   assert sampled.startswith("alpha beta") and likeliest.startswith("alpha beta")
   assert len(sampled) > len("alpha beta\n") and sampled != likeliest
+
+
+@pytest.mark.slow
+def test_generate_on_a_mesh(workdir):
+  """The likeliest tokens of one device; a mesh that does not fit is refused by name."""
+  args = ("scripts/generate.py", f"--workdir={workdir}", "--num_tokens=8", "--temperature=0")
+  args = (*args, "--prompt=alpha beta")
+  eight = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+
+  def on_mesh(mesh):
+    return runs.finish(runs.start(*args, f"--mesh={mesh}", env={"XLA_FLAGS": eight}))
+
+  code, out, err = on_mesh("data:2,expert:4")
+  assert (code, out) == (0, runs.run(*args)), err
+  code, _, err = on_mesh("expert:4,model:2")
+  assert code == 2 and "Traceback" not in err
+  assert "dimension heads (3) must be divisible by the mesh axis 'model' (2)" in err
 
 
 @pytest.mark.slow
@@ -173,6 +191,10 @@ def test_evaluate_choices(workdir, tmp_path):
   [
     (("generate", "--prompt=a", "--top_p=2"), "top_p must be above 0 and at most 1, got 2.0"),
     (("generate", "--prompt=a", "--num_tokens=0"), "flag --num_tokens=0: 0 is not"),
+    (
+      ("generate", "--prompt=a", "--mesh=exp:8"),
+      "--mesh must name axes and sizes as data:2,expert",
+    ),
     (("generate",), "give one of --prompt, --prompts and --chat"),
     (("generate", "--prompt=a"), "a run's workdir must hold config.json, got /nowhere"),
     (("serve", "--port=70000"), "flag --port=70000: 70000 is not an integer"),
