@@ -7,6 +7,8 @@
 
 import contextlib
 import functools
+import importlib.metadata
+import json
 import math
 import signal
 import time
@@ -30,6 +32,7 @@ from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference.sampling import Sampling
 from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.parallel import processes
 from dsmoe.planning import accounting
 from dsmoe.platforms import cpu
 from dsmoe.reporting import metrics, output, plots, progress, routing_trace
@@ -40,6 +43,18 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Where the run's files go; a run that is there is resumed. Needed."
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "Address and port of process 0, of a run of several processes that no Cloud TPU, SLURM, Kubernetes "
+  "or Open MPI has started.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many processes the run has; goes with --coordinator.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Number of this process, from 0; goes with --coordinator.", lower_bound=0
 )
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "Resume although the config differs from the saved one."
@@ -168,7 +183,9 @@ def stop_signals(received: list[str]) -> Iterator[list[str]]:
     if number == signal.SIGINT:
       signal.signal(number, previous[number])
 
-  previous = {n: signal.signal(n, record) for n in (signal.SIGINT, signal.SIGTERM)}
+  # Of several processes SIGTERM is JAX's: see `processes.agreed_to_stop`.
+  numbers = (signal.SIGINT, signal.SIGTERM)[: 2 if jax.process_count() == 1 else 1]
+  previous = {number: signal.signal(number, record) for number in numbers}
   try:
     yield received
   finally:
@@ -210,23 +227,25 @@ def train(
   # --- mesh, and what is refused before anything is written
   checkpoint.check_path(workdir)
   workdir = epath.Path(workdir)
-  if init_from:
-    config = checkpoint.with_tokenizer_of(config, init_from, allow_other_tokenizer)
-  mesh = train_step.make_mesh(config)
-  platforms.check_kernels(config.model.kernels)
-  records.find_sources(config.data)  # raises when a glob matches nothing
-  abstract = train_step.abstract_state(config, mesh)
-  train_step.check_memory(abstract, mesh)
+  with processes.failing_together():
+    if init_from:
+      config = checkpoint.with_tokenizer_of(config, init_from, allow_other_tokenizer)
+    mesh = train_step.make_mesh(config)
+    platforms.check_kernels(config.model.kernels)
+    records.find_sources(config.data)  # raises when a glob matches nothing
+    abstract = train_step.abstract_state(config, mesh)
+    train_step.check_memory(abstract, mesh)
+  check_processes(config)
   if checked := kernel_check.check(config):
-    print(checked)
+    processes.say(checked)
   if checked := exchange_check.check(config, mesh):
-    print(checked)
+    processes.say(checked)
   start_from = Start(allow_config_change, init_from, resume_from)
-  with (
-    checkpoint.owned(workdir) as check_owner,
-    checkpoint.Checkpointer(workdir, config.checkpoint) as checkpoints,
-    noted_interrupts() as signals,
-  ):
+  with contextlib.ExitStack() as stack:
+    with processes.failing_together():
+      check_owner = stack.enter_context(checkpoint.owned(workdir))
+    checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, config.checkpoint))
+    signals = stack.enter_context(noted_interrupts())
     return _train(config, workdir, mesh, abstract, checkpoints, check_owner, signals, start_from)
 
 
@@ -250,24 +269,29 @@ def _train(
 ) -> int:
   """The rest of `train`, by the one process that may write to the workdir."""
   # --- where the run starts
-  first = checkpoints.find_step(start_from.resume_from)
-  if first is not None:
-    checkpoint.check_config(workdir, config, first, abstract, start_from.allow_config_change)
-  if (first or 0) > config.num_steps:
-    raise ValueError(
-      f"num_steps ({config.num_steps}) must be at least the step that the run in {workdir} has "
-      f"reached ({first})"
-    )
-  weights, init_from = None, start_from.init_from
+  allow_config_change, init_from, resume_from = start_from
+  with processes.failing_together():
+    first = checkpoints.find_step(resume_from)
+    if first is not None:
+      checkpoint.check_config(workdir, config, first, abstract, allow_config_change)
+    if (first or 0) > config.num_steps:
+      raise ValueError(
+        f"num_steps ({config.num_steps}) must be at least the step that the run in {workdir} has "
+        f"reached ({first})"
+      )
+  weights = None
   if init_from and not first:
     weights = checkpoint.restore_weights(init_from, abstract.params, abstract.router_bias)
   # A checkpoint of step 0 has the weights that an earlier start took from another run.
   resumes, first = first is not None and weights is None, first or 0
 
   # --- data on disk
-  prepared = records.prepare(
-    config.data, config.model.vocab_size, config.data.cache_dir or workdir / "data"
+  folder = config.data.cache_dir or workdir / "data"
+  prepared = processes.first_then_others(
+    f"to prepare the data in {folder}",
+    lambda: records.prepare(config.data, config.model.vocab_size, folder),
   )
+  processes.check_same("tokenised data", records.digest(prepared), "{} and {}".format)
   held_out.warn_of_overlap(prepared.manifest, prepared.manifest)
   limits = (config.log.eval_batches, -1)
   num_bytes = perplexity.count_bytes(prepared, config.data, config.batch_size, limits)
@@ -277,20 +301,20 @@ def _train(
     state, saved = checkpoints.restore(abstract, first)
     config_then = functools.partial(checkpoint.config_of_step, workdir, first)
     position = data.position_from_dict(saved, config_then)
-    print(f"resumed from step {first}")
+    processes.say(f"resumed from step {first}")
     if (aside := checkpoints.set_later_aside(first)) is not None:
-      if (workdir / metrics.METRICS_FILE).exists():
+      if processes.is_first() and (workdir / metrics.METRICS_FILE).exists():
         (workdir / metrics.METRICS_FILE).copy(aside / metrics.METRICS_FILE)
-      print(f"later checkpoints and metrics are kept in {aside}")
+      processes.say(f"later checkpoints and metrics are kept in {aside}")
   else:
     state, position = train_step.init_state(config, mesh), data.first_position(config.data)
     if weights is not None:
       state = state._replace(params=weights[0], router_bias=weights[1])
-      print(f"weights of step {weights[2]} of {init_from}")
+      processes.say(f"weights of step {weights[2]} of {init_from}")
 
   # --- batches
-  processes = mesh_lib.part_of_rows(mesh, jax.process_index())
-  batches = data.train_iterator(prepared, config.data, config.batch_size, *processes, position)
+  part = mesh_lib.part_of_rows(mesh, jax.process_index())
+  batches = data.train_iterator(prepared, config.data, config.batch_size, *part, position)
 
   def next_batch() -> dict[str, jax.Array]:
     rows = next(batches)
@@ -304,12 +328,17 @@ def _train(
   S = config.data.sequence_length
   tokens_per_step = config.batch_size * S
   flops_per_step = accounting.flops_per_token(config.model, S)["causal_mtp"] * tokens_per_step
-  writer = metrics.MetricsWriter(workdir, config.log.tensorboard, first)
-  running = metrics.RunningLoad.from_rows(metrics.iter_metrics(workdir))
-  points = [row for row in metrics.iter_metrics(workdir) if "validation_loss" in row]
-  validated = {row["step"] for row in points}
+  with processes.failing_together():
+    writer: metrics.MetricsWriter = metrics.NoMetrics()
+    rows: list[dict] = []
+    if processes.is_first():
+      writer = metrics.MetricsWriter(workdir, config.log.tensorboard, first)
+      rows = metrics.read_metrics(workdir)
+    running = metrics.RunningLoad.from_rows(rows)
+  points = [row for row in rows if "validation_loss" in row]
   curves = {row["validation_tokens"] for row in points[-1:] if "validation_tokens" in row}
-  bar = progress.Progress(config.num_steps, first)
+  validated = processes.exchange(str(first in {row["step"] for row in points}))[0] == str(True)
+  bar = progress.Progress(config.num_steps, first, is_quiet=not processes.is_first())
 
   # --- the compiled step
   eval_step = train_step.make_eval_step(config, mesh)
@@ -320,7 +349,7 @@ def _train(
     start, is_last, lines = time.perf_counter(), step == config.num_steps, {}
     for limit in limits if is_last else limits[:1]:
       if limit not in lines:
-        unseen = data.validation_batches(prepared, config.data, config.batch_size, *processes)
+        unseen = data.validation_batches(prepared, config.data, config.batch_size, *part)
         nats, tokens = perplexity.validation_nats(eval_step, state, unseen, mesh, limit)
         lines[limit] = validation_line(nats, tokens, num_bytes.get(limit))
     line = lines[config.log.eval_batches]
@@ -356,7 +385,7 @@ def _train(
       if checkpoints.find_step() == 0:
         checkpoints.delete(0)
       checkpoints.save(state, position.to_dict())
-    if evaluates(first) and first not in validated:
+    if evaluates(first) and not validated:
       evaluate(state, first)
 
     # --- loop
@@ -410,14 +439,15 @@ def _train(
         bar.update(step, {})
 
       # --- save; the time of saving and evaluating does not count as that of steps
-      if step % config.checkpoint.save_every_steps == 0 or is_last or signals:
+      stops = processes.agreed_to_stop(step, signals)
+      if step % config.checkpoint.save_every_steps == 0 or is_last or stops:
         start = time.perf_counter()
         check_owner()
         writer.flush()
         checkpoints.save(state, position_after(step).to_dict())
         saved = step
         logged_time += time.perf_counter() - start
-      if signals:
+      if stops:
         bar.print(f"stopped by {signals[0]}; saved at step {saved}")
         break
 
@@ -425,6 +455,21 @@ def _train(
       if evaluates(step):
         logged_time += evaluate(state, step)
   return int(state.step)
+
+
+def check_processes(config: Config) -> None:
+  """Checks that all processes of a run have the same config and the same libraries.
+
+  Raises:
+    ValueError: naming a process that differs, and the difference.
+  """
+  versions = {name: importlib.metadata.version(name) for name in ("dsmoe", "jax", "jaxlib")}
+
+  def differences(one: str, other: str) -> str:
+    return "; ".join(config_lib.differences(json.loads(one), json.loads(other)))
+
+  for what, value in (("config", config_lib.to_dict(config)), ("versions", versions)):
+    processes.check_same(what, json.dumps(value), differences)
 
 
 def write_sample(config: Config, workdir: epath.PathLike, prompt: str = "def ") -> str:
@@ -455,7 +500,8 @@ def report(config: Config, workdir: epath.Path) -> None:
   rows.append(("checkpoints", str(workdir / "checkpoints")))
   rows.append(("metrics", str(workdir / metrics.METRICS_FILE)))
   rich.print(progress.final_table(rows, title=str(workdir)))
-  if config.log.sample_tokens:
+  # Reading the checkpoint for a sample would need all processes.
+  if config.log.sample_tokens and jax.process_count() == 1:
     print("\nWhat the model writes:\n")
     print(write_sample(config, workdir))
 
@@ -463,7 +509,7 @@ def report(config: Config, workdir: epath.Path) -> None:
 def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
   logging.set_verbosity(logging.WARNING)
-  runtime.start()
+  runtime.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   config = config_lib.from_config_dict(_CONFIG.value)
   workdir = _WORKDIR.value
   try:
@@ -483,6 +529,9 @@ def main(argv: list[str]) -> None:
     exchange_check.WrongExchangeError,
   ) as error:
     output.fail(str(error), 1)
+  except (jax.errors.JaxRuntimeError, ValueError) as error:
+    processes.leave_if_alone(error)
+    raise
   except KeyboardInterrupt:
     output.fail("stopped by Ctrl-C; the same command goes on from the newest checkpoint", 130)
 

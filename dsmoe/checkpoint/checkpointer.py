@@ -37,6 +37,7 @@ def _delete_unfinished(folder: epath.Path) -> None:
     for path in folder.iterdir():
       if ocp.utils.is_tmp_checkpoint(path):
         path.rmtree()
+  ocp.multihost.sync_global_processes("dsmoe:delete_unfinished")
 
 
 class NotFiniteError(ValueError):

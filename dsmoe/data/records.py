@@ -124,6 +124,11 @@ def prepare(config: DataConfig, vocab_size: int, directory: epath.PathLike) -> P
   )
 
 
+def digest(prepared: PreparedData) -> str:
+  """Returns the SHA-256, hexadecimal, that stands for all the data, from the manifest."""
+  return folder.read_json(prepared.manifest)["manifest_sha256"]
+
+
 def find_sources(config: DataConfig) -> dict[str, sources.Source]:
   """Finds every file of the config's globs, by "train-<i>" and "validation-<i>".
 

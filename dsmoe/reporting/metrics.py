@@ -205,6 +205,19 @@ class MetricsWriter:
     self.close()
 
 
+class NoMetrics(MetricsWriter):
+  """In all processes of a run but the first, which writes: drops what it is given."""
+
+  def __init__(self):
+    self._file, self._board, self._staging = None, None, None
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Drops the line."""
+
+  def close(self) -> None:
+    """Has nothing to close."""
+
+
 def iter_metrics(workdir: epath.PathLike) -> Iterator[dict[str, Any]]:
   """Yields what `read_metrics` returns, one line at a time."""
   for _, row in _lines(epath.Path(workdir) / METRICS_FILE):

@@ -28,10 +28,12 @@ class Progress:
     total_steps: int,
     start_step: int = 0,
     console: rich.console.Console | None = None,
+    is_quiet: bool = False,
   ):
-    """Prepares the display; `console` is standard output unless given."""
+    """Prepares the display; `console` is standard output unless given, and unused if `is_quiet`."""
     if console is None:  # without force_terminal, variables such as FORCE_COLOR decide
-      console = rich.console.Console(force_terminal=None if sys.stdout.isatty() else False)
+      terminal = None if sys.stdout.isatty() else False
+      console = rich.console.Console(force_terminal=terminal, quiet=is_quiet)
     self._console = console
     self._total_steps = total_steps
     self._latest: dict[str, Any] = {}
