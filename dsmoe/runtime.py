@@ -1,6 +1,9 @@
-"""The process: memory settings, and joining the other processes of a multi-host run."""
+"""The process: memory settings, its signals, and joining the other processes of a run."""
 
+import contextlib
 import os
+import signal
+from collections.abc import Iterator
 
 import jax
 
@@ -65,3 +68,55 @@ def start(
       f"{who} waited {_JOIN_SECS} s for the coordinator at {coordinator or 'the address found'} and "
       f"the other processes, and could not join: {error}"
     ) from error
+
+
+@contextlib.contextmanager
+def noted_interrupts() -> Iterator[list[str]]:
+  """Interrupts upon Ctrl-C as usual, and notes that it came.
+
+  Python drops an interrupt that arrives while a garbage collector's callback runs (JAX has one); the
+  note is what remains of it.
+
+  Yields:
+    The names of the signals that came so far.
+  """
+  received: list[str] = []
+  previous = signal.getsignal(signal.SIGINT)
+
+  def record(number, frame):
+    received.append(signal.Signals(number).name)
+    assert callable(previous)
+    previous(number, frame)
+
+  if callable(previous):
+    signal.signal(signal.SIGINT, record)
+  try:
+    yield received
+  finally:
+    signal.signal(signal.SIGINT, previous)
+
+
+@contextlib.contextmanager
+def stop_signals(received: list[str]) -> Iterator[list[str]]:
+  """Collects SIGTERM and SIGINT (Ctrl-C) instead of ending; a second Ctrl-C interrupts as usual.
+
+  Args:
+    received: the names of the signals that came before.
+
+  Yields:
+    `received`, to which the names of those that come are added.
+  """
+
+  def record(number, _):
+    received.append(signal.Signals(number).name)
+    if number == signal.SIGINT:
+      signal.signal(number, previous[number])
+
+  # Of several processes SIGTERM is JAX's: see `processes.agreed_to_stop`.
+  numbers = (signal.SIGINT, signal.SIGTERM)[: 2 if jax.process_count() == 1 else 1]
+  previous = {number: signal.signal(number, record) for number in numbers}
+  try:
+    yield received
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)

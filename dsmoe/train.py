@@ -10,9 +10,8 @@ import functools
 import importlib.metadata
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -141,58 +140,6 @@ def validation_line(nats: float, tokens: float, num_bytes: int | None) -> dict:
   return {"validation_loss": nats / tokens, **bits, "validation_tokens": int(tokens)}
 
 
-@contextlib.contextmanager
-def noted_interrupts() -> Iterator[list[str]]:
-  """Interrupts upon Ctrl-C as usual, and notes that it came.
-
-  Python drops an interrupt that arrives while a garbage collector's callback runs (JAX has one); the
-  note is what remains of it.
-
-  Yields:
-    The names of the signals that came so far.
-  """
-  received: list[str] = []
-  previous = signal.getsignal(signal.SIGINT)
-
-  def record(number, frame):
-    received.append(signal.Signals(number).name)
-    assert callable(previous)
-    previous(number, frame)
-
-  if callable(previous):
-    signal.signal(signal.SIGINT, record)
-  try:
-    yield received
-  finally:
-    signal.signal(signal.SIGINT, previous)
-
-
-@contextlib.contextmanager
-def stop_signals(received: list[str]) -> Iterator[list[str]]:
-  """Collects SIGTERM and SIGINT (Ctrl-C) instead of ending; a second Ctrl-C interrupts as usual.
-
-  Args:
-    received: the names of the signals that came before.
-
-  Yields:
-    `received`, to which the names of those that come are added.
-  """
-
-  def record(number, _):
-    received.append(signal.Signals(number).name)
-    if number == signal.SIGINT:
-      signal.signal(number, previous[number])
-
-  # Of several processes SIGTERM is JAX's: see `processes.agreed_to_stop`.
-  numbers = (signal.SIGINT, signal.SIGTERM)[: 2 if jax.process_count() == 1 else 1]
-  previous = {number: signal.signal(number, record) for number in numbers}
-  try:
-    yield received
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)
-
-
 def train(
   config: Config,
   workdir: epath.PathLike,
@@ -245,7 +192,7 @@ def train(
     with processes.failing_together():
       check_owner = stack.enter_context(checkpoint.owned(workdir))
     checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, config.checkpoint))
-    signals = stack.enter_context(noted_interrupts())
+    signals = stack.enter_context(runtime.noted_interrupts())
     return _train(config, workdir, mesh, abstract, checkpoints, check_owner, signals, start_from)
 
 
@@ -389,7 +336,7 @@ def _train(
       evaluate(state, first)
 
     # --- loop
-    stack.enter_context(stop_signals(signals))
+    stack.enter_context(runtime.stop_signals(signals))
     logged_step, logged_time = first, time.perf_counter()
     saved = first
     for step in range(first + 1, config.num_steps + 1):

@@ -279,7 +279,7 @@ def test_weights_of_another_run_are_not_forgotten(tmp_path, monkeypatch):
     raise RuntimeError("killed")
 
   with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-    patch.setattr(train, "stop_signals", fail)
+    patch.setattr(train.runtime, "stop_signals", fail)
     train.train(config, tmp_path / "b", init_from=tmp_path / "a")
   assert checkpoint_steps(tmp_path / "b") == [0] and not (tmp_path / "b" / "config.json").exists()
   assert train.train(config, tmp_path / "b") == 2
