@@ -1,9 +1,12 @@
 """Measures a config's training step: tokens/s, compile seconds, peak memory, GFLOP/s, MFU.
 
   python scripts/bench_train.py --config=experiments/bench_small.py --steps=10 --json=-
+  python scripts/bench_train.py --config=experiments/deepseek_v3.py --topology=v5p:8x8x8 --config.batch_size=512
 
 A measured step is a whole one: the next batch is read while it runs, and its metrics are fetched.
-Validation data is not read; with --synthetic no training data is read either.
+Validation data is not read; with --synthetic no training data is read either. With --topology
+nothing runs: the step is compiled for chips that are not attached, and its memory and the bytes
+between devices are read from the compiled program.
 """
 
 import dataclasses
@@ -22,11 +25,12 @@ from ml_collections import config_flags
 
 from dsmoe import config as config_lib
 from dsmoe import platforms, runtime
+from dsmoe.compilers import compile_only
 from dsmoe.config import Config
 from dsmoe.data import batches as data
 from dsmoe.data import records
 from dsmoe.parallel import mesh as mesh_lib
-from dsmoe.planning import accounting
+from dsmoe.planning import accounting, compiled_step
 from dsmoe.platforms import cpu
 from dsmoe.reporting import output, progress
 from dsmoe.training import train_step
@@ -37,6 +41,11 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, experi
 _STEPS = flags.DEFINE_integer("steps", 10, "Steps to measure.", lower_bound=1)
 _SYNTHETIC = flags.DEFINE_bool(
   "synthetic", False, "Train on random tokens instead of the config's data."
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology",
+  None,
+  "Compile the step for chips that are not attached instead: v5p:8x8x8, v6e:4x4 or h100, say.",
 )
 _JSON = output.define_json()
 
@@ -99,11 +108,53 @@ def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
   }
 
 
+def plan(config: Config, topology: str) -> dict[str, Any]:
+  """Compiles the step for a topology; returns the figures by name, and shows that it works."""
+  if missing := compile_only.missing_compiler(topology):
+    raise ValueError(missing)
+  jax.config.update("jax_platforms", "cpu")  # of this process; the topology's chips are elsewhere
+  console = rich.console.Console(stderr=True)
+  with console.status(f"compiling the step for {topology}, minutes for a large model"):
+    return compiled_step.figures(config, topology)
+
+
+def table_of(found: dict[str, Any]) -> list[tuple[str, str]]:
+  """Returns what `plan` found as rows of a table, of each device unless they say otherwise."""
+  memory, hbm = found["memory_bytes"], found["hbm_bytes"]
+  fits = (
+    "" if hbm is None else f" of {hbm / 2**30:.1f}, " + ("fits" if memory < hbm else "too much")
+  )
+  mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1)
+  rows = [
+    ("topology", f"{found['topology']} ({found['stamp']})"),
+    ("mesh", mesh or "one device"),
+    ("tokens a device and step", f"{found['tokens_per_device']:,}"),
+    ("memory, GiB", f"{memory / 2**30:.1f}{fits}"),
+  ]
+  rows += [(f"  {name}", f"{n / 2**30:.2f}") for name, n in found["buffer_bytes"].items()]
+  at_most = ", at most" * found["upper_limit"]
+  for axis, sent in found["axis_bytes"].items():
+    if axis != "all":
+      secs = found["link_secs"].get(axis)
+      time_of = "" if secs is None else f", {secs:.3g} s at the links' peak"
+      rows.append((f"sent along {axis}{at_most}", f"{sent['sent_bytes'] / 1e6:,.1f} MB{time_of}"))
+  compute = f"{found['model_flops']:.3e}, {found['compute_secs']:.3g} s at the chip's peak"
+  rows.append(("FLOPs the model needs", compute))
+  rows.append(("tokens/s of all devices, at most", f"{found['tokens_per_sec_bound']:,.0f}"))
+  return rows
+
+
 def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
   logging.set_verbosity(logging.WARNING)
-  runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value)
+  if _TOPOLOGY.value is not None:
+    found = plan(config, _TOPOLOGY.value)
+    output.write_json(_JSON.value, found)
+    if _JSON.value != output.STDOUT:
+      rich.print(progress.final_table(table_of(found)))
+    return
+  runtime.start()
   platforms.check_kernels(config.model.kernels)
   values: dict[str, Any] = {"validation_globs": ()}
   if _SYNTHETIC.value:
