@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from dsmoe.compilers import bundle_run, bundles, gpu_resources, hlo, scalar_operands
 from dsmoe.planning import chips
@@ -110,10 +111,12 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   """
   cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
   jax.config.update("jax_enable_compilation_cache", False)
+  compilation_cache.reset_cache()  # JAX asks the setting once
   try:
     return lowered.compile()
   finally:
     jax.config.update("jax_enable_compilation_cache", cached)
+    compilation_cache.reset_cache()
 
 
 def in_fresh_process(fn: Callable, *args, limit_secs: int = 0) -> Any:
