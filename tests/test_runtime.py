@@ -22,7 +22,7 @@ def calls(monkeypatch):
     monkeypatch.setenv(name, "")  # registers the variable, so that it is restored
     monkeypatch.delenv(name)
   monkeypatch.setattr(sys, "platform", "linux")
-  monkeypatch.setattr(jax.distributed, "initialize", lambda: done.append("joined"))
+  monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: done.append("joined"))
   monkeypatch.setattr(os, "execv", lambda path, argv: done.append((path, argv)))
   return done
 

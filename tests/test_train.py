@@ -223,6 +223,7 @@ def test_points_of_the_validation_curve_share_their_subset(tmp_path, capsys, mon
   assert [row["validation_tokens"] for row in rows] == [224, 224, 224, 448]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_comes_after_the_save(tmp_path, monkeypatch):
   """And the next run makes up for it."""
   config = quick_config(**{"log.eval_every_steps": 2})
@@ -314,6 +315,7 @@ def test_a_changed_batch_size_goes_on_at_the_next_row(tmp_path, monkeypatch):
   assert tokens == [16 * S, 32 * S, 40 * S, 72 * S, 104 * S, 112 * S]
 
 
+@pytest.mark.slow
 def test_a_run_that_counted_batches_goes_on_at_the_same_row(tmp_path, monkeypatch):
   """Older versions saved the number of batches beside a checkpoint."""
   values = runs.TWO_LAYERS | {"batch_size": 16, "data.validation_globs": (), "num_steps": 2}
@@ -338,6 +340,7 @@ def test_padding_is_refused_before_the_step_is_compiled(monkeypatch, tmp_path):
   assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_run_without_validation_data(tmp_path):
   config = small_config(**runs.TWO_LAYERS, **{"num_steps": 3, "data.validation_globs": ()})
   assert train.train(config, tmp_path) == 3
@@ -391,6 +394,7 @@ def test_a_workdir_that_cannot_be_is_refused(tmp_path, monkeypatch, name):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_workdir_with_brackets_resumes(tmp_path):
   (tmp_path / "text").mkdir()
   for i in range(4):
@@ -412,6 +416,7 @@ def test_a_glob_that_matches_nothing_leaves_no_workdir(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_start_that_failed_leaves_the_workdir_to_a_corrected_one(tmp_path, monkeypatch):
   """Whether there is a checkpoint or not."""
   fields = {**runs.TWO_LAYERS, "checkpoint.save_every_steps": 1, "optim.warmup_steps": 1}
@@ -447,6 +452,7 @@ def test_a_run_that_failed_at_its_first_step_keeps_the_weights_it_started_with(t
   runs.assert_bitwise_equal({p: a[p] for p in weights}, {p: b[p] for p in weights})
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_with_anothers_weights(tmp_path, capsys):
   """And says what is wrong with ones that do not fit, or hold no optimizer state."""
   fields = {**runs.TWO_LAYERS, "num_steps": 2, "checkpoint.save_every_steps": 1}

@@ -530,6 +530,7 @@ batches.prepare(config, 4000, f"{folder}/cache")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("what", ["inputs.json", "train-0-00000.arrayrecord*.tmp"])
 def test_signals_end_a_preparation_soon(tmp_path, number, what):

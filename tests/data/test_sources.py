@@ -141,6 +141,7 @@ def test_sample_takes_parts_of_long_documents(tmp_path, monkeypatch):
   assert places == sorted(places) and places[-1] > 0.8 * len(text)
 
 
+@pytest.mark.slow
 def test_standard_library():
   train = sources.find_source("stdlib", is_train=True)
   held_out = sources.find_source("stdlib", is_train=False)

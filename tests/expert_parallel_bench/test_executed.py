@@ -65,6 +65,7 @@ def test_what_if_drops_what_is_dropped(options):
   np.testing.assert_array_equal(outcome.sent_N, expected.sent_N)
 
 
+@pytest.mark.slow
 def test_rows_of_figures_and_a_wrong_back_end(monkeypatch):
   right = dispatch.BACK_ENDS["all_gather"]
 

@@ -123,6 +123,7 @@ def test_the_step_does_not_grow_with_depth():
   assert few < 3 * many
 
 
+@pytest.mark.slow
 def test_a_stack_written_out_equals_the_scanned_one(monkeypatch):
   """Loss, every gradient and every expert's count."""
   config = small_config(**{"model.num_hidden_layers": 5, "model.first_k_dense_replace": 2})

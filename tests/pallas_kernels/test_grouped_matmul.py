@@ -280,6 +280,7 @@ def test_routed_rows_in_bfloat16(implementation, tile):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vmem_mib, D", [(56, 200), (5, 256)], ids=["uneven", "cut"])
 def test_columns_in_steps(monkeypatch, vmem_mib, D):
   """200 columns are no whole number of products; a small memory holds some of 768 at a time."""

@@ -124,6 +124,7 @@ def test_value_and_gradients_match_loops(implementation, power_of_two, shape):
   assert_close(_run(implementation, power_of_two, *inputs), expected)
 
 
+@pytest.mark.slow
 @either_scale
 @pytest.mark.parametrize("native", [False, True], ids=["bfloat16", "e4m3"])
 def test_many_small_steps_match_loops(monkeypatch, power_of_two, native):
@@ -137,6 +138,7 @@ def test_many_small_steps_match_loops(monkeypatch, power_of_two, native):
   assert_close(_run("mosaic_tpu", power_of_two, *inputs), expected)
 
 
+@pytest.mark.slow
 @settings(
   max_examples=4,  # each is a compilation
   deadline=None,

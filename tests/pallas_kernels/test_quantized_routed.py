@@ -265,6 +265,7 @@ def test_the_h100s_way_matches_loops():
   assert_close(actual, _by_loops("bfloat16", power_of_two, tokens), "bfloat16")
 
 
+@pytest.mark.slow
 def test_the_tpus_way_is_the_plain_way():
   """In float32, to the last digits: the codes are the same."""
   with pltpu.force_tpu_interpret_mode():

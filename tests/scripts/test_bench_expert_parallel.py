@@ -37,6 +37,7 @@ def trace(tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_executed_with_a_drawn_and_a_recorded_routing(trace, tmp_path):
   """One of two exchanges cannot run: it is named after the table, and the exit code is 1."""
   files = (f"--json={tmp_path}/rows.json", f"--plot={tmp_path}/rows.png")

@@ -49,6 +49,7 @@ def bench_peers(*args) -> tuple[str, dict]:
   return err, json.loads(out)
 
 
+@pytest.mark.slow
 def test_training_is_compared_in_turns(interpreter):
   ours = interpreter("ours", (300, 0, 0), checks="bench_train")
   peer = interpreter("peer", (200, 0, 0))
@@ -59,6 +60,7 @@ def test_training_is_compared_in_turns(interpreter):
   assert "│ transformers-compiled │ 200 " in shown
 
 
+@pytest.mark.slow
 def test_decoding_has_three_cases_and_llama_cpp(interpreter):
   ours = interpreter("ours", (0, 300, 500), checks="--batches=8 --prompt_tokens=64")
   peer = interpreter("peer", (0, 200, 400))
