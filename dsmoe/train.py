@@ -480,7 +480,11 @@ def main(argv: list[str]) -> None:
     processes.leave_if_alone(error)
     raise
   except KeyboardInterrupt:
-    output.fail("stopped by Ctrl-C; the same command goes on from the newest checkpoint", 130)
+    output.fail(
+      "stopped by Ctrl-C before a step was made, so nothing new is saved; the same command starts "
+      "again, from the newest checkpoint if there is one",
+      130,
+    )
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def what_if(config: Config) -> list[dict]:
   kinds = [name.partition(":") for name in _ROUTING.value]
   if len(kinds) != 1 or kinds[0][0] != "trace":
     raise ValueError(f"--what_if needs --routing=trace:FILE, got {','.join(_ROUTING.value)}")
+  jax.config.update("jax_platforms", "cpu")  # no device is needed
   trace = routing_trace.read(kinds[0][2])
   rows = what_if_lib.what_if(
     trace,

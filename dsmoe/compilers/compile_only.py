@@ -62,7 +62,9 @@ def missing_compiler(topology: str) -> str | None:
   module, extra = ("jax_cuda13_plugin", "cuda13") if gpu else ("libtpu", "tpu")
   if importlib.util.find_spec(module):
     return None
-  return f"{topology} needs {module}, the compiler for it: pip install -e .[{extra}]"
+  files = "constraints-cuda13.txt" if gpu else "constraints.txt"
+  command = f'pip install --constraint {files} --editable ".[{extra}]"'
+  return f"{topology} needs {module}, the compiler for it: {command}"
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:

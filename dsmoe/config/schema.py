@@ -475,8 +475,8 @@ class Config:
     tail = o.decay_steps if o.schedule == "wsd" else 0
     require(
       o.warmup_steps + tail <= self.num_steps,
-      f"optim.warmup_steps ({o.warmup_steps}) plus decay_steps ({tail}) must not exceed "
-      f"num_steps ({self.num_steps})",
+      f"optim.warmup_steps ({o.warmup_steps}){f' plus decay_steps ({tail})' if tail else ''} must not "
+      f"exceed num_steps ({self.num_steps})",
     )
     require(
       o.schedule != "cosine" or o.warmup_steps < self.num_steps,

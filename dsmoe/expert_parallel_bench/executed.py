@@ -8,6 +8,7 @@ Shapes: N devices that the batch is split over, M tokens of each, E experts, K e
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -74,6 +75,7 @@ def measure(
         "exchange": exchange_layer.options_of(own),
       }
       about["tokens_per_device"] = expert_NMK.shape[1]
+      print(f"{routing}: compiling and checking {name}", file=sys.stderr, flush=True)
       try:
         wrong = exchange_check.difference(own, checked[name](*few), expected, few_NMK)
         if wrong:

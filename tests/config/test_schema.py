@@ -176,7 +176,7 @@ RULES = [
   ({"optim.epsilon": 0.0}, "optim.epsilon must be positive, got 0.0"),
   (
     {"optim.warmup_steps": 21},
-    "optim.warmup_steps (21) plus decay_steps (0) must not exceed num_steps (20)",
+    "optim.warmup_steps (21) must not exceed num_steps (20)",
   ),
   (
     {"optim.schedule": "wsd", "optim.decay_steps": 19},
