@@ -253,6 +253,14 @@ def test_a_second_signal_tells_those_who_wait():
   assert time.monotonic() - started < 10
 
 
+def is_closed(connection) -> bool:
+  """Waits for what a server says on a connection; it resets one of which it had not read all."""
+  try:
+    return connection.recv(100) == b""
+  except ConnectionResetError:
+    return True
+
+
 def test_idle_connections_keep_nobody_out():
   with running() as server:  # with 68 places 392 connections are kept
     idle = [server.connect() for _ in range(450)]
@@ -261,7 +269,7 @@ def test_idle_connections_keep_nobody_out():
     for path in ("/health", "/metrics", "/v1/models"):
       assert server.raw("GET", path)[0] == 200
     assert server.post(GOOD)[0] == 200
-    assert idle[0].recv(100) == b""  # the oldest had to go
+    assert is_closed(idle[0])  # the oldest had to go
     idle[-1].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert read(idle[-1])[0] == 200
     for connection in idle:
@@ -282,7 +290,7 @@ def test_connections_without_a_whole_header_are_closed():
       time.sleep(0.05)
     for connection in (silent, slow, used):
       with contextlib.suppress(ConnectionResetError):
-        assert connection.recv(100) == b""
+        assert is_closed(connection)
     assert time.monotonic() - started < 5
     assert server.post(LONG)[0] == 200
 
