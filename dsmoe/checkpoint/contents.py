@@ -3,8 +3,11 @@
 import contextlib
 import fnmatch
 import functools
+import inspect
 import json
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +67,7 @@ def named_damage(workdir: epath.PathLike, step: int) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # its libraries raise errors of many kinds
+    _silence_late_reads()
     reason = " ".join(str(error).split()) or type(error).__name__
     reason = reason if len(reason) <= 300 else f"{reason[:300]}..."
     names = [path.name for path in folder(workdir).iterdir() if path.name.isdigit()]
@@ -72,6 +76,27 @@ def named_damage(workdir: epath.PathLike, step: int) -> Iterator[None]:
       f"checkpoint {step} in {workdir} must be whole, it cannot be read ({reason}); training goes "
       f"on from another one with --resume_from=STEP, other scripts take --step=STEP (here: {others})"
     ) from error
+
+
+@functools.cache
+def _silence_late_reads() -> None:
+  """Leaves unprinted what the other reads of a checkpoint say that could not be read.
+
+  They go on in threads of TensorStore. Each would print a traceback when it finds Orbax's event loop
+  closed, or its coroutine abandoned: thousands of lines after the sentence that names the damage.
+  """
+  excepthook, unraisablehook = sys.excepthook, sys.unraisablehook
+
+  def except_closed_loops(kind, value, traceback):
+    if str(value) != "Event loop is closed":
+      excepthook(kind, value, traceback)
+
+  def except_coroutines(unraisable):
+    if not inspect.iscoroutine(unraisable.object):
+      unraisablehook(unraisable)
+
+  sys.excepthook, sys.unraisablehook = except_closed_loops, except_coroutines
+  warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

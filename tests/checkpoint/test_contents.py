@@ -1,6 +1,7 @@
 """Tests of dsmoe/checkpoint/contents.py: paths under which checkpoints are restored, or refused."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -67,3 +68,19 @@ def test_an_object_store_stays_one(name):
   assert os.fspath(contents.step_folder(name, 3)) == f"{name}/checkpoints/3"
   with pytest.raises(ValueError, match="may have a backslash in its name or a colon at its end"):
     checkpoint.check_path(f"{name}/a:/b")
+
+
+def test_late_reads_of_a_damaged_checkpoint_say_nothing(tmp_path, monkeypatch, capsys):
+  """What other threads raise after the damage was named; anything else is still printed."""
+  monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+  monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+  contents._silence_late_reads.cache_clear()
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(ValueError, match="checkpoint 3 in .* must be whole, .*half a file"):
+    with contents.named_damage(tmp_path, 3):
+      raise RuntimeError("half a file")
+  for text in ("Event loop is closed", "another fault"):
+    sys.excepthook(RuntimeError, RuntimeError(text), None)
+  printed = capsys.readouterr().err
+  assert "another fault" in printed and "Event loop" not in printed
+  contents._silence_late_reads.cache_clear()
