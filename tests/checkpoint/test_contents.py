@@ -76,7 +76,7 @@ def test_late_reads_of_a_damaged_checkpoint_say_nothing(tmp_path, monkeypatch, c
   monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
   contents._silence_late_reads.cache_clear()
   (tmp_path / "checkpoints").mkdir()
-  with pytest.raises(ValueError, match="checkpoint 3 in .* must be whole, .*half a file"):
+  with pytest.raises(ValueError, match=r"checkpoint 3 in .* must be whole, .*half a file"):
     with contents.named_damage(tmp_path, 3):
       raise RuntimeError("half a file")
   for text in ("Event loop is closed", "another fault"):
