@@ -38,8 +38,8 @@ def figures(compiled: Any, mesh, chip: Chip, useful: int) -> dict[str, Any]:
   Returns:
     `axis_bytes`: by mesh axis what `collective_bytes.by_axis` counts; `upper_limit`: whether some
     of it are sizes of buffers; `buffer_bytes`: arguments, results and temporary buffers;
-    `peak_bytes`: the compiler's peak; `flops`, `bytes`, `optimal_secs`: its cost analysis, None
-    where it has none; `useful_flops`, `executed_over_useful`; `compute_secs`, `hbm_secs`, and
+    `peak_bytes`: the compiler's peak; `flops`, `bytes`, `optimal_secs`: its cost analysis, which
+    takes the body of a loop once, None where it has none; `useful_flops`, `executed_over_useful`; `compute_secs`, `hbm_secs`, and
     `link_secs` by axis: at the chip's peaks, a link's being half of what is published for both
     directions together; `bound` and `bound_secs`: the largest of these, links summed over axes.
   """
@@ -48,6 +48,7 @@ def figures(compiled: Any, mesh, chip: Chip, useful: int) -> dict[str, Any]:
   axes = collective_bytes.by_axis(found)
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   flops, moved = cost.get("flops"), cost.get("bytes accessed")
+  optimal = cost.get("optimal_seconds")  # below 0 where the compiler does not know a part of it
   link_secs = {
     axis: sent["sent_bytes"] / (peak / 2)
     for axis, sent in axes.items()
@@ -70,7 +71,7 @@ def figures(compiled: Any, mesh, chip: Chip, useful: int) -> dict[str, Any]:
     "peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
     "flops": flops,
     "bytes": moved,
-    "optimal_secs": cost.get("optimal_seconds"),
+    "optimal_secs": optimal if optimal and optimal > 0 else None,
     "useful_flops": useful,
     "executed_over_useful": flops and flops / useful,
     "compute_secs": compute,
