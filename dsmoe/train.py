@@ -193,7 +193,11 @@ def train(
       check_owner = stack.enter_context(checkpoint.owned(workdir))
     checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, config.checkpoint))
     signals = stack.enter_context(runtime.noted_interrupts())
-    return _train(config, workdir, mesh, abstract, checkpoints, check_owner, signals, start_from)
+    try:
+      return _train(config, workdir, mesh, abstract, checkpoints, check_owner, signals, start_from)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+      processes.leave_if_alone(error)  # before a save is waited for that the other cannot finish
+      raise
 
 
 class Start(NamedTuple):
@@ -476,9 +480,6 @@ def main(argv: list[str]) -> None:
     exchange_check.WrongExchangeError,
   ) as error:
     output.fail(str(error), 1)
-  except (jax.errors.JaxRuntimeError, ValueError) as error:
-    processes.leave_if_alone(error)
-    raise
   except KeyboardInterrupt:
     output.fail(
       "stopped by Ctrl-C before a step was made, so nothing new is saved; the same command starts "

@@ -56,7 +56,9 @@ def test_two_processes_are_stopped_killed_and_go_on_as_one_would(tmp_path):
   both[1].kill()
   code, out, err = runs.finish(both[0])
   runs.finish(both[1])
-  assert code == 75 and "process 0 of 2 lost another process" in err, out + err
+  # In the midst of a save JAX's service ends the process, when it misses the other's heartbeat.
+  assert code in (75, -signal.SIGABRT), out + err
+  assert "process 0 of 2 lost another process" in err or "another task died" in err, out + err
 
   both = start(workdir, "--config.num_steps=30", "--allow_config_change")
   ended = [runs.finish(process) for process in both]
