@@ -3,6 +3,9 @@
 import contextlib
 import os
 import signal
+import socket
+import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -36,7 +39,8 @@ def start(
 
   Raises:
     ValueError: for one of the three without the others, or an address without a port.
-    RuntimeError: when the others have not joined in time, naming whom this process waited for.
+    TimeoutError: when the first process was not there in time. (The first one says that it waits
+      for the others; if they do not come, JAX aborts it.)
   """
   cpu.keep_memory()
   given = [coordinator, num_processes, process_id]
@@ -54,20 +58,38 @@ def start(
       raise ValueError(
         f"--process_id ({process_id}) must be below --num_processes ({num_processes})"
       )
-  try:
-    jax.distributed.initialize(
-      coordinator,
-      num_processes,
-      process_id,
-      initialization_timeout=_JOIN_SECS,
-      heartbeat_timeout_seconds=_HEARTBEAT_SECS,
-    )
-  except RuntimeError as error:
-    who = f"process {process_id} of {num_processes}" if coordinator else "this process"
-    raise RuntimeError(
-      f"{who} waited {_JOIN_SECS} s for the coordinator at {coordinator or 'the address found'} and "
-      f"the other processes, and could not join: {error}"
-    ) from error
+    who = f"process {process_id} of {num_processes}"
+    if process_id:
+      _wait_for(coordinator, who)
+    else:
+      wait = f"waits at {coordinator} for the others, at most {_JOIN_SECS} s"
+      print(f"{who} {wait}", file=sys.stderr, flush=True)
+  jax.distributed.initialize(
+    coordinator,
+    num_processes,
+    process_id,
+    initialization_timeout=_JOIN_SECS,
+    heartbeat_timeout_seconds=_HEARTBEAT_SECS,
+  )
+
+
+def _wait_for(coordinator: str, who: str) -> None:
+  """Waits until the first process listens, where JAX would abort this one.
+
+  Raises:
+    TimeoutError: naming who waited for whom, and how long.
+  """
+  host, _, port = coordinator.rpartition(":")
+  end = time.monotonic() + _JOIN_SECS
+  while time.monotonic() < end:
+    with contextlib.suppress(OSError):
+      socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+      return
+    time.sleep(0.2)
+  raise TimeoutError(
+    f"{who} waited {_JOIN_SECS} s for process 0 at {coordinator}, which must be started within that "
+    "time and be reachable"
+  )
 
 
 @contextlib.contextmanager

@@ -46,8 +46,8 @@ _WORKDIR = flags.DEFINE_string(
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
   None,
-  "Address and port of process 0, of a run of several processes that no Cloud TPU, SLURM, Kubernetes "
-  "or Open MPI has started.",
+  "Address and port of process 0, of a run of several processes that no Cloud TPU, SLURM or Open "
+  "MPI has started.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes", None, "How many processes the run has; goes with --coordinator.", lower_bound=1
@@ -482,8 +482,7 @@ def main(argv: list[str]) -> None:
     output.fail(str(error), 1)
   except KeyboardInterrupt:
     output.fail(
-      "stopped by Ctrl-C before a step was made, so nothing new is saved; the same command starts "
-      "again, from the newest checkpoint if there is one",
+      "stopped by Ctrl-C; the same command starts again, from the newest checkpoint if there is one",
       130,
     )
 

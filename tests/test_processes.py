@@ -97,3 +97,13 @@ def test_bad_ways_to_join_are_refused(monkeypatch, arguments, message):
   monkeypatch.setattr(runtime.cpu, "keep_memory", lambda: None)
   with pytest.raises(ValueError, match=message):
     runtime.start(*arguments)
+
+
+def test_a_process_says_whom_it_waited_for(monkeypatch):
+  monkeypatch.setattr(runtime.cpu, "keep_memory", lambda: None)
+  monkeypatch.setattr(runtime, "_JOIN_SECS", 0.3)
+  with socket.socket() as silent:  # it does not listen
+    silent.bind(("localhost", 0))
+    coordinator = f"localhost:{silent.getsockname()[1]}"
+    with pytest.raises(TimeoutError, match=rf"process 1 of 2 waited 0.3 s for .* at {coordinator}"):
+      runtime.start(coordinator, 2, 1)

@@ -117,7 +117,7 @@ def test_ctrl_c_before_the_first_step_says_so(tmp_path):
   process.send_signal(signal.SIGINT)
   code, out, err = runs.finish(process)
   assert code == 130 and "Traceback" not in err, out + err
-  assert err.splitlines()[-1].startswith("error: stopped by Ctrl-C before a step was made")
+  assert err.splitlines()[-1].startswith("error: stopped by Ctrl-C; the same command starts again")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
