@@ -2,40 +2,47 @@
 
   python -m dsmoe.train --config=experiments/tiny.py --workdir=runs/tiny --config.num_steps=100
 
---config.FIELD=VALUE sets any field of the config; experiments/base.py explains them.
+--config.FIELD=VALUE sets any field of the config; experiments/base.py explains them. In a program
+`train` trains to the end, and `points` yields the validation curve meanwhile.
 """
 
 import contextlib
-import functools
-import importlib.metadata
-import json
-import math
+import itertools
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Generator
+from concurrent import futures
 
 import jax
-import numpy as np
 import rich
 from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from dsmoe import checkpoint, platforms, runtime
+from dsmoe import checkpoint, platforms, runtime, start
 from dsmoe import config as config_lib
 from dsmoe.config import Config
-from dsmoe.data import batches as data
-from dsmoe.data import records, sources
-from dsmoe.evaluation import held_out, perplexity
-from dsmoe.inference import batcher as batcher_lib
-from dsmoe.inference.sampling import Sampling
-from dsmoe.model import parameters
+from dsmoe.data import records
+from dsmoe.data.reader import Reader
+from dsmoe.evaluation import held_out
+from dsmoe.evaluation import validation as validation_lib
+from dsmoe.inference import generate
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.parallel import processes
-from dsmoe.planning import accounting
-from dsmoe.platforms import cpu
-from dsmoe.reporting import metrics, output, plots, progress, routing_trace
-from dsmoe.training import exchange_check, kernel_check, train_step
+from dsmoe.profiling import capture
+from dsmoe.reporting import code_version, final, output, progress, watchdog
+from dsmoe.reporting import goodput as goodput_lib
+from dsmoe.reporting import result as result_lib
+from dsmoe.reporting.result import Point, Result
+from dsmoe.run import BadStepError, Dispatched, Run
+from dsmoe.run import NonFiniteError as NonFiniteError
+from dsmoe.training import (
+  bad_steps,
+  exchange_check,
+  hyperparameters,
+  kernel_check,
+  train_step,
+)
+from dsmoe.training.programs import Programs
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "An experiment, experiments/<name>.py; needed."
@@ -68,87 +75,66 @@ _ALLOW_OTHER_TOKENIZER = flags.DEFINE_bool(
   False,
   "With --init_from: use data.tokenizer, or train one, whatever the weights were trained with.",
 )
+_ELASTIC = flags.DEFINE_bool(
+  "elastic",
+  False,
+  "Where the config's mesh does not fit the devices there are, go on with one that does, and with "
+  "the same global batches.",
+)
 _RESUME_FROM = flags.DEFINE_integer(
   "resume_from", None, "Resume from the checkpoint of this step; later ones are set aside."
 )
 
 
-class NonFiniteError(RuntimeError):
-  """A loss or gradient was not finite; the last good state has been saved."""
+def fetch(step_metrics: dict) -> tuple[dict, float]:
+  """Waits for a step's metrics; returns them as NumPy arrays, and when they were there."""
+  return jax.device_get(step_metrics), time.perf_counter()
 
 
-def step_line(host_metrics: dict, router_bias, tokens: int) -> dict:
-  """Turns a step's fetched metrics, after `tokens` of training, into a line of metrics.jsonl."""
-  losses = host_metrics["losses"]
-  line = {
-    "loss": losses.total,
-    "cross_entropy": losses.cross_entropy,
-    "z_loss": losses.z_loss,
-    "mtp_loss": losses.mtp_loss,
-    "balance_loss": losses.balance_loss,
-    "learning_rate": host_metrics["learning_rate"],
-    "grad_norm": host_metrics["grad_norm"],
-    "tokens": tokens,
-  }
-  for name, norm in host_metrics["grad_norms"].items():
-    line[f"grad_norm/{name}"] = norm
-  load = host_metrics["load"]
-  if load is not None:
-    line |= metrics.load_statistics(load.counts_LE)
-    line["groups_per_token"] = load.groups_per_token_L
-    line["expert_counts"] = load.counts_LE
-    line |= exchange_counts(load)
-  bias = [np.asarray(leaf) for _, leaf in parameters.by_stack(router_bias)]
-  if bias:
-    line["router_bias"] = np.concatenate(bias)
-    line["bias_range"] = metrics.bias_range(line["router_bias"])
-  return line
+def train(*args, **options) -> Result:
+  """Trains to the end; takes the arguments of `points`, and raises what it raises."""
+  run = points(*args, **options)
+  while True:
+    try:
+      next(run)
+    except StopIteration as end:
+      return end.value
 
 
-def exchange_counts(load: train_step.LoadStats | None) -> dict[str, int]:
-  """Returns what a step's exchanges could not do at once, over all layers and microbatches.
+def stop(run: Generator[Point, str | None, Result], reason: str) -> Result:
+  """Ends a run at the point that it has yielded last, with the state saved, and returns its result.
 
-  Returns:
-    `dropped_rows`: rows of all devices that found no room. `fallbacks`: how often
-    `dropless_fallback` computed a layer of a microbatch by an exact path instead. {} without experts.
+  Args:
+    run: what `points` returned.
+    reason: a word or a sentence, which becomes the result's `why`; a run whose last point this is
+      has finished all the same.
   """
-  if load is None:
-    return {}
-  dropped_L, fallbacks_L = load.dispatch.dropped_rows, load.dispatch.fallbacks
-  # NumPy's int64: the counts of one layer are int32, their sum may be more.
-  dropped, fallbacks = (int(np.sum(a, dtype=np.int64)) for a in (dropped_L, fallbacks_L))
-  return {"dropped_rows": dropped, "fallbacks": fallbacks}
+  try:
+    run.send(reason)
+  except StopIteration as end:
+    return end.value
+  raise AssertionError("a run that is sent a reason to stop must end")
 
 
-def throughput(tokens: int, flops: float, step_secs: float) -> dict:
-  """Returns the speed of a step of `tokens` and `flops` as a line of metrics.jsonl has it."""
-  peak = accounting.peak_flops(jax.devices()[0])
-  return {
-    "step_secs": step_secs,
-    "tokens_per_sec": tokens / step_secs,
-    "gflops_per_sec": flops / step_secs / 1e9,
-    "mfu": peak and flops / step_secs / (peak * jax.device_count()),
-  }
-
-
-def validation_line(nats: float, tokens: float, num_bytes: int | None) -> dict:
-  """Turns the loss on `num_bytes` of text, None if unknown, into a line of metrics.jsonl.
-
-  The number of tokens tells the subset: points of another number are none of the same curve.
-  """
-  bits = {"validation_bits_per_byte": nats / math.log(2) / num_bytes} if num_bytes else {}
-  return {"validation_loss": nats / tokens, **bits, "validation_tokens": int(tokens)}
-
-
-def train(
+def points(
   config: Config,
   workdir: epath.PathLike,
   allow_config_change: bool = False,
   init_from: epath.PathLike | None = None,
   resume_from: int | None = None,
   allow_other_tokenizer: bool = False,
-) -> int:
-  """Trains to `config.num_steps`, resuming from the newest checkpoint in `workdir`.
+  is_elastic: bool = False,
+  began: float | None = None,
+  programs: Programs | None = None,
+) -> Generator[Point, str | None, Result]:
+  """Trains to `config.num_steps`, and yields every point of the validation curve when it is written.
+
+  A run resumes from the newest checkpoint in `workdir`; the points before it come first. After the
+  return to an earlier checkpoint that `config.recovery` may ask for, the steps of points begin anew.
+  `stop` ends the run at a point; all processes of a run end when one of them does this. Until its
+  end, `close` or the generator's deletion the run holds the workdir's lock, and SIGTERM and Ctrl-C
+  end it after its next step: use `contextlib.closing` where the caller may fail. The main thread
+  trains; one run after the other may do so in a process.
 
   Args:
     config: the run's.
@@ -160,326 +146,245 @@ def train(
     resume_from: step of the checkpoint to resume from instead of the newest. Later checkpoints, and
       metrics.jsonl as it was, are moved to the folder checkpoints_after_step_<step>.
     allow_other_tokenizer: whether the tokenizer may be another than that of `init_from`.
+    is_elastic: take another mesh if the config's does not fit the devices, see `elastic`. The config
+      is recorded as it is.
+    began: when the process was started, in seconds since 1970, for the goodput log; None: now.
+    programs: compiled ones of earlier runs in this process, which this run shares where it can, and
+      adds to; None: it compiles its own.
 
   Returns:
-    The step reached; less than num_steps after SIGTERM or Ctrl-C, with the state saved.
+    What the run came to; its step is less than num_steps after SIGTERM, Ctrl-C or `stop`, with the
+    state saved.
 
   Raises:
     ValueError: for a config that breaks a rule, differs from the saved one, or needs other arrays
       than the checkpoint has; for a damaged checkpoint; when another process trains in `workdir`.
-    NonFiniteError: when a loss or gradient is not finite.
+    BadStepError: when a loss or gradient is a spike, NonFiniteError when it is not finite, and the
+      config says that the run stops then.
+    DamagedSaveError: when a checkpoint was not written as it must be; it is left out.
     WrongKernelError: when a compiled kernel's results differ from its reference's on this device.
     WrongExchangeError: when an exchange's results differ from the dense oracle's on this mesh.
   """
   # --- mesh, and what is refused before anything is written
   checkpoint.check_path(workdir)
-  workdir = epath.Path(workdir)
+  workdir, programs = epath.Path(workdir), programs or Programs()
+  goodput = goodput_lib.Goodput(goodput_lib.file_of(workdir, jax.process_index()), began)
   with processes.failing_together():
     if init_from:
       config = checkpoint.with_tokenizer_of(config, init_from, allow_other_tokenizer)
+    asked_for, config = config, start.on_these_devices(config) if is_elastic else config
     mesh = train_step.make_mesh(config)
     platforms.check_kernels(config.model.kernels)
     records.find_sources(config.data)  # raises when a glob matches nothing
-    abstract = train_step.abstract_state(config, mesh)
+    abstract = programs.abstract_state(config, mesh)
     train_step.check_memory(abstract, mesh)
-  check_processes(config)
-  if checked := kernel_check.check(config):
+  versions = code_version.check_processes(config)
+  if config != asked_for:
+    changes = config_lib.differences(config_lib.to_dict(asked_for), config_lib.to_dict(config))
+    processes.say(f"for {mesh.size} devices: {'; '.join(changes)}")
+  elif is_elastic:
+    processes.say(f"the config's mesh fits the {mesh.size} devices there are")
+  for checked in programs.check(config, mesh):
     processes.say(checked)
-  if checked := exchange_check.check(config, mesh):
-    processes.say(checked)
-  start_from = Start(allow_config_change, init_from, resume_from)
   with contextlib.ExitStack() as stack:
+    signals = stack.enter_context(runtime.noted_interrupts())
     with processes.failing_together():
       check_owner = stack.enter_context(checkpoint.owned(workdir))
-    checkpoints = stack.enter_context(checkpoint.Checkpointer(workdir, config.checkpoint))
-    signals = stack.enter_context(runtime.noted_interrupts())
-    try:
-      return _train(config, workdir, mesh, abstract, checkpoints, check_owner, signals, start_from)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-      processes.leave_if_alone(error)  # before a save is waited for that the other cannot finish
-      raise
-
-
-class Start(NamedTuple):
-  """Where a run starts: arguments of `train`."""
-
-  allow_config_change: bool
-  init_from: epath.PathLike | None
-  resume_from: int | None
-
-
-def _train(
-  config: Config,
-  workdir: epath.Path,
-  mesh: jax.sharding.Mesh,
-  abstract: train_step.TrainState,
-  checkpoints: checkpoint.Checkpointer,
-  check_owner: Callable[[], None],
-  signals: list[str],
-  start_from: Start,
-) -> int:
-  """The rest of `train`, by the one process that may write to the workdir."""
-  # --- where the run starts
-  allow_config_change, init_from, resume_from = start_from
-  with processes.failing_together():
-    first = checkpoints.find_step(resume_from)
-    if first is not None:
-      checkpoint.check_config(workdir, config, first, abstract, allow_config_change)
-    if (first or 0) > config.num_steps:
-      raise ValueError(
-        f"num_steps ({config.num_steps}) must be at least the step that the run in {workdir} has "
-        f"reached ({first})"
+    record = stack.enter_context(result_lib.Record(workdir, goodput, check_owner))
+    stack.enter_context(goodput)
+    stack.enter_context(watchdog.watching(goodput, workdir, config.recovery.watchdog_secs))
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpointer(
+        workdir, config.checkpoint, resume_from, lambda: goodput.beat(goodput.step)
       )
-  weights = None
-  if init_from and not first:
-    weights = checkpoint.restore_weights(init_from, abstract.params, abstract.router_bias)
-  # A checkpoint of step 0 has the weights that an earlier start took from another run.
-  resumes, first = first is not None and weights is None, first or 0
+    )
+    # A process that lost another leaves before a save is waited for that the other cannot finish.
+    stack.enter_context(processes.leaving_if_alone())
 
-  # --- data on disk
-  folder = config.data.cache_dir or workdir / "data"
-  prepared = processes.first_then_others(
-    f"to prepare the data in {folder}",
-    lambda: records.prepare(config.data, config.model.vocab_size, folder),
-  )
-  processes.check_same("tokenised data", records.digest(prepared), "{} and {}".format)
-  held_out.warn_of_overlap(prepared.manifest, prepared.manifest)
-  limits = (config.log.eval_batches, -1)
-  num_bytes = perplexity.count_bytes(prepared, config.data, config.batch_size, limits)
+    # --- where the run starts, and its data on disk
+    origin = start.find(
+      checkpoints, workdir, asked_for, abstract, allow_config_change, init_from, resume_from
+    )
+    goodput.enter("data")
+    folder = config.data.cache_dir or workdir / "data"
+    prepared = processes.first_then_others(
+      f"to prepare the data in {folder}",
+      lambda: records.prepare(config.data, config.model.vocab_size, folder),
+    )
+    data_digest = records.digest(prepared)
+    processes.check_same("tokenised data", data_digest, "{} and {}".format)
+    record.about = {
+      "config": config_lib.to_dict(asked_for),
+      "versions": versions,
+      "git": code_version.git() if processes.is_first() else None,
+      "dataset_sha256": data_digest,
+    }
+    held_out.warn_of_overlap(prepared.manifest, prepared.manifest)
+    part = mesh_lib.part_of_rows(mesh, jax.process_index())
+    eval_step = programs.eval_step(config, mesh)
+    validation = validation_lib.Validation(config, prepared, mesh, part, eval_step)
 
-  # --- state: restored, or new
-  if resumes:
-    state, saved = checkpoints.restore(abstract, first)
-    config_then = functools.partial(checkpoint.config_of_step, workdir, first)
-    position = data.position_from_dict(saved, config_then)
-    processes.say(f"resumed from step {first}")
-    if (aside := checkpoints.set_later_aside(first)) is not None:
-      if processes.is_first() and (workdir / metrics.METRICS_FILE).exists():
-        (workdir / metrics.METRICS_FILE).copy(aside / metrics.METRICS_FILE)
-      processes.say(f"later checkpoints and metrics are kept in {aside}")
-  else:
-    state, position = train_step.init_state(config, mesh), data.first_position(config.data)
-    if weights is not None:
-      state = state._replace(params=weights[0], router_bias=weights[1])
-      processes.say(f"weights of step {weights[2]} of {init_from}")
+    # --- state: restored, or new
+    goodput.enter("start_up")
+    state, position, saved = start.state(
+      origin, checkpoints, workdir, config, mesh, abstract, programs
+    )
+    if origin.weights is not None:
+      processes.say(f"weights of step {origin.weights[2]} of {init_from}")
+    reader = Reader(prepared, config, mesh, part, origin.step, position)
+    stack.callback(reader.close)
+    judge = bad_steps.BadSteps(config.recovery, saved)
+    run = Run(
+      config,
+      asked_for,
+      workdir,
+      mesh,
+      abstract,
+      programs,
+      state,
+      reader,
+      judge,
+      validation,
+      checkpoints,
+      check_owner,
+      goodput,
+      record,
+    )
+    # Of weights that come from another run there is a checkpoint before the first step.
+    record.signals = signals
+    yield from _trained(run, signals, saves_first=origin.weights is not None)
+  assert record.result is not None
+  return record.result
 
-  # --- batches
-  part = mesh_lib.part_of_rows(mesh, jax.process_index())
-  batches = data.train_iterator(prepared, config.data, config.batch_size, *part, position)
 
-  def next_batch() -> dict[str, jax.Array]:
-    rows = next(batches)
-    train_step.check_no_padding(rows)
-    return mesh_lib.to_global(rows, mesh)
+def _trained(run: Run, signals: list[str], saves_first: bool) -> Generator[Point, str | None, None]:
+  """Compiles the step and makes the steps; notes why they end.
 
-  def position_after(step: int) -> data.Position:
-    return position.advance(config.data, (step - first) * config.batch_size)
-
-  # --- metrics and progress
-  S = config.data.sequence_length
-  tokens_per_step = config.batch_size * S
-  flops_per_step = accounting.flops_per_token(config.model, S)["causal_mtp"] * tokens_per_step
-  with processes.failing_together():
-    writer: metrics.MetricsWriter = metrics.NoMetrics()
-    rows: list[dict] = []
-    if processes.is_first():
-      writer = metrics.MetricsWriter(workdir, config.log.tensorboard, first)
-      rows = metrics.read_metrics(workdir)
-    running = metrics.RunningLoad.from_rows(rows)
-  points = [row for row in rows if "validation_loss" in row]
-  curves = {row["validation_tokens"] for row in points[-1:] if "validation_tokens" in row}
-  validated = processes.exchange(str(first in {row["step"] for row in points}))[0] == str(True)
-  bar = progress.Progress(config.num_steps, first, is_quiet=not processes.is_first())
-
-  # --- the compiled step
-  eval_step = train_step.make_eval_step(config, mesh)
-  step_fn = train_step.make_train_step(config, mesh)
-
-  def evaluate(state, step: int) -> float:
-    """Writes a point of the validation curve, and the whole set's at the end; returns seconds."""
-    start, is_last, lines = time.perf_counter(), step == config.num_steps, {}
-    for limit in limits if is_last else limits[:1]:
-      if limit not in lines:
-        unseen = data.validation_batches(prepared, config.data, config.batch_size, *part)
-        nats, tokens = perplexity.validation_nats(eval_step, state, unseen, mesh, limit)
-        lines[limit] = validation_line(nats, tokens, num_bytes.get(limit))
-    line = lines[config.log.eval_batches]
-    if is_last:
-      line = line | {f"whole_{name}": value for name, value in lines[-1].items()}
-    tokens = line["validation_tokens"]
-    if curves and tokens not in curves:
-      bar.print(f"a new validation curve: of {tokens:,} tokens, before of {max(curves):,}")
-    curves.add(tokens)
-    writer.write(step, line)
-    bar.update(step, line)
-    return time.perf_counter() - start
-
-  def evaluates(step: int) -> bool:
-    due = step % config.log.eval_every_steps == 0 or step == config.num_steps
-    return bool(step and due and prepared.validation_tokens)
-
-  with writer, bar, contextlib.ExitStack() as stack:
-    bar.print(f"compiling for {mesh.size} x {jax.devices()[0].device_kind}")
-    start = time.perf_counter()
-    batch = next_batch()
-    step_fn = step_fn.lower(state, batch).compile()
+  Args:
+    run: as it starts.
+    signals: names of those that came; more are added.
+    saves_first: whether to save the state of step 0.
+  """
+  config, goodput, log, first = run.config, run.goodput, run.log, run.step
+  with run.writer, run.bar, contextlib.ExitStack() as stack:
+    hyper = hyperparameters.of(config)
     recorded = [step for step in config.log.routing_trace_steps if step > first]
-    recording_step_fn = step_fn
-    if recorded:
-      recording = train_step.make_train_step(config, mesh, record_routing=True)
-      recording_step_fn = recording.lower(state, batch).compile()
-    cpu.release_memory()
-    bar.print(f"compiled in {time.perf_counter() - start:.1f} s")
+    step_fn, recording_step_fn = run.compiled(hyper, is_recording=bool(recorded))
 
     # --- what an earlier start was stopped before
-    if weights is not None:
-      if checkpoints.find_step() == 0:
-        checkpoints.delete(0)
-      checkpoints.save(state, position.to_dict())
-    if evaluates(first) and not validated:
-      evaluate(state, first)
+    if saves_first:
+      if run.checkpoints.find_step() == 0:
+        run.checkpoints.delete(0)
+      run.save(0)
+    reason = yield from run.shown(run.earlier_points)
+    if not reason and run.validation.is_due(first) and not run.is_validated:
+      reason = yield from run.shown([run.evaluate()])
 
     # --- loop
     stack.enter_context(runtime.stop_signals(signals))
-    logged_step, logged_time = first, time.perf_counter()
-    saved = first
-    for step in range(first + 1, config.num_steps + 1):
-      is_last = step == config.num_steps
-
-      # --- step; the next batch is read while the device computes
-      fn = recording_step_fn if step in recorded else step_fn
-      state, step_metrics = fn(state, batch)
+    profiler = stack.enter_context(
+      capture.Capture(config, run.workdir, run.mesh, first, step_fn, run.step_flops, run.bar.print)
+    )
+    fetcher = stack.enter_context(futures.ThreadPoolExecutor(1, "fetch_metrics"))
+    goodput.enter("step")
+    goodput.start(first, jax.process_count(), step_flops=run.step_flops)
+    run.record.has_begun = True
+    log.start(first, time.perf_counter())
+    stops, turns = False, itertools.count(first + 1)
+    while run.step < config.num_steps and not reason:
+      # --- step: dispatched before the metrics of the one before it are there, which are taken next
+      run.step = step = run.step + 1
+      log.leave_out(profiler.before(step, run.state))
+      gate = run.judge.gate(step)
+      make = recording_step_fn if step in recorded else step_fn
+      run.state, step_metrics = make(run.state, run.reader.batch, hyper, gate)
       experts = step_metrics.pop("expert_LBSK", None)
-      batch = next_batch()
-      step_metrics = jax.device_get(step_metrics)
-      if step == first + 1 and (first == 0 or step_metrics["finite"]):
-        checkpoint.record_config(workdir, config, first)  # it is known to work
-      if not step_metrics["finite"]:
-        # The state returned is the one before this step.
-        last_good = f"the state after step {step - 1} is saved in {workdir}"
-        try:
-          checkpoints.save(state, position_after(step - 1).to_dict())
-        except checkpoint.NotFiniteError as error:
-          last_good = str(error)
-        raise NonFiniteError(
-          f"loss ({step_metrics['losses'].total}) and gradient norm ({step_metrics['grad_norm']}) "
-          f"must be finite, at step {step}; {last_good}"
-        )
+      run.outstanding.append(Dispatched(step, gate, fetcher.submit(fetch, step_metrics), experts))
+      asked = time.perf_counter()
+      run.reader.read()
+      if run.outstanding[-1].metrics.done():
+        _, idle_since = run.outstanding[-1].metrics.result()
+        goodput.stalled(asked, time.perf_counter(), idle_since)
 
-      if experts is not None:
-        counts_LE = step_metrics["load"].counts_LE
-        routing_trace.write(workdir, step, experts, counts_LE, config.num_microbatches)
+      # --- the metrics; what needs the state waits for those of this step too
+      stops = stops or processes.agreed_to_stop(next(turns), signals)
+      saves = step % config.checkpoint.save_every_steps == 0 or step == config.num_steps or stops
+      waits = saves or run.validation.is_due(step) or profiler.is_edge(step)
+      bad = None
+      while bad is None and len(run.outstanding) > (0 if waits else 1):
+        earliest = run.outstanding.pop(0)
+        bad = None if run.finish(earliest) else earliest
+      if bad is not None:
+        run.go_back(bad, profiler)
+        continue
 
-      # --- log
-      if step % config.log.log_every_steps == 0 or is_last:
-        line = step_line(step_metrics, state.router_bias, position_after(step).tokens)
-        if "expert_counts" in line:
-          running.add(line["expert_counts"])
-          line |= running.statistics()
-        now = time.perf_counter()
-        line |= throughput(
-          tokens_per_step, flops_per_step, (now - logged_time) / (step - logged_step)
-        )
-        logged_step, logged_time = step, now
-        writer.write(step, line)
-        bar.update(step, line)
-      elif any((counts := exchange_counts(step_metrics["load"])).values()):
-        writer.write(step, counts)
-        bar.update(step, counts)
-      else:
-        bar.update(step, {})
+      log.leave_out(profiler.after(step, run.state))
 
       # --- save; the time of saving and evaluating does not count as that of steps
-      stops = processes.agreed_to_stop(step, signals)
-      if step % config.checkpoint.save_every_steps == 0 or is_last or stops:
-        start = time.perf_counter()
-        check_owner()
-        writer.flush()
-        checkpoints.save(state, position_after(step).to_dict())
-        saved = step
-        logged_time += time.perf_counter() - start
+      began = time.perf_counter()
+      if saves:
+        run.save_all()
       if stops:
-        bar.print(f"stopped by {signals[0]}; saved at step {saved}")
+        run.record.why = f"stopped by {signals[0]}"
+        run.bar.print(f"{run.record.why}; saved at step {step}")
         break
 
       # --- evaluate, after the save: a run that ends here evaluates when it is resumed
-      if evaluates(step):
-        logged_time += evaluate(state, step)
-  return int(state.step)
+      if run.validation.is_due(step):
+        point = run.evaluate()
+        goodput.write(step)
+        reason = yield from run.shown([point])
+        if reason and not saves:
+          run.save_all()
+      log.leave_out(time.perf_counter() - began)
 
-
-def check_processes(config: Config) -> None:
-  """Checks that all processes of a run have the same config and the same libraries.
-
-  Raises:
-    ValueError: naming a process that differs, and the difference.
-  """
-  versions = {name: importlib.metadata.version(name) for name in ("dsmoe", "jax", "jaxlib")}
-
-  def differences(one: str, other: str) -> str:
-    return "; ".join(config_lib.differences(json.loads(one), json.loads(other)))
-
-  for what, value in (("config", config_lib.to_dict(config)), ("versions", versions)):
-    processes.check_same(what, json.dumps(value), differences)
-
-
-def write_sample(config: Config, workdir: epath.PathLike, prompt: str = "def ") -> str:
-  """Returns `prompt` and the newest checkpoint's continuation of it, "" without a tokenizer."""
-  run = checkpoint.load_run(workdir)
-  if not run.tokenizer_path.exists():
-    return ""
-  encoder = run.tokenizer()
-  tokens = encoder.encode(prompt, add_special_tokens=False).ids
-  batcher = batcher_lib.make(run, batcher_lib.BatcherOptions(max_rows=1))
-  tokens = tokens[: batcher.max_tokens_per_row - 1]
-  room = batcher.max_tokens_per_row - len(tokens)
-  settings = Sampling(min(config.log.sample_tokens, room), temperature=0.7)
-  return prompt + encoder.decode(batcher_lib.generate(batcher, [tokens], settings)[0])
+    if reason and run.step < config.num_steps:
+      run.record.why = reason
+      run.bar.print(f"stopped: {reason}; saved at step {run.step}")
+  goodput.enter("save")  # which goes on in the background, until the run ends
 
 
 def report(config: Config, workdir: epath.Path) -> None:
-  """Prints a run's final figures, those of compressors on the same text, and where its files are."""
-  rows = progress.summary(metrics.iter_metrics(workdir))
-  if "synthetic" not in config.data.validation_globs and config.data.validation_globs:
-    for name, bits in sources.compressed_bits_per_byte(
-      sources.validation_documents(config.data)
-    ).items():
-      rows.append((f"{name}, bits per byte", f"{bits:.3f}"))
-  if config.log.plots:
-    for path in plots.draw(workdir):
-      rows.append(("plot", str(path)))
-  rows.append(("checkpoints", str(workdir / "checkpoints")))
-  rows.append(("metrics", str(workdir / metrics.METRICS_FILE)))
-  rich.print(progress.final_table(rows, title=str(workdir)))
+  """Prints a run's final figures, where its files are, and what the model writes."""
+  rich.print(progress.final_table(final.rows(config, workdir), title=str(workdir)))
   # Reading the checkpoint for a sample would need all processes.
   if config.log.sample_tokens and jax.process_count() == 1:
     print("\nWhat the model writes:\n")
-    print(write_sample(config, workdir))
+    text = generate.sample(workdir, config.log.sample_tokens)
+    print(text)
+    (workdir / final.SAMPLE_FILE).write_text(text)
 
 
 def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
   logging.set_verbosity(logging.WARNING)
-  runtime.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  try:
+    runtime.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  except TimeoutError as error:
+    output.fail(str(error), processes.RESTART_CODE)
   config = config_lib.from_config_dict(_CONFIG.value)
   workdir = _WORKDIR.value
   try:
-    step = train(
+    result = train(
       config,
       workdir,
       _ALLOW_CONFIG_CHANGE.value,
       _INIT_FROM.value or None,
       _RESUME_FROM.value,
       _ALLOW_OTHER_TOKENIZER.value,
+      _ELASTIC.value,
+      runtime.process_began(),
     )
-    if step == config.num_steps and jax.process_index() == 0:
+    if result.step == config.num_steps and jax.process_index() == 0:
       report(config, epath.Path(workdir))
   except (
-    NonFiniteError,
+    BadStepError,
     kernel_check.WrongKernelError,
     exchange_check.WrongExchangeError,
   ) as error:
     output.fail(str(error), 1)
+  except checkpoint.DamagedSaveError as error:
+    output.fail(str(error), processes.RESTART_CODE)
   except KeyboardInterrupt:
     output.fail(
       "stopped by Ctrl-C; the same command starts again, from the newest checkpoint if there is one",

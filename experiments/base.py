@@ -170,6 +170,31 @@ def get_config() -> config_dict.ConfigDict:
   k.save_every_steps = 200
   k.keep_last = 2  # the newest checkpoints, kept
   k.keep_every_steps = 0  # checkpoints at multiples of this are kept for ever too; 0: none are
+  # A folder, such as one on gs://, for copies of checkpoints on a disk that may be lost; "": none. It
+  # becomes a workdir too. A workdir without checkpoints goes on from the newest copy.
+  k.copy_to = ""
+  # Checkpoints at multiples of this are copied, and the last one of a run that ends or is stopped. A
+  # multiple of save_every_steps; 0 without copy_to.
+  k.copy_every_steps = 0
+  k.copy_keep = 0  # the newest copies, kept; 0: all are
+
+  r = c.recovery = config_dict.ConfigDict()
+  # What follows a step whose loss or gradient is not finite, or a spike. stop: the run ends after
+  # the state before the step was saved | skip: neither weights nor optimizer nor router bias move,
+  # the batch is passed over | rewind: back to the newest checkpoint, and on after the bad batch.
+  r.bad_step = "stop"
+  # A loss or gradient norm so many standard deviations above its mean over the latest steps is a
+  # spike; 0: there are none. With fewer than half a window of steps nothing is one.
+  r.spike_deviations = 0.0
+  r.spike_window_steps = 128
+  # How many steps are skipped, or how often the run goes back to the same checkpoint, in a row, over
+  # all its starts; after that it stops.
+  r.max_in_a_row = 10
+  r.rewind_more_batches = 0  # that rewind passes over too, after the bad one
+  # A process that completes no step, batch of an evaluation, or save within this time writes the
+  # stacks of its threads to hang.<process>.txt and ends with 75, upon which a launcher starts it
+  # again. Compiling and the preparation of data are not watched. 0: nothing is.
+  r.watchdog_secs = 1800.0
 
   g = c.log = config_dict.ConfigDict()
   g.log_every_steps = 10
@@ -181,4 +206,9 @@ def get_config() -> config_dict.ConfigDict:
   # Steps whose routing is recorded: the experts that each token chose, in all MoE layers, as files
   # in <workdir>/routing_traces; the format is in dsmoe/reporting/routing_trace.py.
   g.routing_trace_steps = ()
+
+  p = c.profile = config_dict.ConfigDict()
+  # Steps that the profiler traces into <workdir>/profiles, "100:103" for the steps 100, 101 and 102;
+  # "": none. scripts/read_profile.py shows where their time went.
+  p.steps = ""
   return c

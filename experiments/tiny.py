@@ -37,3 +37,27 @@ def get_config():
   c.log.eval_every_steps = 100
   c.log.eval_batches = 16
   return c
+
+
+def sweep(add):
+  """The grid of `python scripts/sweep.py --config=experiments/tiny.py --workdir=runs/sweep`."""
+  for learning_rate in (2e-3, 4e-3, 8e-3):
+    for bias_update_speed in (0.001, 0.01):
+      add(
+        **{
+          "optim.learning_rate": learning_rate,
+          "optim.final_learning_rate": learning_rate / 20,
+          "balance.bias_update_speed": bias_update_speed,
+        }
+      )
+
+
+def search(trial):
+  """The space of the same command with --trials=N."""
+  learning_rate = trial.suggest_float("learning_rate", 5e-4, 2e-2, log=True)
+  return {
+    "optim.learning_rate": learning_rate,
+    "optim.final_learning_rate": learning_rate / 20,
+    "balance.bias_update_speed": trial.suggest_float("bias_update_speed", 1e-4, 1e-1, log=True),
+    "model.initializer_range": trial.suggest_float("initializer_range", 0.01, 0.1, log=True),
+  }

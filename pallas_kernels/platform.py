@@ -5,7 +5,9 @@ the default, unless a kernel refuses the sizes or dtype at hand. On every other 
 XLA's own forms are.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 
@@ -17,13 +19,36 @@ GPU_CAPABILITIES = ("9.0",)  # Hopper: H100, H200
 # the operands, or None where it does.
 Refusals = Mapping[str, Callable[[], str | None]]
 
+_DEVICE: contextvars.ContextVar[jax.Device | None] = contextvars.ContextVar("device", default=None)
+
+
+@contextlib.contextmanager
+def tracing_for(device: jax.Device) -> Iterator[None]:
+  """Makes a device, which need not be attached, the one that programs are traced for."""
+  token = _DEVICE.set(device)
+  try:
+    yield
+  finally:
+    _DEVICE.reset(token)
+
+
+def backend() -> str:
+  """Returns "cpu", "gpu" or "tpu": what programs are traced for."""
+  device = _DEVICE.get()
+  return device.platform if device else jax.default_backend()
+
+
+def device_kind() -> str:
+  """Returns the name that jax gives to the kind of chip that programs are traced for."""
+  return (_DEVICE.get() or jax.devices()[0]).device_kind
+
 
 def compiled_kernels() -> str | None:
-  """Returns the name of the implementation compiled for the attached chip, or None."""
-  backend = jax.default_backend()
-  if backend == "tpu" and jax.devices()[0].device_kind in TPU_KINDS:
+  """Returns the name of the implementation compiled for the chip traced for, or None."""
+  if backend() == "tpu" and device_kind() in TPU_KINDS:
     return "mosaic_tpu"
-  if backend == "gpu" and jax.devices()[0].compute_capability in GPU_CAPABILITIES:
+  device = _DEVICE.get() or jax.devices()[0]
+  if backend() == "gpu" and device.compute_capability in GPU_CAPABILITIES:
     return "mosaic_gpu"
   return None
 
@@ -34,7 +59,7 @@ def choose(
   otherwise: str,
   refusals: Refusals | None = None,
 ) -> str:
-  """Returns the implementation named, or what None stands for on the attached chip.
+  """Returns the implementation named, or what None stands for on the chip traced for.
 
   Args:
     implementation: the caller's choice; a named one is not checked against the refusals.

@@ -14,6 +14,13 @@ program. The third runs and compiles nothing: from a trace that training recorde
 --config.log.routing_trace_steps it computes what every back end, expert degree and number of copied
 experts would send, drop and need.
 
+What an exchange costs is seen beside the same layer without one: with --single_device, which needs
+--fake_devices and as many cores, a process pinned to a core of its own runs the whole layer on the
+tokens of one device. `of one device` is the share of its rate that each device of the mesh keeps,
+`of devices at once` the same beside a process on each core at the same time. For two devices:
+
+  python scripts/bench_expert_parallel.py --config=experiments/bench_small.py --mesh=expert:2 --fake_devices=2 --back_ends=all_to_all --single_device --rounds=30
+
 Options of an exchange are set with its dispatch, as --config.model.dispatch=all_to_all
 --config.model.exchange.receive_capacity=1.5; every back end takes those that it reads.
 
@@ -22,6 +29,7 @@ that owns one of the token's experts, `logical` counts the device itself too, wh
 link's peak is that of one direction: half of what is published for both together.
 """
 
+import functools
 import json
 
 import jax
@@ -35,7 +43,7 @@ from dsmoe import config as config_lib
 from dsmoe import runtime
 from dsmoe.compilers import compile_only
 from dsmoe.config import Config, ExchangeConfig, MeshConfig
-from dsmoe.expert_parallel_bench import compiled, executed, routings, show
+from dsmoe.expert_parallel_bench import compiled, executed, routings, show, single
 from dsmoe.parallel import dispatch
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import chips, exchanges
@@ -64,6 +72,11 @@ _FAKE_DEVICES = flags.DEFINE_integer(
 )
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "Compile for v5p:4x4x4, v6e:..., tpu7x:..., h100."
+)
+_SINGLE = flags.DEFINE_bool(
+  "single_device",
+  False,
+  "Time the layer without an exchange too, in a process for each core; needs --fake_devices.",
 )
 _LIMIT = flags.DEFINE_integer(
   "limit_secs", 600, "Time limit for compiling one back end, in seconds; 0: none.", lower_bound=0
@@ -111,6 +124,7 @@ def numbers(name: str, values: list[str], least: int) -> list[int]:
 
 def run(config: Config) -> list[dict]:
   """Times the layer on the attached devices."""
+  cores = single.cores(_FAKE_DEVICES.value) if _SINGLE.value else []
   if _FAKE_DEVICES.value:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", _FAKE_DEVICES.value)
@@ -122,7 +136,13 @@ def run(config: Config) -> list[dict]:
     name: routings.of_name(name, devices, _TOKENS.value, config.model, _TRACE_LAYER.value)
     for name in _ROUTING.value
   }
-  return executed.measure(config.model, mesh, names, drawn, _ROUNDS.value, _CHECK_TOKENS.value)
+  measure = functools.partial(
+    executed.measure, config.model, mesh, names, drawn, _ROUNDS.value, _CHECK_TOKENS.value
+  )
+  if not cores:
+    return measure()
+  with single.started(cores) as singles:
+    return measure(singles=singles)
 
 
 def compile_layer(config: Config, topology: str) -> list[dict]:
@@ -175,6 +195,10 @@ def main(argv: list[str]) -> None:
     raise app.UsageError("give --config, or --compare with two files")
   if _WHAT_IF.value and _TOPOLOGY.value:
     raise app.UsageError("--what_if compiles nothing, so --topology must not be given")
+  if _SINGLE.value and (_WHAT_IF.value or _TOPOLOGY.value):
+    raise app.UsageError(
+      "--single_device times what runs, so it goes without --topology, --what_if"
+    )
   config = config_lib.from_config_dict(_CONFIG.value)
   if _TOPOLOGY.value:
     rows = compile_layer(config, _TOPOLOGY.value)

@@ -9,13 +9,14 @@ The first command compiles each kernel, implementation and shape for a chip (v5p
 the tpu extra; h100: the cuda13 extra) and reads bytes, bundles, matrix-unit occupancy and spills
 from the compiler's dumps. The second and third time kernels on the attached device, at the sizes
 of an experiment or at one of the shapes of the first command; every implementation is checked
-against the reference (or --oracle) before. The fourth times the tile sizes of an expert layer and
-stores the fastest in a table, for configs with model.kernels.tuned=tiles.json.
+against --oracle before. The file of --json grows kernel by kernel. The fourth times the tile sizes
+of an expert layer and stores the fastest in a table, for configs with model.kernels.tuned=tiles.json.
 """
 
 import importlib
 import math
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import rich.console
@@ -26,7 +27,7 @@ from ml_collections import config_flags
 from dsmoe import config as config_lib
 from dsmoe import runtime
 from dsmoe.compilers import compile_only
-from dsmoe.kernel_bench import bench, cases
+from dsmoe.kernel_bench import bench, cases, selection
 from dsmoe.kernel_bench.cases import Shape
 from dsmoe.reporting import output, plots
 from pallas_kernels import grouped_matmul
@@ -36,12 +37,6 @@ _SHAPES = {
   "v3": ("deepseek_v3", 8192, 4096, 8),
   "v2_lite": ("deepseek_v2_lite", 8192, 4096, 1),
   "tiny": ("tiny", 2048, 256, 1),
-}
-
-# Implementations that compile for one platform only, by the beginning of their names.
-_ONLY_ON = {
-  "tpu": ("mosaic_tpu", "megablox", "splash", "tokamax", "unfused"),
-  "gpu": ("mosaic_gpu", "jax_mosaic_gpu", "cudnn"),
 }
 
 _DEFAULT_KERNEL = "grouped_swiglu"  # timed if --kernels is not given
@@ -55,7 +50,8 @@ _KERNELS = flags.DEFINE_list(
 _IMPLEMENTATIONS = flags.DEFINE_list(
   "implementations",
   [],
-  "Implementations to measure; by default all, but on CPU blocked and xla, or the reference.",
+  "Implementations to measure; by default all, but on CPU blocked and xla, or the reference, and on "
+  "an attached GPU those that do not take seconds a call.",
 )
 _NAMES = flags.DEFINE_list("shapes", [], "Shapes to compile (by default all) or to time.")
 _LIMIT = flags.DEFINE_integer(
@@ -64,7 +60,10 @@ _LIMIT = flags.DEFINE_integer(
 _PLOT = flags.DEFINE_string("plot", None, "PNG file for the roofline of the compiled kernels.")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment whose sizes are timed.")
 _ORACLE = flags.DEFINE_string(
-  "oracle", "reference", "The implementation that the others are checked against before timing."
+  "oracle",
+  None,
+  "The implementation that the others are checked against before timing; by default the reference, "
+  "or on an attached TPU or GPU XLA's form where there is one.",
 )
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens routed with --config.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer(
@@ -90,17 +89,6 @@ def load_shape(
   return Shape(model, tokens, sequence_length, expert_devices)
 
 
-def chosen(kernel: str, platform: str) -> list[str]:
-  """Returns the implementations of a kernel to measure on a platform."""
-  known = list(cases.IMPLEMENTATIONS[kernel])
-  if wanted := _IMPLEMENTATIONS.value:
-    return [name for name in known if name in wanted]
-  if platform == "cpu":  # the others multiply every row by every expert there
-    return [name for name in known if name in ("blocked", "xla")] or ["reference"]
-  foreign = _ONLY_ON["gpu" if platform == "tpu" else "tpu"]
-  return [name for name in known if not name.startswith(foreign)]
-
-
 def compiled() -> list[dict]:
   """Compiles every case, each in a process of its own; returns a row for each."""
   jax.config.update("jax_platforms", "cpu")  # do not look for the device, which is absent
@@ -112,7 +100,7 @@ def compiled() -> list[dict]:
   wanted = [
     (kernel, implementation, name)
     for kernel in _KERNELS.value or cases.OPERATIONS
-    for implementation in chosen(kernel, platform)
+    for implementation in selection.implementations(kernel, platform, _IMPLEMENTATIONS.value)
     for name in shapes
   ]
   to = rich.console.Console(stderr=True)
@@ -134,18 +122,27 @@ def _timed_shapes() -> dict[str, Shape]:
   return {name: Shape(config.model, tokens, math.gcd(tokens, config.data.sequence_length), 1)}
 
 
-def timed() -> list[dict]:
-  """Times every kernel on the attached device; returns a row for each implementation and pass."""
-  rows = []
+def timed() -> Iterator[list[dict]]:
+  """Times every kernel on the attached device.
+
+  Yields:
+    A kernel's rows at one shape, one for each implementation and pass. A kernel that cannot be
+    measured has a row with `error`, and the others are measured all the same.
+  """
+  platform = jax.default_backend()
   for name, shape in _timed_shapes().items():
     if _TUNE.value:
       tiled = _IMPLEMENTATIONS.value or [grouped_matmul.chosen(None)]
-      rows += bench.tune_tiles(name, shape, tiled, _ROUNDS.value, _TUNE.value)
+      yield bench.tune_tiles(name, shape, tiled, _ROUNDS.value, _TUNE.value)
       continue
     for kernel in _KERNELS.value or [_DEFAULT_KERNEL]:
-      names = chosen(kernel, jax.default_backend())
-      rows += bench.measure(kernel, name, shape, names, _ROUNDS.value, _ORACLE.value)
-  return rows
+      names = selection.implementations(kernel, platform, _IMPLEMENTATIONS.value, is_timed=True)
+      oracle = _ORACLE.value or selection.oracle(kernel, platform)
+      try:
+        yield bench.measure(kernel, name, shape, names, _ROUNDS.value, oracle)
+      except Exception as error:
+        row = {"kernel": kernel, "shape": name, "implementation": ", ".join(names)}
+        yield [row | {"error": bench.reason(error)}]
 
 
 def _check_flags() -> None:
@@ -166,7 +163,7 @@ def _check_flags() -> None:
     raise app.UsageError("--tokens goes with --config; --shapes have their own numbers of tokens")
   for kernel in _KERNELS.value or [_DEFAULT_KERNEL]:
     ways = cases.IMPLEMENTATIONS[kernel]
-    if _ORACLE.value not in ways:
+    if _ORACLE.value is not None and _ORACLE.value not in ways:
       raise app.UsageError(
         f"--oracle must be an implementation of {kernel} ({', '.join(ways)}), got {_ORACLE.value}"
       )
@@ -185,10 +182,19 @@ def main(argv: list[str]) -> None:
   _check_flags()
   if not _COMPILE_ONLY.value:
     runtime.start()
-  rows = compiled() if _COMPILE_ONLY.value else timed()
+  rows = []
+  for more in [compiled()] if _COMPILE_ONLY.value else timed():
+    rows += more
+    output.write_json_so_far(_JSON.value, rows)
   output.write_json(_JSON.value, rows)
-  if _JSON.value == output.STDOUT:
-    return
+  if _JSON.value != output.STDOUT:
+    print_rows(rows)
+  if rows and all("error" in row for row in rows):
+    output.fail("nothing could be compiled or measured", 1)
+
+
+def print_rows(rows: list[dict]) -> None:
+  """Prints the table, and a line for each row that has an error."""
   # A wide console: a narrow terminal wraps the table, a file holds it whole, nothing is cut.
   rich.console.Console(width=1000).print(bench.table(rows))
   for row in rows:

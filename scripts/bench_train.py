@@ -33,7 +33,7 @@ from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting, compiled_step
 from dsmoe.platforms import cpu
 from dsmoe.reporting import output, progress
-from dsmoe.training import train_step
+from dsmoe.training import hyperparameters, train_step
 
 _WARMUP_STEPS = 2  # made after compiling, and not measured
 
@@ -73,7 +73,8 @@ def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
   state = train_step.init_state(config, mesh)
   batch = mesh_lib.to_global(next(batches), mesh)
   start = time.perf_counter()
-  step_fn = train_step.make_train_step(config, mesh).lower(state, batch).compile()
+  hyper = hyperparameters.of(config)
+  step_fn = train_step.make_train_step(config, mesh).lower(state, batch, hyper).compile()
   compile_secs = time.perf_counter() - start
   cpu.release_memory()
 
@@ -83,7 +84,7 @@ def measure(config: Config, steps: int, folder: str) -> dict[str, Any]:
   with progress.Progress(_WARMUP_STEPS + steps, console=console) as bar:
     for step in range(1, _WARMUP_STEPS + steps + 1):
       start = time.perf_counter()
-      state, metrics = step_fn(state, batch)
+      state, metrics = step_fn(state, batch, hyper)
       batch = mesh_lib.to_global(next(batches), mesh)
       metrics = jax.device_get(metrics)
       secs.append(time.perf_counter() - start)

@@ -77,11 +77,11 @@ def _import() -> None:
   rich.print(progress.final_table(rows, title="tensors"))
   reasons = {
     why if why.startswith("follows") else why.split()[0].rstrip(",")
-    for why in account.ignored.values()
+    for why in account.not_kept.values()
   }
   for reason in sorted(reasons):
-    names = [name for name, why in account.ignored.items() if why.startswith(reason)]
-    print(f"ignored, {reason}: {len(names)}, such as {names[0]} ({account.ignored[names[0]]})")
+    names = [name for name, why in account.not_kept.items() if why.startswith(reason)]
+    print(f"not kept, {reason}: {len(names)}, such as {names[0]} ({account.not_kept[names[0]]})")
 
 
 def _export() -> None:

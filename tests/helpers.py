@@ -10,7 +10,7 @@ from dsmoe import config as config_lib
 from dsmoe import model as model_lib
 from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
-from dsmoe.training import train_step
+from dsmoe.training import hyperparameters, train_step
 from experiments import base
 
 # All tolerances, by kind of comparison, relative to the largest magnitude that is expected. None is
@@ -157,10 +157,10 @@ def largest_intermediate(fn, *args) -> int:
 
 
 def abstract_step(config: config_lib.Config, devices):
-  """Returns (mesh, state, batch): a train step's arguments on these devices, as shapes only."""
+  """Returns (mesh, state, batch, hyperparameters): a step's arguments on these devices, as shapes."""
   mesh = mesh_lib.make_mesh(config.mesh, devices)
   spec = jax.sharding.NamedSharding(mesh, mesh_lib.batch_spec())
   batch = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=spec), random_batch(config, 0)
   )
-  return mesh, train_step.abstract_state(config, mesh), batch
+  return mesh, train_step.abstract_state(config, mesh), batch, hyperparameters.of(config)

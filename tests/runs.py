@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
@@ -107,7 +108,31 @@ def run_fresh(*args) -> str:
 
 def start_training(workdir, *overrides) -> subprocess.Popen:
   """Starts a short training run."""
-  return start("-m", "dsmoe.train", f"--config={SHORT_RUN}", f"--workdir={workdir}", *overrides)
+  (process,) = start_processes(workdir, 1, *overrides)
+  return process
+
+
+def start_processes(workdir, number: int, *overrides, program=("-m", "dsmoe.train"), **options):
+  """Starts a short training run of several processes, on a port that is free.
+
+  Args:
+    workdir: the run's.
+    number: of processes.
+    *overrides: flags.
+    program: what Python runs.
+    **options: for each process a list of further flags `of_each`; what `start` takes.
+  """
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    coordinator = f"localhost:{free.getsockname()[1]}"
+  of_each = options.pop("of_each", [()] * number)
+  flags = (f"--config={SHORT_RUN}", f"--workdir={workdir}", *overrides)
+  if number > 1:
+    flags += (f"--coordinator={coordinator}", f"--num_processes={number}")
+  return [
+    start(*program, *flags, *([f"--process_id={i}"] if number > 1 else []), *of_each[i], **options)
+    for i in range(number)
+  ]
 
 
 def wait_for(condition, process: subprocess.Popen) -> bool:

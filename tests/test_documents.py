@@ -54,7 +54,7 @@ def test_every_path_exists(path):
 @functools.cache
 def flags_of(script: str) -> frozenset[str]:
   """The flags that a script defines, by DEFINE_...("name") or by a helper define_<name>()."""
-  names = set()
+  names = {"help"}  # of every script
   for call in ast.walk(ast.parse((ROOT / script).read_text(encoding="utf-8"))):
     if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
       if call.func.attr.startswith("DEFINE_") and isinstance(call.args[0], ast.Constant):

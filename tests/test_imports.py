@@ -15,8 +15,12 @@ BESIDE = (
   "evaluation",
   "planning",
   "compilers",
+  "profiling",
   "kernel_bench",
+  "on_device",
   "expert_parallel_bench",
+  "launching",
+  "sweeps",
 )
 
 

@@ -8,7 +8,7 @@ from dsmoe.checkpoint.checkpointer import (
 )
 from dsmoe.checkpoint.contents import CHECKPOINTS, check_path, step_folder
 from dsmoe.checkpoint.loading import LoadedRun, load_run
-from dsmoe.checkpoint.lock import owned
+from dsmoe.checkpoint.lock import InUseError, owned
 from dsmoe.checkpoint.run_config import (
   CONFIG_FILE,
   check_config,
@@ -17,11 +17,14 @@ from dsmoe.checkpoint.run_config import (
   record_config,
 )
 from dsmoe.checkpoint.source import tokenizer_path, with_tokenizer_of
+from dsmoe.checkpoint.verification import DamagedSaveError
 
 __all__ = [
   "CHECKPOINTS",
   "CONFIG_FILE",
   "Checkpointer",
+  "DamagedSaveError",
+  "InUseError",
   "LoadedRun",
   "NotFiniteError",
   "check_config",

@@ -1,12 +1,14 @@
-"""Checkpoints through orbax: asynchronous, atomic, keep-last-n and keep-every-n.
+"""Checkpoints through orbax: asynchronous, atomic, verified, keep-last-n, keep-every-n, copied.
 
 A checkpoint holds the whole train state (parameters, optimizer, router bias, step), the data
 position, and checksums of both, which are compared when it is read. The resolved config lies beside
 the checkpoints as config.json.
 """
 
+import contextlib
 import json
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +16,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from dsmoe.checkpoint import contents, integrity
+from dsmoe.checkpoint import (
+  amended,
+  contents,
+  copies,
+  folders,
+  integrity,
+  second_folder,
+  verification,
+)
 from dsmoe.config import CheckpointConfig
 from dsmoe.training.train_step import TrainState
 
@@ -33,10 +43,8 @@ def _delete_unfinished(folder: epath.Path) -> None:
   Orbax's option for this works in a thread that nothing waits for before the first save: it ends in
   a traceback where a run is refused or interrupted at once.
   """
-  if jax.process_index() == 0 and folder.exists():
-    for path in folder.iterdir():
-      if ocp.utils.is_tmp_checkpoint(path):
-        path.rmtree()
+  if jax.process_index() == 0:
+    folders.delete_unfinished(folder)
   ocp.multihost.sync_global_processes("dsmoe:delete_unfinished")
 
 
@@ -47,17 +55,49 @@ class NotFiniteError(ValueError):
 class Checkpointer:
   """Saves and restores a run's checkpoints; a context manager."""
 
-  def __init__(self, workdir: epath.PathLike, config: CheckpointConfig):
-    self._workdir = workdir
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    config: CheckpointConfig,
+    wanted: int | None = None,
+    beat: Callable[[], None] = lambda: None,
+  ):
+    """Opens a workdir's checkpoints; with `config.copy_to` fetches one from the copies if needed.
+
+    Args:
+      workdir: the run's.
+      config: what is kept and copied.
+      wanted: step of the checkpoint that the run resumes from; None: the newest.
+      beat: called while the end waits for a copy that makes progress.
+
+    Raises:
+      ValueError, OSError: see `second_folder.opened`.
+    """
+    self._workdir, self._beat = workdir, beat
+    self._last_saved: int | None = None  # by this object
     _delete_unfinished(contents.folder(workdir))
+    self._stack = contextlib.ExitStack()
+    self._copies = self._stack.enter_context(second_folder.opened(workdir, config, wanted))
+    keep: list[ocp.checkpoint_managers.PreservationPolicy] = [
+      ocp.checkpoint_managers.LatestN(config.keep_last)
+    ]
+    if config.keep_every_steps:
+      keep.append(ocp.checkpoint_managers.EveryNSteps(config.keep_every_steps))
+    if self._copies is not None:
+      keep.append(copies.KeepInUse(self._copies))
     self._manager = _manager(
       workdir,
       ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep_last,
-        keep_period=config.keep_every_steps or None,
+        preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
         enable_async_checkpointing=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=self._verify),
       ),
     )
+    self._verification: verification.Verification | None = None  # of the save that is under way
+
+  def _verify(self) -> None:
+    assert self._verification is not None
+    self._verification.check(contents.folder(self._workdir))
 
   def find_step(self, step: int | None = None) -> int | None:
     """Returns `step`, or that of the newest complete checkpoint, None if there is none.
@@ -82,6 +122,7 @@ class Checkpointer:
 
     Raises:
       NotFiniteError: when a number of the state is not finite; nothing is saved.
+      DamagedSaveError: when the save before this one was not written as it must be.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
@@ -105,20 +146,40 @@ class Checkpointer:
       data=ocp.args.JsonSave(position),
       checksums=ocp.args.JsonSave(checksums),
     )
+    self.wait()
+    beside = {"data": position, "checksums": checksums}
+    self._verification = verification.Verification(step, state._asdict(), beside, checksums)
+    self._verification.start(contents.folder(self._workdir))
+    self._last_saved = step
+    if self._copies is not None and self._copies.is_due(step):
+      self._copies.request(step)
     self._manager.save(step, args=items)
 
   def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, Any]:
     """Reads a checkpoint into the shardings of `abstract`; it may be written by any mesh.
 
     Returns:
-      The state and the position that was saved with it.
+      The state and the position that was saved with it, or that `amend` has written since.
 
     Raises:
       ValueError: when the checkpoint is damaged, or its arrays are not those of the model.
     """
     items = {"state": ocp.args.StandardRestore(abstract._asdict()), "data": ocp.args.JsonRestore()}
     restored = _read(self._manager, self._workdir, step, items)
-    return TrainState(**restored["state"]), restored["data"]
+    with contents.named_damage(self._workdir, step):
+      position = amended.read(contents.step_folder(self._workdir, step))
+    return TrainState(**restored["state"]), restored["data"] if position is None else position
+
+  def amend(self, state: TrainState, position: Any) -> None:
+    """Lets a run that resumes from the checkpoint of this state go on elsewhere in the data.
+
+    Where there is no checkpoint of the state's step, as of a run that begins anew, it is saved.
+    """
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      amended.write(contents.step_folder(self._workdir, step), position)
+    else:
+      self.save(state, position)
 
   def set_later_aside(self, step: int) -> epath.Path | None:
     """Moves the checkpoints after `step` out of a run that goes on from there.
@@ -126,15 +187,13 @@ class Checkpointer:
     Returns:
       The new folder beside `checkpoints` that holds them; None when there are none.
     """
+    if self._copies is not None:
+      self._copies.set_later_aside(step)
     later = [found for found in self._manager.all_steps() if found > step]
     if not later:
       return None
     folder = contents.folder(self._workdir)
-    aside = folder.with_name(f"{folder.name}_after_step_{step}")
-    number = 0
-    while aside.exists():
-      number += 1
-      aside = folder.with_name(f"{folder.name}_after_step_{step}.{number}")
+    aside = folders.unused(folder.with_name(f"{folder.name}_after_step_{step}"))
     if jax.process_index() == 0:
       aside.mkdir()
       for found in sorted(later, reverse=True):
@@ -148,15 +207,30 @@ class Checkpointer:
     self._manager.delete(step)
 
   def wait(self) -> None:
-    """Blocks until every checkpoint whose saving was started is on disk."""
+    """Blocks until every checkpoint whose saving was started is on disk, and is verified.
+
+    Raises:
+      DamagedSaveError: when what was written is not what was saved.
+    """
     self._manager.wait_until_finished()
 
   def __enter__(self) -> "Checkpointer":
     return self
 
-  def __exit__(self, *_):
-    self._manager.wait_until_finished()
-    self._manager.close()
+  def __exit__(self, kind: type[BaseException] | None, *_):
+    with self._stack:
+      try:
+        self.wait()
+        # Of several processes one may have failed alone: it waits for no other.
+        alone = jax.process_count() == 1 and kind is not None and issubclass(kind, Exception)
+        if self._copies is not None and (kind is None or alone):
+          is_saved = self._last_saved is not None
+          newest = self._manager.latest_step() if kind is None else self._last_saved
+          self._copies.finish(newest, is_saved, self._beat)
+      finally:
+        if self._copies is not None:
+          self._copies.abandon()
+        self._manager.close()
 
 
 def find_step(workdir: epath.PathLike, step: int | None = None) -> int:

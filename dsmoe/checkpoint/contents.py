@@ -16,6 +16,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from etils.epath import gpath
 
+from dsmoe.parallel import processes
+
 CHECKPOINTS = "checkpoints"
 
 name_of = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
@@ -67,6 +69,7 @@ def named_damage(workdir: epath.PathLike, step: int) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # its libraries raise errors of many kinds
+    processes.wait_if_alone(error)  # another process, with which this one reads, may be gone
     _silence_late_reads()
     reason = " ".join(str(error).split()) or type(error).__name__
     reason = reason if len(reason) <= 300 else f"{reason[:300]}..."

@@ -1,6 +1,7 @@
 """Whether a state is finite, and checksums of its arrays; computed on the devices that hold it."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +44,41 @@ def checksum_of_blocks(blocks: Iterable[np.ndarray]) -> str:
   return f"{dtype} {total % 2**32:08x}"
 
 
+def sum_of_part(part: np.ndarray, starts: Sequence[int], shape: Sequence[int]) -> int:
+  """Returns what a part of an array adds to the array's checksum.
+
+  The eight digits of a checksum are the sum over parts that make up the array, modulo 2**32.
+
+  Args:
+    part: a rectangular part of the array, of as many dimensions.
+    starts: the place of its first number along each dimension.
+    shape: the whole array's.
+  """
+  strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+  offset = sum(start * stride for start, stride in zip(starts, strides, strict=True))
+  return _sum_of_part(part, offset, strides) % 2**32
+
+
+def _sum_of_part(part: np.ndarray, offset: int, strides: Sequence[int]) -> int:
+  """The same, of a part whose first number has the place `offset`."""
+  if part.size == 0:
+    return 0
+  if part.ndim <= 1:
+    return _sum(part.reshape(-1), offset)
+  size = part[0].size
+  if size > _BLOCK:
+    rows = enumerate(part)
+    return sum(_sum_of_part(row, offset + i * strides[0], strides[1:]) for i, row in rows)
+  total, num_rows = 0, _BLOCK // size
+  for first in range(0, len(part), num_rows):
+    block = part[first : first + num_rows]
+    place: np.ndarray = np.full((), offset + first * strides[0], np.uint64)
+    for length, stride in zip(block.shape, strides):
+      place = place[..., None] + np.arange(length, dtype=np.uint64) * np.uint64(stride)
+    total += int(_mixed(_bits(block), place.astype(np.uint32)).sum(dtype=np.uint64))
+  return total
+
+
 def _is_on_host(x) -> bool:
   """Whether NumPy can read an array in place; compiling for it would take seconds."""
   if isinstance(x, np.ndarray | np.generic):
@@ -60,12 +96,16 @@ def _sum(flat: np.ndarray, offset: int) -> int:
   """Returns what numbers add to a checksum, of which the first has the place `offset`."""
   total = 0
   for first in range(0, flat.size, _BLOCK):
-    block = np.ascontiguousarray(flat[first : first + _BLOCK])
-    bits = block.view(f"u{block.dtype.itemsize}").astype(np.uint32)
+    block = flat[first : first + _BLOCK]
     start = offset + first
     place = np.arange(start, start + block.size, dtype=np.uint64).astype(np.uint32)
-    total += int(_mixed(bits, place).sum(dtype=np.uint64))
+    total += int(_mixed(_bits(block), place).sum(dtype=np.uint64))
   return total
+
+
+def _bits(block: np.ndarray) -> np.ndarray:
+  block = np.ascontiguousarray(block)
+  return block.view(f"u{block.dtype.itemsize}").astype(np.uint32)
 
 
 @jax.jit

@@ -26,6 +26,10 @@ _STALE_SECS = 40.0  # an object that was not written for so long has no owner
 _SETTLE_SECS = 2.0  # of two processes that start at once, the one that wrote last is the owner
 
 
+class InUseError(ValueError):
+  """Another process trains in the workdir; says nothing about the run itself."""
+
+
 @contextlib.contextmanager
 def owned(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
   """Makes this run the only one that writes to `workdir` until the context ends.
@@ -36,12 +40,12 @@ def owned(workdir: epath.PathLike) -> Iterator[Callable[[], None]]:
     workdir: on disk or in an object store; created if absent.
 
   Yields:
-    A function that raises ValueError if another process has become the owner, which can happen in
+    A function that raises InUseError if another process has become the owner, which can happen in
     an object store, to a process that stood still, and on disk, to one whose lock somebody deleted.
     Call it before anything is replaced.
 
   Raises:
-    ValueError: when another process is the owner, naming it.
+    InUseError: when another process is the owner, naming it.
   """
   workdir = epath.Path(workdir)
   if jax.process_index() != 0:
@@ -58,7 +62,7 @@ def _owner() -> str:
 
 
 def _refuse(workdir: epath.Path, owner: str) -> None:
-  raise ValueError(
+  raise InUseError(
     f"{workdir} must have one run at a time, and is in use by {owner}: wait for its end, or name "
     "another --workdir"
   )

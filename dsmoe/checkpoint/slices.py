@@ -25,7 +25,6 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from dsmoe import checkpoint
 from dsmoe.checkpoint import contents, integrity
 
 Path = tuple[str, ...]  # of a leaf: ("params", "moe_layers", "mlp", "router")
@@ -156,7 +155,7 @@ def _blocks(array: ts.TensorStore, shape: tuple[int, ...]) -> Iterator[np.ndarra
 
 def identity(workdir: epath.PathLike, step: int) -> str:
   """Returns a hash of the sizes and times of a step's files, equal only for the same state."""
-  folder = pathlib.Path(checkpoint.step_folder(workdir, step) / "state")
+  folder = pathlib.Path(contents.step_folder(workdir, step) / "state")
   digest = hashlib.sha256()
   for path in sorted(path for path in folder.rglob("*") if path.is_file()):
     stat = path.stat()
@@ -176,7 +175,11 @@ def open_step(workdir: epath.PathLike, step: int, shapes: Mapping[Path, tuple[in
     ValueError: naming the array, if one is missing or has another shape. Reading a slice later
       raises it for a missing chunk.
   """
-  folder = checkpoint.step_folder(workdir, step) / "state"
+  return open_arrays(contents.step_folder(workdir, step) / "state", shapes)
+
+
+def open_arrays(folder: epath.Path, shapes: Mapping[Path, tuple[int, ...]]) -> Arrays:
+  """Opens arrays in the folder of a state; see `open_step`."""
   try:
     metadata = json.loads((folder / "_METADATA").read_text())
     ocdbt, zarr3 = metadata["use_ocdbt"], metadata["use_zarr3"]
@@ -188,9 +191,14 @@ def open_step(workdir: epath.PathLike, step: int, shapes: Mapping[Path, tuple[in
   chunk_bytes: dict[Path, int] = {}
   for path, shape in shapes.items():
     name = ".".join(path)
-    kvstore: dict[str, Any] = {"driver": "file", "path": f"{folder}/"}
+    # TensorStore takes the addresses of object stores, such as gs://bucket/folder/, as they are.
+    kvstore: Any = (
+      f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder}/"}
+    )
     if ocdbt:
       kvstore = {"driver": "ocdbt", "base": kvstore, "path": f"{name}/"}
+    elif isinstance(kvstore, str):
+      kvstore += f"{name}/"
     else:
       kvstore["path"] += f"{name}/"
     specs[path] = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": kvstore}
@@ -204,6 +212,6 @@ def open_step(workdir: epath.PathLike, step: int, shapes: Mapping[Path, tuple[in
         f"array {name} in {folder} must have the shape config.json gives it, {list(shape)}, got "
         f"{list(array.shape)}"
       )
-    chunk: Any = array.chunk_layout.read_chunk.shape
+    chunk: Any = array.chunk_layout.read_chunk.shape or ()  # None for a scalar
     chunk_bytes[path] = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
   return Arrays(specs, chunk_bytes)

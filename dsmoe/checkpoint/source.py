@@ -12,9 +12,14 @@ from dsmoe.data import tokenizer as tokenizer_lib
 
 
 def tokenizer_path(config: Config, workdir: epath.PathLike) -> epath.Path:
-  """Returns where a run has its tokenizer.json; one whose data is synthetic has none there."""
-  folder = epath.Path(config.data.cache_dir or epath.Path(workdir) / "data").expanduser()
-  return folder / tokenizer_lib.FILE
+  """Returns where a run has its tokenizer.json; one whose data is synthetic has none there.
+
+  A workdir that has one itself needs no `data.cache_dir`, which may be on another host: see `copies`.
+  """
+  own = epath.Path(workdir) / "data" / tokenizer_lib.FILE
+  if own.exists():
+    return own
+  return epath.Path(config.data.cache_dir or own.parent).expanduser() / tokenizer_lib.FILE
 
 
 def with_tokenizer_of(

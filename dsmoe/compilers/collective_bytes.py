@@ -56,7 +56,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
   computations, entry = hlo.parse(text)
   found = []
   for instruction, computation, times in hlo.executed(computations, entry):
-    for inner, where, kind in _collectives_in(instruction, computation, computations):
+    for inner, where, kind in collectives_in(instruction, computation, computations):
       asynchronous = instruction.opcode.endswith("-start")
       one = _collective(inner, where, kind, times, asynchronous, computations, mesh_shape)
       if one.sent_N.any() or one.received_N.any():
@@ -88,7 +88,7 @@ def by_axis(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
   }
 
 
-def _collectives_in(instruction, computation: str, computations):
+def collectives_in(instruction, computation: str, computations):
   """Yields (instruction, its computation, kind) of what an instruction is, wraps or fuses."""
   opcode = instruction.opcode.removesuffix("-start")
   if opcode in KINDS:
@@ -97,7 +97,7 @@ def _collectives_in(instruction, computation: str, computations):
   called = re.search(r"calls=%([\w.\-]+)", instruction.attributes)
   if called and instruction.opcode in ("fusion", "async-start"):
     for inner in computations.get(called[1], ()):
-      for found, where, kind in _collectives_in(inner, called[1], computations):
+      for found, where, kind in collectives_in(inner, called[1], computations):
         # The TPU's reduce-scatter is an all-reduce inside a computation of this name.
         scatters = "all-reduce-scatter" in where and kind == "all-reduce"
         yield found, where, "reduce-scatter" if scatters else kind

@@ -10,7 +10,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from dsmoe.compilers import bundle_run, bundles, gpu_resources, hlo, scalar_operands
 from dsmoe.planning import chips
 from dsmoe.planning.chips import Chip
+from pallas_kernels import platform
 
 # The chips whose compilers run without a device.
 COMPILED = ("v5p", "v6e", "tpu7x", "h100")
@@ -104,6 +105,17 @@ def compile_for(device: jax.Device, fn: Callable, *args) -> Any:
   args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), args)
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # where GPU kernels look for the chip
     return compile_lowered(jax.jit(fn, out_shardings=whole).lower(*args))
+
+
+@contextlib.contextmanager
+def tracing_for(mesh: jax.sharding.Mesh) -> Iterator[None]:
+  """Traces and lowers what is inside for a mesh of compile-only devices.
+
+  What a config leaves to the chip is then chosen as on those devices, and kernels find them.
+  """
+  abstract = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)  # where GPU kernels look
+  with abstract, platform.tracing_for(mesh.devices.flat[0]):
+    yield
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

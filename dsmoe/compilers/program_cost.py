@@ -32,29 +32,39 @@ def devices_of(topology: str, num_devices: int | None = None) -> list[jax.Device
   return devices
 
 
-def figures(compiled: Any, mesh, chip: Chip, useful: int) -> dict[str, Any]:
+def figures(
+  compiled: Any, mesh, chip: Chip, useful: int, executed: int | None = None
+) -> dict[str, Any]:
   """Reads a compiled program's costs, all of one device.
+
+  Args:
+    compiled: the program.
+    mesh, chip: what it was compiled for.
+    useful: FLOPs that the model needs.
+    executed: FLOPs that the program computes at most, as `jaxpr_flops.count` says: with every row of a
+      kernel's buffers, filled or not; None where not counted.
 
   Returns:
     `axis_bytes`: by mesh axis what `collective_bytes.by_axis` counts; `upper_limit`: whether some
     of it are sizes of buffers; `buffer_bytes`: arguments, results and temporary buffers;
-    `peak_bytes`: the compiler's peak; `flops`, `bytes`, `optimal_secs`: its cost analysis, which
-    takes the body of a loop once, None where it has none; `useful_flops`, `executed_over_useful`; `compute_secs`, `hbm_secs`, and
-    `link_secs` by axis: at the chip's peaks, a link's being half of what is published for both
-    directions together; `bound` and `bound_secs`: the largest of these, links summed over axes.
+    `peak_bytes`: the compiler's peak; `compiler_flops`, `bytes`, `optimal_secs`: its cost analysis,
+    which takes the body of a loop once, None where it has none; `flops`, `useful_flops`: as given;
+    `executed_over_useful`; `compute_secs` of the useful FLOPs, `hbm_secs` of `bytes`, and `link_secs` by
+    axis: at the chip's peaks, a link's being half of what is published for both directions together;
+    `bound` and `bound_secs`: the largest of these, links summed over axes.
   """
   text = compiled.as_text()
   found = collective_bytes.collectives(text, dict(mesh.shape))
   axes = collective_bytes.by_axis(found)
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  flops, moved = cost.get("flops"), cost.get("bytes accessed")
+  moved = cost.get("bytes accessed")
   optimal = cost.get("optimal_seconds")  # below 0 where the compiler does not know a part of it
   link_secs = {
     axis: sent["sent_bytes"] / (peak / 2)
     for axis, sent in axes.items()
     if axis != "all" and (peak := link_peak(mesh, chip, axis.split("+")))
   }
-  compute = flops and flops / chip.peak_flops
+  compute = useful / chip.peak_flops
   hbm = moved and chip.hbm_bytes_per_sec and moved / chip.hbm_bytes_per_sec
   bounds = {"compute": compute, "HBM": hbm, "links": sum(link_secs.values())}
   known = {name: secs for name, secs in bounds.items() if secs}
@@ -69,11 +79,12 @@ def figures(compiled: Any, mesh, chip: Chip, useful: int) -> dict[str, Any]:
       "temporary": memory.temp_size_in_bytes,
     },
     "peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
-    "flops": flops,
+    "flops": executed,
+    "compiler_flops": cost.get("flops"),
     "bytes": moved,
     "optimal_secs": optimal if optimal and optimal > 0 else None,
     "useful_flops": useful,
-    "executed_over_useful": flops and flops / useful,
+    "executed_over_useful": executed and executed / useful,
     "compute_secs": compute,
     "hbm_secs": hbm,
     "link_secs": link_secs,

@@ -14,6 +14,7 @@ from dsmoe.config.schema import (
   MeshConfig,
   ModelConfig,
   OptimConfig,
+  ProfileConfig,
   RopeScaling,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
   "MeshConfig",
   "ModelConfig",
   "OptimConfig",
+  "ProfileConfig",
   "RopeScaling",
   "differences",
   "from_config_dict",

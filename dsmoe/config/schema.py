@@ -6,8 +6,10 @@ and what each field means, are in `experiments/base.py`.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable
 
+from dsmoe.config.recovery import RecoveryConfig
 from dsmoe.config.rules import at_least, numbers, one_of, require, splits
 from pallas_kernels import grouped_matmul, mla_attention, quantized_matmul, routing
 from pallas_kernels.routing import SCORING_FUNCS
@@ -298,7 +300,10 @@ class OptimConfig:
     at_least(self, 0.0, "learning_rate", "final_learning_rate")
     for name in ("beta1", "beta2"):
       value = getattr(self, name)
-      require(0 <= value < 1, f"optim.{name} must be in [0, 1), got {value}")
+      require(
+        0 <= value <= 1 - 2**-24,
+        f"optim.{name} must be from 0 to the largest float32 below 1, got {value}",
+      )
     require(self.epsilon > 0, f"optim.epsilon must be positive, got {self.epsilon}")
 
 
@@ -347,7 +352,7 @@ class MeshConfig:
   expert: int
   context: int
   model: int
-  # It has a default because runs saved before it existed do not have it.
+  # These have defaults because runs saved before they existed do not have them.
   across_slices: str = "data"
 
   def __post_init__(self):
@@ -369,11 +374,27 @@ class CheckpointConfig:
   save_every_steps: int
   keep_last: int
   keep_every_steps: int
+  # These have defaults because runs saved before they existed do not have them.
+  copy_to: str = ""
+  copy_every_steps: int = 0
+  copy_keep: int = 0
 
   def __post_init__(self):
     numbers(self)
     at_least(self, 1, "save_every_steps", "keep_last")
-    at_least(self, 0, "keep_every_steps")
+    at_least(self, 0, "keep_every_steps", "copy_every_steps", "copy_keep")
+    for name in () if self.copy_to else ("copy_every_steps", "copy_keep"):
+      require(
+        getattr(self, name) == 0,
+        f"checkpoint.{name} ({getattr(self, name)}) must be 0 without checkpoint.copy_to, the folder "
+        "that checkpoints are copied to",
+      )
+    require(
+      not self.copy_to
+      or (self.copy_every_steps > 0 and self.copy_every_steps % self.save_every_steps == 0),
+      f"checkpoint.copy_every_steps ({self.copy_every_steps}) must be a positive multiple of "
+      f"checkpoint.save_every_steps ({self.save_every_steps}): what is copied are the checkpoints",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,7 +407,7 @@ class LogConfig:
   sample_tokens: int
   tensorboard: bool
   plots: bool
-  # It has a default because runs saved before it existed do not have it.
+  # These have defaults because runs saved before they existed do not have them.
   routing_trace_steps: tuple[int, ...] = ()
 
   def __post_init__(self):
@@ -397,6 +418,26 @@ class LogConfig:
       f"log.eval_batches must be -1 (all) or at least 1, got {self.eval_batches}",
     )
     at_least(self, 0, "sample_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  """Which steps the profiler traces; see `dsmoe/profiling/capture.py`."""
+
+  steps: str = ""
+
+  def __post_init__(self):
+    found = re.fullmatch("([0-9]{1,10}):([0-9]{1,10})", self.steps)
+    require(
+      not self.steps or (found is not None and 1 <= int(found[1]) < int(found[2])),
+      "profile.steps must be '' for none or FIRST:END, such as '100:103' for the steps 100, 101 and "
+      f"102, with 1 <= FIRST < END, got {self.steps!r}",
+    )
+
+  @property
+  def traced(self) -> range:
+    """The steps to trace, an empty range for none."""
+    return range(*map(int, self.steps.split(":"))) if self.steps else range(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,6 +456,9 @@ class Config:
   mesh: MeshConfig
   checkpoint: CheckpointConfig
   log: LogConfig
+  # These have defaults because runs saved before they existed do not have them.
+  recovery: RecoveryConfig = RecoveryConfig()  # noqa: RUF009 (it is frozen)
+  profile: ProfileConfig = ProfileConfig()
 
   def __post_init__(self):
     numbers(self)
@@ -450,6 +494,12 @@ class Config:
       f"log.routing_trace_steps ({traced}) needs a model with experts: first_k_dense_replace "
       f"({self.model.first_k_dense_replace}) must be below num_hidden_layers "
       f"({self.model.num_hidden_layers})",
+    )
+    both = [step for step in traced if step in self.profile.traced]
+    require(
+      not both,
+      f"profile.steps ({self.profile.steps}) must have none of log.routing_trace_steps ({both}), "
+      "which run another program",
     )
     self._check_context()
     E, devices = self.model.n_routed_experts, self.mesh.expert

@@ -17,8 +17,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from etils import epath
 
 from dsmoe.config import DataConfig
@@ -162,6 +160,8 @@ def _decompressed(f: BinaryIO, compression: str | None) -> Iterator[bytes]:
     case "gzip":
       stream: Any = gzip.GzipFile(fileobj=f)
     case "zstd":
+      import pyarrow as pa  # here, since 25 MiB are much for what reads no such file
+
       stream = pa.CompressedInputStream(pa.PythonFile(f, "r"), "zstd")
     case _:
       stream = f
@@ -346,6 +346,9 @@ def _json_values(file: str, texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(file: str, f: BinaryIO, text_field: str) -> Iterator[tuple[str, Any]]:
+  import pyarrow as pa  # as above
+  import pyarrow.parquet as pq
+
   number = 0
   try:
     with pq.ParquetFile(f, page_checksum_verification=True) as table:

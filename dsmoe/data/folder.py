@@ -12,6 +12,10 @@ from typing import Any
 from etils import epath
 
 
+class ChangedDataError(ValueError):
+  """Tokenised data is damaged, or was made from other text or settings than there are now."""
+
+
 def json_sha256(value: Any) -> str:
   """Returns the SHA-256, hexadecimal, of a value's JSON with sorted keys."""
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

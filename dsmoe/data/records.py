@@ -196,7 +196,7 @@ def _comparable(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse(directory: epath.Path, found: list[str]) -> NoReturn:
   more = [f"and {len(found) - _MAX_DIFFERENCES} more"] if len(found) > _MAX_DIFFERENCES else []
-  raise ValueError(
+  raise folder.ChangedDataError(
     f"{directory} holds data made from other sources or settings and is not overwritten; name "
     "another data.cache_dir, or restore:\n  " + "\n  ".join(found[:_MAX_DIFFERENCES] + more)
   )
@@ -332,7 +332,7 @@ def _checked_shards(path: epath.Path) -> dict[str, dict[str, Any]]:
   manifest = folder.read_json(path)
   said = manifest.pop("manifest_sha256", None) if isinstance(manifest, dict) else None
   if said != folder.json_sha256(manifest):
-    raise ValueError(
+    raise folder.ChangedDataError(
       f"{path} must have the manifest_sha256 of what it holds, got {said}; delete it, and "
       "the next start makes it again"
     )
@@ -341,7 +341,7 @@ def _checked_shards(path: epath.Path) -> dict[str, dict[str, Any]]:
     said = manifest["tokenizer_sha256"]
     found = sources.file_sha256(file) if file.exists() else "none"
     if said != found:
-      raise ValueError(
+      raise folder.ChangedDataError(
         f"{file} changed: SHA-256 {said} -> {found}; restore it, or delete {path.parent}, which is "
         "then made again"
       )
@@ -349,12 +349,12 @@ def _checked_shards(path: epath.Path) -> dict[str, dict[str, Any]]:
     file = path.parent / name
     found = file.stat().length if file.exists() else "none"
     if found != shard["size"]:
-      raise ValueError(
+      raise folder.ChangedDataError(
         f"{file} must have {shard['size']} bytes, as in {path.name}, it has {found}; {shards_lib.mend(file)}"
       )
     lengths = shards_lib.load_lengths(file)
     if (len(lengths), int(lengths.sum())) != (shard["documents"], shard["tokens"]):
-      raise ValueError(
+      raise folder.ChangedDataError(
         f"{shards_lib.lengths_path(file)} must have {shard['documents']} documents of {shard['tokens']} tokens, "
         f"as in {path.name}, it has {len(lengths)} of {lengths.sum()}; {shards_lib.mend(file)}"
       )

@@ -98,7 +98,7 @@ def load_lengths(path: epath.Path) -> np.ndarray:
     if lengths.ndim != 1 or (lengths < 1).any():
       raise ValueError("a document has at least one token")
   except Exception as error:  # a damaged header ends in errors of many kinds, MemoryError too
-    raise ValueError(
+    raise folder.ChangedDataError(
       f"{lengths_path(path)} must hold lengths of documents, got {error}; {mend(path)}"
     ) from error
   return lengths
@@ -117,7 +117,7 @@ def _open(paths: Sequence[epath.Path]) -> Sequence[bytes]:
     if len(paths) > 1:
       for path in paths:
         _open([path])  # finds which it is
-    raise ValueError(f"{paths[0]} is damaged: {error}; {mend(paths[0])}") from error
+    raise folder.ChangedDataError(f"{paths[0]} is damaged: {error}; {mend(paths[0])}") from error
 
 
 class Documents:
@@ -137,7 +137,7 @@ class Documents:
       self._record_tokens = int(self.lengths.max())
       counts = np.ones_like(counts)
     if len(self._records) != counts.sum():
-      raise ValueError(
+      raise folder.ChangedDataError(
         f"the lengths beside {paths[0]} and the files after it must be those of their "
         f"{len(self._records)} records, got lengths for {counts.sum()}; {mend(paths[0])}"
       )
@@ -163,10 +163,10 @@ class Documents:
     try:
       tokens = np.frombuffer(self._records[int(self._first_record[document]) + number], "<u4")
     except (RuntimeError, ValueError, IndexError) as error:
-      raise ValueError(f"{path} is damaged: {error}; {mend(path)}") from error
+      raise folder.ChangedDataError(f"{path} is damaged: {error}; {mend(path)}") from error
     left = int(self.lengths[document]) - number * self._record_tokens
     if len(tokens) != min(left, self._record_tokens):
-      raise ValueError(
+      raise folder.ChangedDataError(
         f"a record of {path} has {len(tokens)} tokens, but the lengths beside it say "
         f"{min(left, self._record_tokens)}; {mend(path)}"
       )

@@ -15,7 +15,7 @@ import re
 import sysconfig
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -70,11 +70,7 @@ def find_source(name: str, is_train: bool, field: str | None = None) -> Source:
     return Source(name, ())
   if name == STDLIB:
     root = epath.Path(sysconfig.get_paths()["stdlib"])
-    names = {
-      file
-      for file in _glob(root, "**/*.py")
-      if _is_program(file) and stdlib_is_train(file) == is_train
-    }
+    names = {file for file in _programs(root) if stdlib_is_train(file) == is_train}
   else:
     try:
       root, names = _find(name)
@@ -96,11 +92,16 @@ def stdlib_is_train(file: str) -> bool:
   return int(digest, 16) % 100 >= _STDLIB_VALIDATION_PERCENT
 
 
-def _is_program(file: str) -> bool:
-  *folders, base = file.split("/")
-  if any(folder in _STDLIB_EXCLUDED or folder.startswith("config-") for folder in folders):
-    return False
-  return not base.startswith("_sysconfigdata")  # the build's own paths and flags
+def _programs(root: epath.Path) -> Iterator[str]:
+  """Yields the names, relative to `root`, of the standard library's programs."""
+  for folder in _folders(os.fspath(root), _is_left_out):
+    for name in glob.glob("*.py", root_dir=folder):
+      if not name.startswith("_sysconfigdata"):  # the build's own paths and flags
+        yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def _is_left_out(folder: str) -> bool:
+  return folder in _STDLIB_EXCLUDED or folder.startswith("config-")
 
 
 def _find(name: str) -> tuple[epath.Path, set[str]]:
@@ -146,15 +147,27 @@ def _glob(root: epath.Path, pattern: str) -> list[str]:
   return [os.path.relpath(path, root) for path in paths]
 
 
-def _folders(folder: str, passed: frozenset[str] = frozenset()) -> Iterator[str]:
-  """Yields a folder and those below it; a link to one that was passed leads round for ever."""
+def _folders(
+  folder: str,
+  skips: Callable[[str], bool] = lambda name: False,
+  passed: frozenset[str] = frozenset(),
+) -> Iterator[str]:
+  """Yields a folder and those below it; a link to one that was passed leads round for ever.
+
+  Args:
+    folder: its path. One that is none is passed over.
+    skips: whether to leave out a folder of this name, and all below it.
+    passed: real paths of the folders above, where links to them may lie below.
+  """
   real = os.path.realpath(folder)
   if real in passed or not os.path.isdir(folder):
     return
   yield folder
-  for name in sorted(os.listdir(folder)):
-    if not name.startswith("."):
-      yield from _folders(os.path.join(folder, name), passed | {real})
+  with os.scandir(folder) as entries:
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+  for name in names:
+    if not name.startswith(".") and not skips(name):
+      yield from _folders(os.path.join(folder, name), skips, passed | {real})
 
 
 def _is_file(path: epath.Path) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import tempfile
+import zlib
 from collections.abc import Iterable
 
 import jax
@@ -77,6 +78,23 @@ def count_bytes(
     )
     return {}
   return {limit: int(counts[: None if limit < 0 else limit].sum()) for limit in limits}
+
+
+def subset_checksum(
+  prepared: records.PreparedData, config: DataConfig, batch_size: int, limit: int
+) -> int:
+  """Returns the CRC-32 of the rows of the first `limit` validation batches; -1: of all of them.
+
+  Losses on rows of equal checksum can be compared, also when they are split into other batches.
+  """
+  checksum = 0
+  batches = data.validation_batches(prepared, config, batch_size)
+  for batch in itertools.islice(batches, None if limit < 0 else limit):
+    for row, weights_S in enumerate(batch["weights"]):
+      if weights_S.any():  # the others fill the last batch
+        for name in sorted(batch):
+          checksum = zlib.crc32(batch[name][row].tobytes(), checksum)
+  return checksum
 
 
 class _TokenBytes:

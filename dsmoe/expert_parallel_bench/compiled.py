@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dsmoe.compilers import compile_only, program_cost
+from dsmoe.compilers import compile_only, jaxpr_flops, program_cost
 from dsmoe.config import MeshConfig, ModelConfig
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.training import exchange_layer
@@ -48,15 +48,14 @@ def rows(
       ("forward", run, args[:3]),
       ("forward + backward", exchange_layer.with_gradients(run), args),
     ):
-      with jax.sharding.use_abstract_mesh(
-        mesh.abstract_mesh
-      ):  # where GPU kernels look for the chip
-        compiled = compile_only.compile_lowered(jax.jit(fn).lower(*inputs))
+      with compile_only.tracing_for(mesh):
+        traced = jax.jit(fn).trace(*inputs)
+        compiled = compile_only.compile_lowered(traced.lower())
+      executed = jaxpr_flops.count(traced.jaxpr)
       times = 1 if direction == "forward" else 3
       useful = times * useful_flops(own, tokens)
-      found.append(
-        about | {"direction": direction} | program_cost.figures(compiled, mesh, chip, useful)
-      )
+      figures = program_cost.figures(compiled, mesh, chip, useful, executed)
+      found.append(about | {"direction": direction} | figures)
   except Exception as error:
     return [about | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}]
   return found

@@ -7,10 +7,12 @@ that stays on its device included. Both are one way, of x; the sums travel back 
 Shapes: N devices that the batch is split over, M tokens of each, E experts, K experts a token.
 """
 
+import functools
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ import rich.console
 import rich.progress
 
 from dsmoe.config import ModelConfig
-from dsmoe.expert_parallel_bench import profile
+from dsmoe.expert_parallel_bench import profile, single
 from dsmoe.planning import chips, exchanges
 from dsmoe.training import exchange_check, exchange_layer
 
@@ -34,6 +36,7 @@ def measure(
   routings: Mapping[str, np.ndarray],
   rounds: int,
   check_tokens: int,
+  singles: Sequence[futures.ProcessPoolExecutor] = (),
 ) -> list[dict[str, Any]]:
   """Measures every back end with every routing, forward and forward + backward.
 
@@ -44,10 +47,12 @@ def measure(
     routings: by name int32 [N, M, K].
     rounds: how often each program is timed, in turns, after two rounds that are not counted.
     check_tokens: tokens of each device, at most, that the oracle computes.
+    singles: of `single.started`, one for each device; they are timed in the same rounds.
 
   Returns:
     A row for each routing, back end and direction. A back end that does not run or is wrong has
-    one with `error` for each routing and is not timed.
+    one with `error` for each routing and is not timed; so does the layer on a device of its own, which
+    is then not tried again.
   """
   rows, device = [], mesh.devices.flat[0]
   head: dict[str, Any] = {
@@ -68,6 +73,14 @@ def measure(
     few_NMK = expert_NMK[:, :check_tokens]
     few = exchange_layer.inputs(config, mesh, few_NMK)
     expected, programs = oracle(*few), {}
+    if singles:
+      print(
+        f"{routing}: compiling and checking the layer on one device", file=sys.stderr, flush=True
+      )
+      if wrong := single.prepare(singles, config, expert_NMK, check_tokens):
+        about = {"routing": routing, "back_end": "local on one device", "error": wrong}
+        rows.append(head | about)
+        singles = ()
     for name, own in configs.items():
       about = head | {
         "routing": routing,
@@ -90,27 +103,40 @@ def measure(
       except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         rows.append(about | {"error": reason})
-    secs = _in_turns(programs, rounds)
+    timers = {key: functools.partial(_secs, *program[1:]) for key, program in programs.items()}
+    alone = single.timers(singles) if singles else {}
+    secs = _in_turns(timers | alone, rounds)
+    secs_alone = {key: secs[key] for key in alone}
+    common = head | {"routing": routing, "tokens_per_device": expert_NMK.shape[1]}
+    rows += single.rows(common, mesh.size, secs_alone)
     for (name, direction), (about, run, inputs) in programs.items():
       parts = profile.secs_of_parts(run, inputs, mesh.size, _PROFILED_RUNS)
       outcome = jax.device_get(run(*inputs)[1])
       found = figures(configs[name], mesh, expert_NMK, outcome, direction)
       found |= timings(secs[name, direction], expert_NMK, parts, found, device)
+      found |= single.shares(direction, found["median_secs"], secs_alone)
       rows.append(about | {"direction": direction} | found)
   return rows
 
 
-def _in_turns(programs: dict[Any, tuple], rounds: int) -> dict[Any, list[float]]:
-  """Times each program once a round, so that a busy machine slows all of them; returns seconds."""
-  secs: dict[Any, list[float]] = {key: [] for key in programs}
+def _in_turns(
+  timers: Mapping[tuple[str, str], Callable[[], float]], rounds: int
+) -> dict[tuple[str, str], list[float]]:
+  """Times each once a round, so that a busy machine slows all of them; returns seconds."""
+  secs: dict[tuple[str, str], list[float]] = {key: [] for key in timers}
   to = rich.console.Console(stderr=True)
   for number in rich.progress.track(range(rounds + 2), "timing", console=to, transient=True):
-    for key, (_, run, args) in programs.items():
-      start = time.perf_counter()
-      jax.block_until_ready(run(*args))
+    for key, timer in timers.items():
+      took = timer()
       if number >= 2:
-        secs[key].append(time.perf_counter() - start)
+        secs[key].append(took)
   return secs
+
+
+def _secs(run: jax.stages.Compiled, args: tuple) -> float:
+  start = time.perf_counter()
+  jax.block_until_ready(run(*args))
+  return time.perf_counter() - start
 
 
 def figures(config: ModelConfig, mesh, expert_NMK, outcome, direction: str) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Account(NamedTuple):
   stored_as_is: list[str]
   transposed: list[str]
   dequantised: list[str]
-  ignored: dict[str, str]  # reason by name
+  not_kept: dict[str, str]  # why, by name: the model has no parameter of its own for it
 
 
 class Opened(NamedTuple):
@@ -165,18 +165,18 @@ def _account(folder, config: ModelConfig, weights: TensorFiles, slots: dict[str,
   copies, account = copies_of(config), Account([], [], [], {})
   left_out = _uncounted_mtp(config, weights)
   for name in weights.scales:
-    account.ignored[name] = f"scale of {name.removesuffix(files.SCALE)}"
+    account.not_kept[name] = f"scale of {name.removesuffix(files.SCALE)}, which it has multiplied"
   for name, stored in sorted(weights.stored.items()):
     if name in slots:
       (account.transposed if slots[name].inputs else account.stored_as_is).append(name)
       if stored.dtype == "F8_E4M3":
         account.dequantised.append(name)
     elif name in copies:
-      account.ignored[name] = f"copy of {copies[name]}"
+      account.not_kept[name] = f"copy of {copies[name]}"
     elif IGNORED.search(name):
-      account.ignored[name] = "follows from config.json"
+      account.not_kept[name] = "follows from config.json"
     elif (layer := LAYER.match(name)) and int(layer[1]) in left_out:
-      account.ignored[name] = "MTP, left out"
+      account.not_kept[name] = "MTP, left out"
     else:
       fail(f"{weights.where(name)} has no place in the model config.json describes")
   missing = [name for name in slots if name not in weights.stored]

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from etils import epath
 
+from dsmoe.checkpoint import load_run
 from dsmoe.data.lines import check_unicode, read_lines
+from dsmoe.inference import batcher as batcher_lib
 from dsmoe.inference.batcher import Batcher
 from dsmoe.inference.detokenize import Detokenizer, StopStrings, Vocabulary
 from dsmoe.inference.sampling import Sampling
@@ -85,6 +87,23 @@ def stream(
   finally:
     for request in open_texts:
       batcher.cancel(request)
+
+
+def sample(workdir: epath.PathLike, max_tokens: int, prompt: str = "def ") -> str:
+  """Returns `prompt` and up to `max_tokens` by which the newest checkpoint of a run continues it.
+
+  A run without a tokenizer returns "".
+  """
+  run = load_run(workdir)
+  if not run.tokenizer_path.exists():
+    return ""
+  encoder = run.tokenizer()
+  tokens = encoder.encode(prompt, add_special_tokens=False).ids
+  batcher = batcher_lib.make(run, batcher_lib.BatcherOptions(max_rows=1))
+  tokens = tokens[: batcher.max_tokens_per_row - 1]
+  room = batcher.max_tokens_per_row - len(tokens)
+  settings = Sampling(min(max_tokens, room), temperature=0.7)
+  return prompt + encoder.decode(batcher_lib.generate(batcher, [tokens], settings)[0])
 
 
 def read_prompts(path: epath.Path) -> list[str]:

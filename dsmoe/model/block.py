@@ -52,11 +52,12 @@ class Block(nnx.Module):
       h_BSD = rms_norm(x_BSD, self.attention_norm[...], eps)
       out_BSD, attended = self.attention(h_BSD, cos_sin, attend)
       x_BSD = x_BSD + out_BSD
-    with jax.named_scope("mlp"):
+    with jax.named_scope("moe" if self.use_moe else "dense_ffn"):
       h_BSD = rms_norm(x_BSD, self.mlp_norm[...], eps)
       if self.use_moe:
         out_BSD, stats = self.mlp(h_BSD, moe)
       else:
         partial_BSD, stats = self.mlp(collectives.enter_model_axis(h_BSD)), None
         out_BSD = collectives.sum_over_model(partial_BSD)
-    return x_BSD + out_BSD, stats, attended
+      x_BSD = x_BSD + out_BSD
+    return x_BSD, stats, attended

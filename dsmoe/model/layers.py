@@ -64,10 +64,11 @@ def rms_norm(x, scale_D, eps: float):
 
   Source: arXiv:1910.07467.
   """
-  x32 = x.astype(jnp.float32)
-  mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-  scale = jnp.expand_dims(scale_D, range(x.ndim - 1))
-  return (x32 * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
+  with jax.named_scope("norm"):
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    scale = jnp.expand_dims(scale_D, range(x.ndim - 1))
+    return (x32 * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
 
 
 @jax.checkpoint

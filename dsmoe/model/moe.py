@@ -118,11 +118,14 @@ class MoE(nnx.Module):
     y_BSD = collectives.sum_over_model(y_BSD)
     balance_loss = jnp.zeros((), jnp.float32)
     if options.balance_loss is not None:
-      scores_BSE = routing.scores(logits_ME, config.scoring_func).reshape(B, S, -1)
-      balance_loss = options.balance_loss(scores_BSE, config.num_experts_per_tok)
+      with jax.named_scope("balance"):
+        scores_BSE = routing.scores(logits_ME, config.scoring_func).reshape(B, S, -1)
+        balance_loss = options.balance_loss(scores_BSE, config.num_experts_per_tok)
+    with jax.named_scope("routing"):
+      groups_per_token = routing.groups_touched(routed.expert_MK, config)
     stats = MoEStats(
       counts_E=routed.counts_E,
-      groups_per_token=routing.groups_touched(routed.expert_MK, config),
+      groups_per_token=groups_per_token,
       balance_loss=balance_loss,
       dispatch=dispatched,
       expert_BSK=routed.expert_MK.reshape(B, S, -1) if options.record_routing else None,

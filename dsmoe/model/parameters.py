@@ -194,16 +194,18 @@ def gathered(tree: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
     tree: this device's parts.
     shapes: of the whole parameters, from the function of that name.
   """
-  return jax.tree.map_with_path(
-    lambda path, x: collectives.gather_weight(x, of(path).dims, shapes[_entry(path)]), tree
-  )
+  with jax.named_scope("weights"):
+    return jax.tree.map_with_path(
+      lambda path, x: collectives.gather_weight(x, of(path).dims, shapes[_entry(path)]), tree
+    )
 
 
 def compute_cast(params: Any, config: ModelConfig) -> Any:
   """Casts parameters to the compute dtype, but for those that the table keeps in float32."""
-  return jax.tree.map_with_path(
-    lambda path, x: x if of(path).float32 else x.astype(config.compute_dtype), params
-  )
+  with jax.named_scope("weights"):
+    return jax.tree.map_with_path(
+      lambda path, x: x if of(path).float32 else x.astype(config.compute_dtype), params
+    )
 
 
 def decayed(params: Any) -> Any:

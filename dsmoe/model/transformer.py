@@ -47,13 +47,14 @@ def _stack(make, num: int, rngs: nnx.Rngs):
 def _apply_stack(layer, x_BSD, layers):
   """Runs `layer(x, weights) -> (x, stats)` over stacked weights; stats gain a leading dimension."""
   num_layers = jax.tree.leaves(layers)[0].shape[0]
-  if not platforms.writes_out(num_layers):
-    return jax.lax.scan(layer, x_BSD, layers)
-  stats = []
-  for i in range(num_layers):
-    x_BSD, layer_stats = layer(x_BSD, jax.tree.map(lambda w, i=i: w[i], layers))
-    stats.append(layer_stats)
-  return x_BSD, jax.tree.map(lambda *s: jnp.stack(s), *stats)
+  with jax.named_scope("layers"):
+    if not platforms.writes_out(num_layers):
+      return jax.lax.scan(layer, x_BSD, layers)
+    stats = []
+    for i in range(num_layers):
+      x_BSD, layer_stats = layer(x_BSD, jax.tree.map(lambda w, i=i: w[i], layers))
+      stats.append(layer_stats)
+    return x_BSD, jax.tree.map(lambda *s: jnp.stack(s), *stats)
 
 
 def _gathered(graphdef, state, config: ModelConfig) -> Any:
@@ -62,12 +63,13 @@ def _gathered(graphdef, state, config: ModelConfig) -> Any:
 
 def embedded(embed_vD, tokens_BS):
   """Returns each token's row [B, S, D] of an embedding whose rows are split over `model`."""
-  if collectives.devices_along("model") == 1:
-    return embed_vD[tokens_BS]
-  row_BS = tokens_BS - collectives.first_of_model(embed_vD.shape[0])
-  own_BS = (row_BS >= 0) & (row_BS < embed_vD.shape[0])
-  x_BSD = jnp.where(own_BS[..., None], embed_vD[jnp.where(own_BS, row_BS, 0)], 0)
-  return collectives.sum_over_model(x_BSD)
+  with jax.named_scope("embed"):
+    if collectives.devices_along("model") == 1:
+      return embed_vD[tokens_BS]
+    row_BS = tokens_BS - collectives.first_of_model(embed_vD.shape[0])
+    own_BS = (row_BS >= 0) & (row_BS < embed_vD.shape[0])
+    x_BSD = jnp.where(own_BS[..., None], embed_vD[jnp.where(own_BS, row_BS, 0)], 0)
+    return collectives.sum_over_model(x_BSD)
 
 
 class Transformer(nnx.Module):
@@ -127,10 +129,12 @@ class Transformer(nnx.Module):
     """
     config = self.config
     depths = config.num_nextn_predict_layers if targets_BS is not None else 0
-    ahead = context.own_tokens([mtp.shift(targets_BS, k) for k in range(depths)])
-    tokens_BS, positions_BS = context.own_tokens((tokens_BS, positions_BS))
+    with jax.named_scope("embed"):
+      ahead = context.own_tokens([mtp.shift(targets_BS, k) for k in range(depths)])
+      tokens_BS, positions_BS = context.own_tokens((tokens_BS, positions_BS))
     embed_vD = self.gathered_embed()
-    cos_sin = platforms.computed_once(lambda x: rope.cos_sin(x, config), positions_BS)
+    with jax.named_scope("attention"):
+      cos_sin = platforms.computed_once(lambda x: rope.cos_sin(x, config), positions_BS)
     options = MoEOptions(balance_loss, record_routing=record_routing)
     block_args = (cos_sin, attention.within_rows(segments_BS), options)
     x_BSD = embedded(embed_vD, tokens_BS)
@@ -158,17 +162,23 @@ class Transformer(nnx.Module):
         )
         return hidden_BSD, (hidden_BSD, layer_stats)
 
-      _, (mtp_hidden, layer_stats) = jax.lax.scan(
-        REMAT[config.remat](module), hidden_BSD, (layers, jnp.stack(ahead))
-      )
+      with jax.named_scope("mtp"):
+        _, (mtp_hidden, layer_stats) = jax.lax.scan(
+          REMAT[config.remat](module), hidden_BSD, (layers, jnp.stack(ahead))
+        )
       stats += [layer_stats] if layer_stats is not None else []
     joined = jax.tree.map(lambda *a: jnp.concatenate(a), *stats) if stats else None
     return ModelOutput(hidden_BSD, mtp_hidden, joined)
 
 
-def build(config: ModelConfig, seed: int = 0) -> Transformer:
-  """Creates the model with fresh float32 weights; under `jax.eval_shape`, only its shapes."""
-  return Transformer(config, nnx.Rngs(params=seed))
+def build(config: ModelConfig, seed: int | jax.Array = 0) -> Transformer:
+  """Creates the model with fresh float32 weights; under `jax.eval_shape`, only its shapes.
+
+  Args:
+    config: of the model.
+    seed: from 0 to 2**32 - 1; an array is uint32, and equal seeds give equal weights.
+  """
+  return Transformer(config, nnx.Rngs(params=jax.random.key(seed)))
 
 
 @functools.cache

@@ -66,11 +66,12 @@ def own_experts(x_TD, routed: Routed, experts: ExpertWeights, config: ModelConfi
   O, E = weights[0].shape[0], routed.counts_E.shape[0]
   alignment = row_alignment(T * K, E, config)
   counts_E = routed.counts_E
-  pair_P, row_TK = permute.expert_order(routed.expert_MK, routed.rank_MK, counts_E, alignment)
-  first = jax.lax.axis_index("expert") * O
-  starts_E = permute.group_starts(counts_E, alignment)
-  sizes_O, starts_O = (jax.lax.dynamic_slice_in_dim(a, first, O) for a in (counts_E, starts_E))
-  weight_P = permute.weights_of_rows(routed.gate_MK, row_TK, pair_P.shape[0])
+  with jax.named_scope("plan"):
+    pair_P, row_TK = permute.expert_order(routed.expert_MK, routed.rank_MK, counts_E, alignment)
+    first = jax.lax.axis_index("expert") * O
+    starts_E = permute.group_starts(counts_E, alignment)
+    sizes_O, starts_O = (jax.lax.dynamic_slice_in_dim(a, first, O) for a in (counts_E, starts_E))
+    weight_P = permute.weights_of_rows(routed.gate_MK, row_TK, pair_P.shape[0])
   x_PD = permute.permute(x_TD, pair_P, row_TK)
   with jax.named_scope("experts"):
     y_PD = experts_of_rows(x_PD, weight_P, weights, sizes_O, starts_O, alignment, config)

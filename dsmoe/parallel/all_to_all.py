@@ -15,8 +15,10 @@ is not sent, counts as dropped and adds nothing to its token.
 `moe_chunks` parts of the tokens are exchanged separately, with buffers of their own, which need not
 all exist at once: the layer's value and gradient on v5p, at 2,048 tokens of 1,024 a device, take 22%
 less temporary memory in two parts. The parts do not depend on each other, so that a compiler may
-exchange one while it multiplies another. XLA:TPU of jax 0.10.2 does not: there every exchange of
-rows waits until it is done, and all of them are exposed.
+exchange one while it multiplies another. XLA:TPU of jax 0.10.2 does so with the flags of `exchange`
+in `platforms/xla_flags.py`, and waits for every exchange without them. On v5p, compiled and not run, of
+the four exchanges of two parts then one is under way while the other part's experts multiply; the first
+and the last have nothing to hide behind, and one is left exposed between them.
 
 With `dropless_fallback="layer"`, where any device of the mesh would drop a row, all devices compute
 the layer in so many parts that each fits into the same buffer whatever its routing. The backward

@@ -17,6 +17,7 @@ from pallas_kernels import varying
 from pallas_kernels.routing import Routed
 
 
+@jax.named_scope("experts")
 def chosen(x_MD, routed: Routed, experts: ExpertWeights, real_M=None, first=None):
   """Sums each token's experts, reading the weights of experts that a counting token chose once.
 

@@ -19,12 +19,16 @@ def dense(x_MD, routed: Routed, experts: ExpertWeights, config: ModelConfig):
   num_devices = collectives.devices_along("expert")
   if num_devices == 1:
     return masked(x_MD, routed, experts, 0), nothing_dropped()
-  x_TD, routed = gathered_tokens(x_MD, routed)
+  with jax.named_scope("exchange"):
+    x_TD, routed = gathered_tokens(x_MD, routed)
   first = jax.lax.axis_index("expert") * experts.num_experts
-  y_MD = collectives.sum_to_owners(masked(x_TD, routed, experts, first), "expert")
+  y_TD = masked(x_TD, routed, experts, first)
+  with jax.named_scope("exchange"):
+    y_MD = collectives.sum_to_owners(y_TD, "expert")
   return y_MD, nothing_dropped(sent_rows=x_MD.shape[0] * (num_devices - 1))
 
 
+@jax.named_scope("experts")
 def masked(x_MD, routed: Routed, experts: ExpertWeights, first):
   """Returns the sum of every token's shares of the experts from number `first` on."""
   expert_MK, gate_MK = routed.expert_MK, routed.gate_MK

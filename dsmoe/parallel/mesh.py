@@ -33,15 +33,35 @@ def make_mesh(
       or cannot join the slices, naming the nearest sizes that do, if any do.
   """
   devices = jax.devices() if devices is None else devices
+  sizes = sizes_that_fit(config, len(devices), len(slices(devices)), check)
+  across = AXES.index(config.across_slices)
+  grid = device_grid(tuple(sizes.values()), devices, across)
+  return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def sizes_that_fit(
+  config: MeshConfig, num_devices: int, num_slices: int, check: Callable | None = None
+) -> dict[str, int]:
+  """Returns the sizes of all axes over devices that need not be there.
+
+  Args:
+    config: as for `make_mesh`; `data` may be -1.
+    num_devices: of all slices together.
+    num_slices: groups of devices that fast links join.
+    check: as for `make_mesh`.
+
+  Raises:
+    ValueError: as `make_mesh`.
+  """
   sizes = {axis: getattr(config, axis) for axis in AXES}
   others = math.prod(size for size in sizes.values() if size != -1)
   if sizes["data"] == -1:
-    sizes["data"] = max(len(devices) // others, 1)
-  num_slices, across = len(slices(devices)), config.across_slices
+    sizes["data"] = max(num_devices // others, 1)
+  across = config.across_slices
 
   def misfit(sizes: Mapping[str, int]) -> str | None:
-    if math.prod(sizes.values()) != len(devices):
-      return f"the mesh axes {sizes} must multiply to the number of devices ({len(devices)})"
+    if math.prod(sizes.values()) != num_devices:
+      return f"the mesh axes {sizes} must multiply to the number of devices ({num_devices})"
     if sizes[across] % num_slices:
       return (
         f"mesh.{across} ({sizes[across]}) must be divisible by the number of slices "
@@ -55,13 +75,12 @@ def make_mesh(
     return None
 
   if reason := misfit(sizes):
-    near = nearest(sizes, len(devices), lambda sizes: misfit(sizes) is None)
+    near = nearest(sizes, num_devices, lambda sizes: misfit(sizes) is None)
     advice = (
-      f"the nearest mesh that fits is {near}" if near else f"no mesh of {len(devices)} devices fits"
+      f"the nearest mesh that fits is {near}" if near else f"no mesh of {num_devices} devices fits"
     )
     raise ValueError(f"{reason}; {advice}")
-  grid = device_grid(tuple(sizes.values()), devices, AXES.index(across))
-  return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+  return sizes
 
 
 def axes_of_flag(parts: Sequence[str]) -> MeshConfig:

@@ -45,15 +45,16 @@ def own_share(tokens: Tokens, weights, room: int, config: ModelConfig):
     ([N, D] in x's dtype; int32, how many rows were dropped).
   """
   O, K = weights[0].shape[0], tokens.expert_NK.shape[1]
-  local_NK = tokens.expert_NK - jax.lax.axis_index("expert") * O
-  own_NC, (local_NC, gate_NC) = first_of(
-    (local_NK >= 0) & (local_NK < O), min(K, O), local_NK, tokens.gate_NK
-  )
   alignment = row_alignment(room, O, config)
   rows = permute.num_rows(room, O, alignment)
-  order = ordered(jnp.where(own_NC, local_NC, O), O, rows, alignment)
+  with jax.named_scope("plan"):
+    local_NK = tokens.expert_NK - jax.lax.axis_index("expert") * O
+    own_NC, (local_NC, gate_NC) = first_of(
+      (local_NK >= 0) & (local_NK < O), min(K, O), local_NK, tokens.gate_NK
+    )
+    order = ordered(jnp.where(own_NC, local_NC, O), O, rows, alignment)
+    weight_P = jnp.take(gate_NC.reshape(-1), order.pair_P, mode="fill", fill_value=0)
   x_PD = permute.permute(tokens.x_ND, order.pair_P, order.row_NC)
-  weight_P = jnp.take(gate_NC.reshape(-1), order.pair_P, mode="fill", fill_value=0)
   groups = order.sizes_G, order.starts_G
   with jax.named_scope("experts"):
     y_PD = experts_of_rows(x_PD, weight_P, weights, *groups, alignment, config)

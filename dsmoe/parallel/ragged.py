@@ -1,8 +1,9 @@
 """Rows to the other devices of the axis `expert`, as many to each as a plan says, and back.
 
-On TPU and GPU this is XLA's `ragged_all_to_all`. XLA:CPU has none: there, as for numbers of which a
-row has only one (which a TPU would pad to 128), each device's rows to another are padded to as many
-as there can be and exchanged by `all_to_all`.
+On TPU and GPU this is XLA's `ragged_all_to_all`. XLA:CPU has none: there all rows of all devices are
+gathered, unless that is more than twice what can come. Otherwise, as for numbers of which a row has
+only one (which a TPU would pad to 128), each device's rows to another are padded to as many as there
+can be and exchanged by `all_to_all`.
 
 An exchange is linear and moves every row to one place at most: its gradient is the exchange back.
 
@@ -128,7 +129,8 @@ def move(a, num_rows: int, starts_S, sizes_S, places_S, received_S, platform: st
     a, starts_S, sizes_S, places_S, received_S
   )
   if platform == "cpu" or a.ndim == 1:
-    return _move_padded(a, num_rows, starts_S, sizes_S, places_S, received_S)
+    slices = (starts_S, sizes_S, places_S, received_S)
+    return _move_emulated(a, num_rows, *slices, gathers=platform == "cpu")
   if platform == "gpu" and num_devices > MOST_GPUS:
     raise ValueError(
       f"mesh.expert ({num_devices}) must be at most {MOST_GPUS} on GPU for an exchange of rows: "
@@ -141,9 +143,40 @@ def move(a, num_rows: int, starts_S, sizes_S, places_S, received_S, platform: st
   )
 
 
-def _move_padded(a, num_rows: int, starts_S, sizes_S, places_S, received_S):
+def _move_emulated(a, num_rows: int, starts_S, sizes_S, places_S, received_S, gathers: bool):
+  """`move` by exchanges of equal parts.
+
+  Either all rows of all devices are gathered, or rows for each device are padded to as many as there
+  can be. The first copies a row once where the second does twice, but also rows that go elsewhere.
+  """
+  num_devices, P = collectives.devices_along(AXIS), a.shape[0]
+  W = min(P, num_rows)
+  received_Xn = received_S.reshape(num_devices, -1)
+  if gathers and P <= 2 * W:
+    got = jax.lax.all_gather(a, AXIS, tiled=True)
+    first_Xn = jax.lax.all_to_all(starts_S, AXIS, 0, 0, tiled=True).reshape(num_devices, -1)
+  else:
+    P = W
+    got = _padded(a, W, starts_S, sizes_S)
+    first_Xn = before(received_Xn, axis=1)
+  first_Xn += P * jnp.arange(num_devices, dtype=jnp.int32)[:, None]
+
+  # Which of the slices each row lies in; empty ones are put past the end.
+  arrivals_S = jax.lax.all_to_all(places_S, AXIS, 0, 0, tiled=True)
+  arrivals_S = jnp.where(received_S > 0, arrivals_S, num_rows)
+  order_S = jnp.argsort(arrivals_S)
+  row_R = jnp.arange(num_rows, dtype=jnp.int32)
+  place_R = jnp.searchsorted(arrivals_S[order_S], row_R, side="right") - 1
+  slice_R = order_S[jnp.maximum(place_R, 0)]
+  within_R = row_R - arrivals_S[slice_R]
+  filled_R = (place_R >= 0) & (within_R < received_S[slice_R])
+  source_R = jnp.where(filled_R, first_Xn.reshape(-1)[slice_R] + within_R, num_devices * P)
+  return got.at[source_R].get(mode="fill", fill_value=0)
+
+
+def _padded(a, W: int, starts_S, sizes_S):
+  """Returns W rows from each device, [X W, ...], its slices for this one after each other."""
   num_devices = collectives.devices_along(AXIS)
-  W = min(a.shape[0], num_rows)
   starts_Xn, sizes_Xn = (s.reshape(num_devices, -1) for s in (starts_S, sizes_S))
   ends_Xn = jnp.cumsum(sizes_Xn, axis=1, dtype=jnp.int32)
   row_W = jnp.arange(W, dtype=jnp.int32)
@@ -153,18 +186,4 @@ def _move_padded(a, num_rows: int, starts_S, sizes_S, places_S, received_S):
   source_XW = jnp.where(row_W[None] < ends_Xn[:, -1:], row_W[None] + shift_XW, a.shape[0])
   sent_XW = a.at[source_XW].get(mode="fill", fill_value=0)
   got_XW = jax.lax.all_to_all(sent_XW, AXIS, 0, 0, tiled=True)
-
-  # Which of the slices each row lies in; empty ones are put past the end.
-  arrivals_S = jax.lax.all_to_all(places_S, AXIS, 0, 0, tiled=True)
-  received_Xn = received_S.reshape(num_devices, -1)
-  first_Xn = before(received_Xn, axis=1) + W * jnp.arange(num_devices, dtype=jnp.int32)[:, None]
-  arrivals_S = jnp.where(received_S > 0, arrivals_S, num_rows)
-  order_S = jnp.argsort(arrivals_S)
-  row_R = jnp.arange(num_rows, dtype=jnp.int32)
-  place_R = jnp.searchsorted(arrivals_S[order_S], row_R, side="right") - 1
-  slice_R = order_S[jnp.maximum(place_R, 0)]
-  within_R = row_R - arrivals_S[slice_R]
-  filled_R = (place_R >= 0) & (within_R < received_S[slice_R])
-  source_R = jnp.where(filled_R, first_Xn.reshape(-1)[slice_R] + within_R, num_devices * W)
-  got = got_XW.reshape(num_devices * W, *a.shape[1:])
-  return got.at[source_R].get(mode="fill", fill_value=0)
+  return got_XW.reshape(num_devices * W, *a.shape[1:])

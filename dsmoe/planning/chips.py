@@ -5,9 +5,33 @@ figure that no source gives is None.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 _TERA, _GB, _GIB = 1e12, 1e9, 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cloud:
+  """How Google Cloud lends TPUs of a kind: as slices of VMs with several chips each."""
+
+  accelerator: str  # the node label cloud.google.com/gke-tpu-accelerator
+  machine: str  # the type of the VMs
+  chips_per_vm: int = 4
+  xpk: str  # xpk spells a slice <xpk>-4x4x4
+  shapes: tuple[tuple[int, ...], ...]  # the slices there are, in chips along each dimension
+  max_chips: int  # of a slice
+  cubes: bool = False  # whether there are also slices of whole cubes of 4 x 4 x 4 chips
+
+  def has(self, shape: tuple[int, ...]) -> bool:
+    """Whether there are slices of this shape."""
+    whole = len(shape) == 3 and all(n % 4 == 0 and n > 0 for n in shape)
+    small = math.prod(shape) <= self.max_chips
+    return shape in self.shapes or (self.cubes and whole and small and list(shape) == sorted(shape))
+
+
+_FLAT = ((2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_SMALL_TORUS = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +49,8 @@ class Chip:
   devices_per_chip: int = 1
   clock_hz: float | None = None  # at which the matrix units reach the peak
   mxu_size: int | None = None  # rows and columns of a TPU's matrix unit
+  # Names and slices: https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, and xpk.
+  cloud: Cloud | None = None
   source: str
 
 
@@ -36,6 +62,14 @@ _TABLE = (
     peak_flops=275 * _TERA,
     hbm_bytes=32 * _GIB,
     hbm_bytes_per_sec=1200 * _GB,
+    cloud=Cloud(
+      accelerator="tpu-v4-podslice",
+      machine="ct4p-hightpu-4t",
+      xpk="v4",
+      shapes=_SMALL_TORUS,
+      max_chips=4096,
+      cubes=True,
+    ),
     source="https://cloud.google.com/tpu/docs/v4, which gives no bandwidth of the interconnect",
   ),
   Chip(
@@ -45,6 +79,13 @@ _TABLE = (
     hbm_bytes=16 * _GIB,
     hbm_bytes_per_sec=819 * _GB,
     interconnect_bytes_per_sec=400 * _GB,
+    cloud=Cloud(
+      accelerator="tpu-v5-lite-podslice",
+      machine="ct5lp-hightpu-4t",
+      xpk="v5litepod",
+      shapes=_FLAT,
+      max_chips=256,
+    ),
     source="https://cloud.google.com/tpu/docs/v5e",
   ),
   Chip(
@@ -56,6 +97,14 @@ _TABLE = (
     interconnect_bytes_per_sec=1200 * _GB,
     clock_hz=1.75e9,
     mxu_size=128,
+    cloud=Cloud(
+      accelerator="tpu-v5p-slice",
+      machine="ct5p-hightpu-4t",
+      xpk="v5p",
+      shapes=_SMALL_TORUS,
+      max_chips=8960,
+      cubes=True,
+    ),
     source="https://cloud.google.com/tpu/docs/v5p; its FP8 peak is that of bfloat16",
   ),
   Chip(
@@ -67,6 +116,13 @@ _TABLE = (
     interconnect_bytes_per_sec=800 * _GB,
     clock_hz=1.75e9,
     mxu_size=256,
+    cloud=Cloud(
+      accelerator="tpu-v6e-slice",
+      machine="ct6e-standard-4t",
+      xpk="v6e",
+      shapes=_FLAT,
+      max_chips=256,
+    ),
     source="https://cloud.google.com/tpu/docs/v6e; its FP8 peak is that of bfloat16",
   ),
   Chip(
@@ -80,6 +136,14 @@ _TABLE = (
     devices_per_chip=2,
     clock_hz=2.2e9,
     mxu_size=256,
+    cloud=Cloud(
+      accelerator="tpu7x",
+      machine="tpu7x-standard-4t",
+      xpk="tpu7x",
+      shapes=_SMALL_TORUS,
+      max_chips=9216,
+      cubes=True,
+    ),
     source="https://cloud.google.com/tpu/docs/tpu7x, which gives them a chip",
   ),
   Chip(

@@ -9,7 +9,7 @@ from dsmoe.compilers import compile_only, program_cost
 from dsmoe.config import Config
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.planning import accounting
-from dsmoe.training import train_step
+from dsmoe.training import hyperparameters, train_step
 
 
 def figures(config: Config, topology: str) -> dict[str, Any]:
@@ -43,8 +43,9 @@ def figures(config: Config, topology: str) -> dict[str, Any]:
       ("tokens", "targets", "positions", "segments"), np.int32
     ).items()
   } | {"weights": jax.ShapeDtypeStruct(shape, np.float32, sharding=rows)}
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # where GPU kernels look for the chip
-    lowered = train_step.make_train_step(config, mesh).lower(state, batch)
+  hyper = hyperparameters.of(config)
+  with compile_only.tracing_for(mesh):
+    lowered = train_step.make_train_step(config, mesh).lower(state, batch, hyper)
   compiled = compile_only.compile_lowered(lowered)
   tokens = shape[0] * shape[1] // mesh.size
   flops = accounting.flops_per_token(config.model, shape[1])["causal_mtp"] * tokens

@@ -4,10 +4,13 @@ Measured on two shared cores of x86-64 with float32, `experiments/bench_small.py
 `experiments/tiny.py`.
 """
 
+import atexit
 import ctypes
 import gc
+import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 
 import jax
@@ -27,6 +30,7 @@ MAX_WRITTEN_OUT_LAYERS = 4
 # three, the copies of its matrices: with five a step of 8 rows takes 0.86 of the time.
 EXPERTS_AT_ONCE = 5
 
+_PASS_ON_SECS = 1.0  # at the end, for what is still in a pipe
 _MALLOC = {"hugetlb": 1, "mmap_threshold": 2**40, "trim_threshold": 2**40}
 
 
@@ -66,6 +70,44 @@ def keep_memory() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def hide_lines_of_gloo() -> None:
+  """Keeps out of standard output which processes Gloo has connected, a line for each group of them.
+
+  Gloo, by which JAX joins the CPUs of several processes, writes these lines from C++. What else is
+  written there passes. Python's own output takes another way, so that none of it is lost with a
+  process that is killed; standard error, with Gloo's errors, is not touched.
+  """
+  shown = sys.stdout
+  if not isinstance(shown, io.TextIOWrapper) or shown.fileno() != 1:
+    return
+  shown.flush()
+  to, (reader, writer) = os.dup(1), os.pipe()
+  os.dup2(writer, 1)
+  os.close(writer)
+  sys.stdout = io.TextIOWrapper(
+    open(to, "wb", 0 if shown.write_through else -1),
+    shown.encoding,
+    shown.errors,
+    line_buffering=shown.line_buffering,
+    write_through=shown.write_through,
+  )
+
+  def pass_on() -> None:
+    with open(reader, "rb") as lines:
+      for line in lines:
+        if not line.startswith(b"[Gloo] Rank "):
+          os.write(to, line)
+
+  passing_on = threading.Thread(target=pass_on, name="lines_of_gloo", daemon=True)
+  passing_on.start()
+
+  @atexit.register
+  def end() -> None:
+    ctypes.CDLL(None).fflush(None)
+    os.dup2(to, 1)  # which ends what `pass_on` reads
+    passing_on.join(_PASS_ON_SECS)
 
 
 def release_memory() -> None:

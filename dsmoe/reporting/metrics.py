@@ -7,17 +7,15 @@ only one of them writes.
 import collections
 import json
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from dsmoe.reporting.appended import AppendedFile
+
 METRICS_FILE = "metrics.jsonl"
-_UPLOAD_SECS = 60.0  # between two copies of the file to an object store
 
 
 def load_statistics(counts_LE: np.ndarray) -> dict[str, np.ndarray]:
@@ -126,33 +124,27 @@ class MetricsWriter:
     so are the copies that killed runs and earlier versions left beside the file.
 
     Args:
-      workdir: on disk or gs://; created if absent. An object store cannot append, so there
-        the file is sent whole by `flush`, `close` and once a minute.
+      workdir: on disk or gs://; created if absent. To an object store the file is sent whole by
+        `flush`, `close` and once a minute.
       tensorboard: whether to write TensorBoard events too.
       start_step: the step of the checkpoint that the run resumes from; 0 for a new run.
 
     Raises:
       ValueError: for a metrics.jsonl with a broken line; see `read_metrics`.
     """
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    self._path = live = workdir / METRICS_FILE
-    _cut(self._path, start_step)
-    self._staging = None
-    if _is_remote(workdir):
-      self._staging = tempfile.TemporaryDirectory(prefix="metrics")
-      live = epath.Path(self._staging.name) / METRICS_FILE
-      if self._path.exists():
-        _copy(self._path, live)
-    self._live = live
-    self._file = live.open("a")
-    self._upload_time = time.monotonic()
+    self._workdir, self._tensorboard = epath.Path(workdir), tensorboard
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    self._open(start_step)
+
+  def _open(self, start_step: int) -> None:
+    _cut(self._workdir / METRICS_FILE, start_step)
+    self._file = AppendedFile(self._workdir / METRICS_FILE)
     self._board = None
-    if tensorboard:
+    if self._tensorboard:
       import tensorboardX  # here, since it imports torch where that is installed: seconds
 
       self._board = tensorboardX.SummaryWriter(
-        os.fspath(workdir / "tensorboard"), purge_step=start_step + 1
+        os.fspath(self._workdir / "tensorboard"), purge_step=start_step + 1
       )
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -168,8 +160,7 @@ class MetricsWriter:
     """
     line = {"step": int(step)}
     line |= {name: _plain(name, value) for name, value in values.items() if name != "step"}
-    self._file.write(json.dumps(line, allow_nan=False) + "\n")
-    self._file.flush()
+    self._file.write(json.dumps(line, allow_nan=False))
     if self._board is not None:
       for name, value in line.items():
         numbers = {name: value}
@@ -178,25 +169,24 @@ class MetricsWriter:
         for tag, number in numbers.items():
           if isinstance(number, (int, float)) and name != "step":
             self._board.add_scalar(tag, number, line["step"])
-    if time.monotonic() - self._upload_time > _UPLOAD_SECS:
-      self.flush()
+
+  def cut(self, step: int) -> list[dict[str, Any]]:
+    """Removes the lines after `step`, whose steps are made again; returns the others."""
+    self.close()
+    self._open(step)
+    return read_metrics(self._workdir)
 
   def flush(self) -> None:
     """Makes the lines written so far durable; call it before saving a checkpoint."""
     if self._board is not None:
       self._board.flush()
-    if self._staging is not None:
-      _copy(self._live, self._path)
-    self._upload_time = time.monotonic()
+    self._file.flush()
 
   def close(self) -> None:
     """Flushes and closes the files."""
     self._file.close()
-    self.flush()
     if self._board is not None:
       self._board.close()
-    if self._staging is not None:
-      self._staging.cleanup()
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -209,10 +199,17 @@ class NoMetrics(MetricsWriter):
   """In all processes of a run but the first, which writes: drops what it is given."""
 
   def __init__(self):
-    self._file, self._board, self._staging = None, None, None
+    """Opens nothing."""
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Drops the line."""
+
+  def cut(self, step: int) -> list[dict[str, Any]]:
+    """Has no lines."""
+    return []
+
+  def flush(self) -> None:
+    """Has nothing to write."""
 
   def close(self) -> None:
     """Has nothing to close."""
@@ -233,6 +230,14 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
       lists, naming it.
   """
   return list(iter_metrics(workdir))
+
+
+def validation_curve(row: Mapping[str, Any]) -> tuple[int | None, int | None]:
+  """Returns what points of one validation curve share: their number of tokens, their rows' CRC-32.
+
+  Either is None in lines of versions that did not write it.
+  """
+  return row.get("validation_tokens"), row.get("validation_checksum")
 
 
 def _checked_counts(counts_LE: np.ndarray) -> np.ndarray:
@@ -261,17 +266,30 @@ def _plain(name: str, value: Any) -> Any:
   return np.where(np.isfinite(array), array, np.array(None)).tolist()
 
 
+def parse(line: bytes) -> dict[str, Any]:
+  """Returns the values of a line.
+
+  Raises:
+    ValueError: for what is no JSON object with an integer "step" and numbers or lists.
+  """
+  try:
+    row = json.loads(line)
+  except RecursionError as error:
+    raise ValueError(str(error)) from error
+  if not isinstance(row, dict) or type(row.get("step")) is not int:
+    raise ValueError("no object with an integer step")
+  if odd := [name for name, value in row.items() if isinstance(value, str | dict)]:
+    raise ValueError(f"{odd[0]} is neither a number nor a list of numbers")
+  return row
+
+
 def _lines(path: epath.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
   """Yields each line with its value, but not a last one cut short."""
   with path.open("rb") as file:
     for number, line in enumerate(file, 1):
       try:
-        row = json.loads(line)
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-          raise ValueError("no object with an integer step")
-        if odd := [name for name, value in row.items() if isinstance(value, str | dict)]:
-          raise ValueError(f"{odd[0]} is neither a number nor a list of numbers")
-      except (ValueError, RecursionError) as error:
+        row = parse(line)
+      except ValueError as error:
         if not any(rest.strip() for rest in file):  # the last one, whether or not it was ended
           return
         raise ValueError(
@@ -294,12 +312,3 @@ def _cut(path: epath.Path, start_step: int) -> None:
   for left in path.parent.iterdir():
     if left.name.startswith((f"{path.name}.before_step_", f"{path.name}.tmp")):
       left.unlink()
-
-
-def _is_remote(path: epath.Path) -> bool:
-  return "://" in os.fspath(path)
-
-
-def _copy(source: epath.Path, target: epath.Path) -> None:
-  with source.open("rb") as reader, target.open("wb") as writer:
-    shutil.copyfileobj(reader, writer)

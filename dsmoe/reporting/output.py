@@ -8,12 +8,14 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from logging import WARNING
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 
 from dsmoe.config import Config
+from dsmoe.parallel import processes, watch
 
 STDOUT = "-"
 
@@ -57,6 +59,22 @@ def write_json(path: str | None, value: Any) -> None:
     epath.Path(path).write_text(text)
 
 
+def write_json_so_far(path: str | None, value: Any) -> None:
+  """Writes what a script has measured so far, so that it outlives the script's end at any moment.
+
+  The file is replaced at once: whoever reads it finds this value, or the one before. To `-`, and to
+  what is no file, such as a pipe, nothing is written before `write_json` writes all of it.
+  """
+  if path is None or path == STDOUT:
+    return
+  file = epath.Path(path)
+  if file.exists() and not file.is_file():
+    return
+  beside = file.with_name(f"{file.name}.part")
+  write_json(str(beside), value)
+  beside.replace(file)
+
+
 def run_script(main: Callable[[list[str]], Any]) -> None:
   """Parses the flags and calls `main`; the user's mistakes end in one sentence on stderr.
 
@@ -74,6 +92,7 @@ def run_script(main: Callable[[list[str]], Any]) -> None:
     try:
       return main(argv)
     except (app.UsageError, ValueError, OSError) as error:
+      processes.leave_if_alone(error)  # JAX raises ValueError too where a process is lost
       if flags.FLAGS.traceback:
         raise
       fail(_sentence(error))
@@ -82,7 +101,14 @@ def run_script(main: Callable[[list[str]], Any]) -> None:
         raise
       fail(reason)
 
-  app.run(guarded, flags_parser=_parse_flags)
+  logging.get_absl_logger().addFilter(_is_worth_logging)
+  with watch.ending_together():
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _is_worth_logging(record: Any) -> bool:
+  """Whether a record is none of the warnings by which orbax says, several times, that a run stops."""
+  return record.levelno > WARNING or "Reached preemption sync point" not in record.getMessage()
 
 
 def refuse_arguments(argv: list[str]) -> None:

@@ -1,13 +1,11 @@
 """Draws the plots of a run from its metrics.jsonl alone, and rooflines of kernels.
 
-L is the number of MoE layers, T the number of logged steps. In plots of single experts, series
-longer than 256 points are averaged, so that a long run is drawn in bounded memory.
+L is the number of MoE layers, T the number of logged steps.
 """
 
 import io
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -16,14 +14,11 @@ from etils import epath
 from matplotlib import collections as mpl_collections
 from matplotlib import colors, figure, ticker
 
-from dsmoe.reporting import metrics
+from dsmoe.reporting import metrics, series
 
 _DOTS_PER_INCH = 110
-_MAX_POINTS = 256  # even
-_SMOOTHED_POINTS = 40  # a loss of at least so many points is drawn with its running mean
 # Points of validation, drawn larger and never averaged.
 _MARKS = {"validation_loss": "o--", "whole_validation_loss": "D"}
-_WIDE = ("expert_counts", "router_bias")  # [L, E] in each line: averaged while they are read
 
 
 def draw(workdir: epath.PathLike) -> list[epath.Path]:
@@ -40,7 +35,7 @@ def draw(workdir: epath.PathLike) -> list[epath.Path]:
     FileNotFoundError, ValueError: see `metrics.read_metrics`.
   """
   workdir = epath.Path(workdir)
-  run = _Run(metrics.iter_metrics(workdir))
+  run = series.Run(metrics.iter_metrics(workdir))
   paths = []
   for name, make in _PLOTS.items():
     picture = make(run)
@@ -55,59 +50,6 @@ def draw(workdir: epath.PathLike) -> list[epath.Path]:
   return paths
 
 
-class _Thinned:
-  """At most _MAX_POINTS means of equally many neighbouring (step, array) of a long series."""
-
-  def __init__(self):
-    self.sums: list[tuple[int, int, np.ndarray]] = []  # how many, sum of steps, sum of arrays
-    self.stride = 1
-
-  def add(self, step: int, array: np.ndarray) -> None:
-    if self.sums and self.sums[-1][0] < self.stride:
-      num, steps, total = self.sums[-1]
-      self.sums[-1] = (num + 1, steps + step, total + array)
-      return
-    if len(self.sums) == _MAX_POINTS:
-      pairs = zip(self.sums[::2], self.sums[1::2])
-      self.sums = [(a[0] + b[0], a[1] + b[1], a[2] + b[2]) for a, b in pairs]
-      self.stride *= 2
-      return self.add(step, array)
-    self.sums.append((1, step, array))
-
-  def means(self) -> tuple[np.ndarray, np.ndarray]:
-    """Returns float steps [T] and arrays [T, L, E]."""
-    return (
-      np.array([steps / num for num, steps, _ in self.sums]),
-      np.array([total / num for num, _, total in self.sums]),
-    )
-
-
-class _Run:
-  """The series of a metrics file."""
-
-  def __init__(self, rows: Iterable[dict[str, Any]]):
-    self.rows: list[dict[str, Any]] = []
-    self.wide = {name: _Thinned() for name in _WIDE}
-    for row in rows:
-      for name in _WIDE:
-        if row.get(name):
-          self.wide[name].add(row["step"], np.asarray(row[name], np.float64))
-      self.rows.append({name: value for name, value in row.items() if name not in _WIDE})
-
-  def series(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns steps [T] and values [T] or [T, L], null as NaN; None if there is no value.
-
-    NaN also parts the validation losses on another number of tokens, which are another curve.
-    """
-    rows = [row for row in self.rows if row.get(name) not in (None, [])]
-    if not rows:
-      return None
-    if name == "validation_loss":
-      parts = itertools.groupby(rows, lambda row: row.get("validation_tokens"))
-      rows = [row for _, part in parts for row in (*part, {"step": np.nan, name: np.nan})][:-1]
-    return np.array([row["step"] for row in rows]), np.array([row[name] for row in rows], float)
-
-
 class _Panel(NamedTuple):
   title: str
   label: str  # of the y axis
@@ -115,15 +57,7 @@ class _Panel(NamedTuple):
   lines: list[tuple[str, str]]  # metric, legend
 
 
-def _running_mean(value_T, reach: int) -> np.ndarray:
-  """Averages each point with `reach` neighbours on either side, fewer at the ends."""
-  sums = np.concatenate([[0.0], np.cumsum(value_T, dtype=np.float64)])
-  at = np.arange(len(value_T))
-  first, end = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(value_T))
-  return (sums[end] - sums[first]) / (end - first)
-
-
-def _draw_losses(run: _Run) -> figure.Figure | None:
+def _draw_losses(run: series.Run) -> figure.Figure | None:
   main = [("loss", "train loss, all terms"), ("cross_entropy", "train cross-entropy")]
   main += [("validation_loss", "validation loss")]
   (curve, whole) = (run.series(name) for name in _MARKS)
@@ -140,7 +74,7 @@ def _draw_losses(run: _Run) -> figure.Figure | None:
   return _draw_lines(run, panels)
 
 
-def _draw_learning_rate(run: _Run) -> figure.Figure | None:
+def _draw_learning_rate(run: series.Run) -> figure.Figure | None:
   names = dict.fromkeys(name for row in run.rows for name in row)
   blocks = [(name, name[len("grad_norm/") :]) for name in names if name.startswith("grad_norm/")]
   panels = [
@@ -151,7 +85,7 @@ def _draw_learning_rate(run: _Run) -> figure.Figure | None:
   return _draw_lines(run, panels)
 
 
-def _draw_throughput(run: _Run) -> figure.Figure | None:
+def _draw_throughput(run: series.Run) -> figure.Figure | None:
   panels = [
     _Panel("Throughput", "tokens per second", "from zero", [("tokens_per_sec", "")]),
     _Panel("Arithmetic achieved", "GFLOP/s", "from zero", [("gflops_per_sec", "")]),
@@ -161,7 +95,9 @@ def _draw_throughput(run: _Run) -> figure.Figure | None:
   return _draw_lines(run, panels)
 
 
-def _lines(run: _Run, name: str, legend: str) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+def _lines(
+  run: series.Run, name: str, legend: str
+) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
   """Returns (name, legend, steps, values) of a metric's line, or of each layer's."""
   if (xy := run.series(name)) is None:
     return []
@@ -171,7 +107,7 @@ def _lines(run: _Run, name: str, legend: str) -> list[tuple[str, str, np.ndarray
   return [(name, f"{legend} {i}", step_T, value[:, i]) for i in range(value.shape[1])]
 
 
-def _draw_lines(run: _Run, panels: list[_Panel]) -> figure.Figure | None:
+def _draw_lines(run: series.Run, panels: list[_Panel]) -> figure.Figure | None:
   """Draws the panels that have data below each other."""
   found = []
   for title, label, scale, names in panels:
@@ -191,9 +127,9 @@ def _draw_lines(run: _Run, panels: list[_Panel]) -> figure.Figure | None:
       style = _MARKS.get(name) or _style(step_T)
       value_T = value_T * 100 if name == "mfu" else value_T
       color = f"C{i}" if len(lines) <= 10 else palette[i]
-      if scale == "free" and len(value_T) >= _SMOOTHED_POINTS and name not in _MARKS:
+      if scale == "free" and len(value_T) >= series.SMOOTHED_POINTS and name not in _MARKS:
         ax.plot(step_T, value_T, color=color, linewidth=0.8, alpha=0.3)
-        value_T = _running_mean(value_T, len(value_T) // 20)
+        value_T = series.running_mean(value_T, len(value_T) // 20)
         legend += f", mean of {2 * (len(value_T) // 20) + 1} points"
       width = 3.5 if name == "loss" else 1.2  # else the cross-entropy, nearly equal, would hide it
       ax.plot(step_T, value_T, style, label=legend, color=color, linewidth=width, markersize=5)
@@ -208,15 +144,16 @@ def _draw_lines(run: _Run, panels: list[_Panel]) -> figure.Figure | None:
       ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     elif scale == "from zero":
       ax.set_ylim(0, 1.08 * ax.dataLim.ymax or 1)
-    if len(lines) > 10:
-      ax.legend(fontsize=6, ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
+    if len(lines) > 4:  # inside, it would hide some
+      font, columns = (6, columns) if len(lines) > 10 else (8, 1)
+      ax.legend(fontsize=font, ncols=columns, loc="center left", bbox_to_anchor=(1, 0.5))
     elif len(lines) > 1:
       ax.legend(fontsize=8)
   axes[-1].set_xlabel("optimizer step")
   return picture
 
 
-def _draw_expert_load(run: _Run) -> figure.Figure | None:
+def _draw_expert_load(run: series.Run) -> figure.Figure | None:
   if not run.wide["expert_counts"].sums:
     return None
   step_T, count_TLE = run.wide["expert_counts"].means()
@@ -243,7 +180,7 @@ def _draw_expert_load(run: _Run) -> figure.Figure | None:
   return picture
 
 
-def _draw_router_bias(run: _Run) -> figure.Figure | None:
+def _draw_router_bias(run: series.Run) -> figure.Figure | None:
   if not run.wide["router_bias"].sums:
     return None
   step_T, bias_TLE = run.wide["router_bias"].means()
@@ -254,20 +191,28 @@ def _draw_router_bias(run: _Run) -> figure.Figure | None:
   picture, panels = _grid(L, "Router bias of each expert", "bias (score units)")
   low, high = np.nanmin(bias_TLE), np.nanmax(bias_TLE)
   margin = 0.05 * (high - low) or 1e-3
+  map_of: dict[str, Any] = {"cmap": "viridis"}
+  if E <= 20:  # colours that can be told apart
+    map_of = {"cmap": colors.ListedColormap(matplotlib.colormaps["tab20"](range(E)))}
+    map_of["norm"] = colors.BoundaryNorm(np.arange(E + 1) - 0.5, E)
   for l, ax in enumerate(panels):
     points = [np.column_stack([step_T, bias_TLE[:, l, e]]) for e in range(E)]
     lines = mpl_collections.LineCollection(points, linewidths=1.0 if E <= 32 else 0.5)
-    lines.set(array=np.arange(E), cmap="viridis")
+    lines.set(array=np.arange(E), **map_of)
     ax.add_collection(lines)
     ax.axhline(0, color="black", linewidth=0.5, linestyle=":")
     ax.set_xlim(edge_T[0], edge_T[-1])
     ax.set_ylim(low - margin, high + margin)
   bar = picture.colorbar(lines, ax=picture.axes, label="expert", aspect=30 if L <= 16 else 60)
-  bar.locator = _integers(8)
+  if E <= 20:
+    bar.set_ticks(range(E))
+    bar.minorticks_off()
+  else:
+    bar.locator = _integers(8)
   return picture
 
 
-def _draw_balance(run: _Run) -> figure.Figure | None:
+def _draw_balance(run: series.Run) -> figure.Figure | None:
   found = [
     (label, color, *xy)
     for name, label, color in (("max_vio", "batch", "C0"), ("max_vio_running", "running sum", "C1"))
@@ -375,7 +320,7 @@ def draw_roofline(
   picture.savefig(epath.Path(path), format="png", dpi=_DOTS_PER_INCH)
 
 
-_PLOTS: dict[str, Callable[[_Run], figure.Figure | None]] = {
+_PLOTS: dict[str, Callable[[series.Run], figure.Figure | None]] = {
   "losses": _draw_losses,
   "learning_rate": _draw_learning_rate,
   "throughput": _draw_throughput,

@@ -16,8 +16,18 @@ import rich.progress
 import rich.table
 import rich.text
 
-# What is said of counts above zero.
-_EXCHANGES = {"dropped_rows": "rows dropped", "fallbacks": "layers computed by the exact path"}
+from dsmoe.reporting.metrics import validation_curve
+
+# What is said of counts above zero: of a step, "" where a sentence of its own is, and of all steps.
+_COUNTS = {
+  "dropped_rows": ("rows dropped", "rows dropped for want of room, all steps"),
+  "fallbacks": (
+    "layers computed by the exact path",
+    "layers computed by the exact path for want of room, all steps",
+  ),
+  "skipped_steps": ("", "bad steps skipped"),
+  "rewinds": ("", "returns to a checkpoint"),
+}
 
 
 class Progress:
@@ -63,8 +73,9 @@ class Progress:
     Args:
       step: optimizer steps made so far.
       metrics: any of loss, validation_loss, validation_bits_per_byte, the same two of the whole set
-        (whole_...), dropped_rows and fallbacks, shown above zero, tokens_per_sec, mfu (a fraction
-        of 1, or None), gflops_per_sec and step_secs, which gives the time left.
+        (whole_...), dropped_rows and fallbacks, shown above zero, tokens_per_sec,
+        mfu and goodput (fractions of 1, or None), gflops_per_sec and step_secs, which gives the time
+        left.
     """
     steps_left = self._total_steps - step
     parts = _parts(metrics, steps_left)
@@ -91,22 +102,22 @@ class Progress:
 def summary(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
   """Condenses metrics lines into (name, value) pairs for `final_table`.
 
-  The best validation loss is that of the last curve: of points on as many tokens as the last one.
+  The best validation loss is that of the last curve: of points on the same rows as the last one.
   """
   last: dict[str, Any] = {}
   speeds: dict[str, list[float]] = collections.defaultdict(list)
-  best_loss, best_step, validation_tokens = np.inf, 0, None
-  exchanges = dict.fromkeys(_EXCHANGES, 0)
+  best_loss, best_step, curve = np.inf, 0, None
+  counts = dict.fromkeys(_COUNTS, 0)
   for row in rows:
     last |= row
-    for name in exchanges:
-      exchanges[name] += row.get(name) or 0
+    for name in counts:
+      counts[name] += row.get(name) or 0
     for name in ("tokens_per_sec", "mfu", "gflops_per_sec"):
       if row.get(name) is not None:
         speeds[name].append(row[name])
     if row.get("validation_loss") is not None:
-      if row.get("validation_tokens") != validation_tokens:
-        best_loss, validation_tokens = np.inf, row.get("validation_tokens")
+      if validation_curve(row) != curve:
+        best_loss, curve = np.inf, validation_curve(row)
       if row["validation_loss"] < best_loss:
         best_loss, best_step = row["validation_loss"], row["step"]
 
@@ -147,15 +158,16 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     values = [v for v in last.get(name) or [] if v is not None]
     if values:
       pairs.append((f"{label}, mean (largest) layer", f"{np.mean(values):.3g} ({max(values):.3g})"))
-  for name, what in _EXCHANGES.items():
-    if exchanges[name]:
-      pairs.append((f"{what} for want of room, all steps", f"{exchanges[name]:,}"))
+  for name, (_, of_all) in _COUNTS.items():
+    if counts[name]:
+      pairs.append((of_all, f"{counts[name]:,}"))
   return pairs
 
 
 def final_table(rows: Sequence[tuple[str, str]], title: str | None = None) -> rich.table.Table:
   """Lays (name, value) pairs out as a table to print, on a terminal or off it."""
-  table = rich.table.Table(title=title, show_header=False, box=rich.box.SIMPLE)
+  heading = None if title is None else rich.text.Text(title)
+  table = rich.table.Table(title=heading, show_header=False, box=rich.box.SIMPLE)
   table.add_column("name")
   table.add_column("value", justify="right", overflow="fold")
   for name, value in rows:
@@ -182,11 +194,13 @@ def _parts(metrics: Mapping[str, Any], steps_left: int) -> list[str]:
     said = curve != name and metrics.get(curve) == metrics.get(name)  # the curve is of all of it
     if metrics.get(name) is not None and not said:
       parts.append(form.format(metrics[name]))
-  for name, what in _EXCHANGES.items():
-    if metrics.get(name):
+  for name, (what, _) in _COUNTS.items():
+    if what and metrics.get(name):
       parts.append(f"{metrics[name]:,} {what}")
   if metrics.get("mfu") is None and metrics.get("gflops_per_sec") is not None:
     parts.append(f"{metrics['gflops_per_sec']:,.1f} GFLOP/s")
+  if metrics.get("goodput") is not None:
+    parts.append(f"goodput {metrics['goodput']:.0%}")
   if metrics.get("step_secs") is not None:
     left = datetime.timedelta(seconds=round(max(steps_left, 0) * float(metrics["step_secs"])))
     parts.append(f"{left} left")

@@ -7,14 +7,14 @@ puts the configured ones together; with none of them both do nothing.
 Shapes: B sequences, S tokens of a sequence, E routed experts, L layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dsmoe.config import BalanceConfig
 from dsmoe.parallel import collectives, context
+from dsmoe.training.hyperparameters import Hyperparameters
 
 
 class Balancer(NamedTuple):
@@ -88,31 +88,36 @@ def _no_update(bias, counts, step):
 NONE = Balancer(_no_loss, _no_update)
 
 
-def _bias(config: BalanceConfig) -> Balancer:
+def _bias(hyper: Hyperparameters) -> Balancer:
   """The sign update, with speed gamma until `bias_freeze_step` and 0 from there on."""
 
   def update(bias, counts, step):
-    frozen = (config.bias_freeze_step >= 0) & (step >= config.bias_freeze_step)
-    return update_router_bias(bias, counts, jnp.where(frozen, 0.0, config.bias_update_speed))
+    frozen = (hyper.bias_freeze_step >= 0) & (step >= hyper.bias_freeze_step)
+    return update_router_bias(bias, counts, jnp.where(frozen, 0.0, hyper.bias_update_speed))
 
   return Balancer(_no_loss, update)
 
 
-def _sequence(config: BalanceConfig) -> Balancer:
+def _sequence(hyper: Hyperparameters) -> Balancer:
   """The sequence-wise loss times alpha."""
 
   def loss(scores_BSE, num_experts_per_tok):
-    return config.sequence_loss_weight * sequence_loss(scores_BSE, num_experts_per_tok)
+    return hyper.sequence_loss_weight * sequence_loss(scores_BSE, num_experts_per_tok)
 
   return Balancer(loss, _no_update)
 
 
-MEMBERS: dict[str, Callable[[BalanceConfig], Balancer]] = {"bias": _bias, "sequence": _sequence}
+MEMBERS: dict[str, Callable[[Hyperparameters], Balancer]] = {"bias": _bias, "sequence": _sequence}
 
 
-def make(config: BalanceConfig) -> Balancer:
-  """Returns one balancer that does what all of `config.methods` do."""
-  members = [MEMBERS[name](config) for name in config.methods]
+def make(methods: Sequence[str], hyper: Hyperparameters) -> Balancer:
+  """Returns one balancer that does what all of the methods do.
+
+  Args:
+    methods: names of `MEMBERS`.
+    hyper: their numbers, which may be arguments of a compiled step.
+  """
+  members = [MEMBERS[name](hyper) for name in methods]
   if not members:
     return NONE
 

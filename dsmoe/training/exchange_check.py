@@ -20,6 +20,7 @@ import numpy as np
 
 from dsmoe.config import Config, ModelConfig
 from dsmoe.parallel import mesh as mesh_lib
+from dsmoe.parallel import processes
 from dsmoe.training import exchange_layer, kernel_check
 
 PLATFORMS = ("tpu", "gpu")  # where exchanges are checked
@@ -72,6 +73,7 @@ def check(config: Config, mesh: jax.sharding.Mesh) -> str | None:
     try:
       actual = jax.block_until_ready(own(*inputs))
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+      processes.wait_if_alone(error)
       reason = (str(error).strip().splitlines() or [repr(error)])[0]
       raise WrongExchangeError(
         f"exchange {model.dispatch} {where} could not be run {with_what}: {reason}; {advice}"

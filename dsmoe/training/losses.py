@@ -53,7 +53,7 @@ def _chunk_loss(x_cD, head_DV, targets_c, weights_c):
   return sums, (exp_cV, normaliser_c, log_z_c)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def chunked_cross_entropy(x_MD, head_DV, targets_M, weights_M, z_loss_weight, chunk_tokens):
   """Sums cross-entropy + z_loss_weight * z-loss over tokens without whole logits in memory.
 
@@ -65,7 +65,7 @@ def chunked_cross_entropy(x_MD, head_DV, targets_M, weights_M, z_loss_weight, ch
     head_DV: output projection, in x's dtype; this device's part of the vocabulary.
     targets_M: int32 token ids.
     weights_M: float32; 0 leaves a token out. No gradient.
-    z_loss_weight: python float.
+    z_loss_weight: float32 scalar. No gradient.
     chunk_tokens: tokens whose [chunk_tokens, V] logits are in memory at once.
 
   Returns:
@@ -104,12 +104,12 @@ def _fwd(x_MD, head_DV, targets_M, weights_M, z_loss_weight, chunk_tokens):
   return (sums.cross_entropy + z_loss_weight * sums.z_loss, sums), (dx_MD, dhead_DV)
 
 
-def _bwd(z_loss_weight, chunk_tokens, saved, cotangents):
+def _bwd(chunk_tokens, saved, cotangents):
   dx_MD, dhead_DV = saved
   dloss, _ = cotangents
   # In float32: the total's weight is small against bfloat16's range of exact values.
   dx_MD_scaled = (dx_MD.astype(jnp.float32) * dloss).astype(dx_MD.dtype)
-  return dx_MD_scaled, (dhead_DV * dloss).astype(dx_MD.dtype), None, None
+  return dx_MD_scaled, (dhead_DV * dloss).astype(dx_MD.dtype), None, None, None
 
 
 chunked_cross_entropy.defvjp(_fwd, _bwd)

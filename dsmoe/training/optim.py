@@ -17,66 +17,85 @@ from dsmoe.config import OptimConfig
 from dsmoe.model import parameters
 from dsmoe.parallel import collectives
 from dsmoe.parallel.mesh import AXES
+from dsmoe.training.hyperparameters import Hyperparameters
 from pallas_kernels import varying
 
 
-def _cosine(config: OptimConfig, num_steps: int) -> optax.Schedule:
-  """Warms up linearly from 0, then half a cosine down to the end of the run."""
-  return optax.warmup_cosine_decay_schedule(
-    init_value=0.0,
-    peak_value=config.learning_rate,
-    warmup_steps=config.warmup_steps,
-    decay_steps=num_steps,
-    end_value=config.final_learning_rate,
-  )
+def _cosine(step, hyper: Hyperparameters):
+  """Half a cosine from the end of the warm-up down to the end of the run."""
+  num_decaying = hyper.num_steps - hyper.warmup_steps
+  share = jnp.clip(step - hyper.warmup_steps, 0, num_decaying) / num_decaying
+  return (1 + jnp.cos(jnp.pi * share)) / 2
 
 
-def _wsd(config: OptimConfig, num_steps: int) -> optax.Schedule:
-  """Warms up linearly, stays at the peak, decays linearly over the last `decay_steps`."""
-  peak = config.learning_rate
-  return optax.join_schedules(
-    [
-      optax.linear_schedule(0.0, peak, config.warmup_steps),
-      optax.constant_schedule(peak),
-      optax.linear_schedule(peak, config.final_learning_rate, config.decay_steps),
-    ],
-    [config.warmup_steps, num_steps - config.decay_steps],
-  )
+def _wsd(step, hyper: Hyperparameters):
+  """The peak, then down linearly over the last `decay_steps`."""
+  decaying = step - (hyper.num_steps - hyper.decay_steps)
+  return 1 - jnp.clip(decaying, 0, hyper.decay_steps) / jnp.maximum(hyper.decay_steps, 1)
 
 
-def _adamw(config: OptimConfig, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def _adamw(
+  config: OptimConfig, hyper: Hyperparameters, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
   return optax.adamw(
     learning_rate,
-    b1=config.beta1,
-    b2=config.beta2,
-    eps=config.epsilon,
-    weight_decay=config.weight_decay,
+    b1=hyper.beta1,
+    b2=hyper.beta2,
+    eps=hyper.epsilon,
+    weight_decay=hyper.weight_decay,
     mask=parameters.decayed,
     mu_dtype=jnp.dtype(config.moment_dtype),
   )
 
 
-SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {"cosine": _cosine, "wsd": _wsd}
+# Each returns what is left of the way from the peak to the final learning rate, 1 to 0.
+SCHEDULES: dict[str, Callable[[Any, Hyperparameters], jax.Array]] = {"cosine": _cosine, "wsd": _wsd}
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"adamw": _adamw}
 
 
-def schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-  """Returns learning rate by optimizer step."""
-  return SCHEDULES[config.schedule](config, num_steps)
+def schedule(name: str, hyper: Hyperparameters) -> optax.Schedule:
+  """Returns learning rate by optimizer step: up linearly from 0 in the warm-up, then as `name` says.
+
+  optax's schedules decide in Python by what are arguments of a compiled step here.
+
+  Args:
+    name: of `SCHEDULES`.
+    hyper: warmup_steps, num_steps and, for "wsd", decay_steps; learning_rate, the peak, and
+      final_learning_rate.
+  """
+
+  def learning_rate(step):
+    peak, final = hyper.learning_rate, hyper.final_learning_rate
+    warming_up = peak * (step / jnp.maximum(hyper.warmup_steps, 1))
+    later = final + (peak - final) * SCHEDULES[name](step, hyper)
+    return jnp.where(step < hyper.warmup_steps, warming_up, later)
+
+  return learning_rate
 
 
-def make(config: OptimConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+def updates_made(opt_state: Any) -> jax.Array:
+  """Returns the schedule's step, int32: optimizer steps done, of which skipped ones are none."""
+  is_schedule = lambda part: isinstance(part, optax.ScaleByScheduleState)  # noqa: E731
+  [schedule] = filter(is_schedule, jax.tree.leaves(opt_state, is_leaf=is_schedule))
+  return schedule.count
+
+
+def make(config: OptimConfig, hyper: Hyperparameters) -> optax.GradientTransformationExtraArgs:
   """Returns clipping and the optimizer with its schedule.
 
   Its `update` takes `norm`, the gradient's of `norms`.
+
+  Args:
+    config: names of optimizer and schedule, the moments' dtype, and whether there is clipping.
+    hyper: the numbers, which may be arguments of a compiled step.
   """
   optimizer = optax.with_extra_args_support(
-    OPTIMIZERS[config.name](config, schedule(config, num_steps))
+    OPTIMIZERS[config.name](config, hyper, schedule(config.schedule, hyper))
   )
-  return optax.chain(_clip(config.clip_norm), optimizer) if config.clip_norm else optimizer
+  return optax.chain(_clip(hyper.clip_norm), optimizer) if config.clip_norm else optimizer
 
 
-def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
+def _clip(limit) -> optax.GradientTransformationExtraArgs:
   """Scales gradients down to the limit where their norm is above it."""
 
   def update(gradients, state, params=None, *, norm, **_):

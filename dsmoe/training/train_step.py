@@ -25,7 +25,8 @@ from dsmoe.model import mtp, parameters
 from dsmoe.parallel import collectives, context
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.parallel.stats import DispatchStats
-from dsmoe.training import balance, losses, optim
+from dsmoe.training import balance, hyperparameters, losses, optim
+from dsmoe.training.hyperparameters import Hyperparameters, Initialisation
 from pallas_kernels import varying
 
 
@@ -61,15 +62,31 @@ def model_parts(config: Config):
   return model_lib.split(jax.eval_shape(lambda: model_lib.build(config.model, config.seed)))
 
 
-def _initial_state(config: Config) -> TrainState:
-  _, params, router_bias = model_lib.split(model_lib.build(config.model, config.seed))
-  opt_state = optim.make(config.optim, config.num_steps).init(params)
+def _initial_state(config: Config, initial: Initialisation) -> TrainState:
+  """Returns a new state.
+
+  Args:
+    config: with an initializer_range of 1.
+    initial: its arguments.
+  """
+  _, params, router_bias = model_lib.split(model_lib.build(config.model, initial.seed))
+  # What is drawn are the matrices; norms' scales and biases begin as ones and zeros.
+  params = jax.tree.map_with_path(
+    lambda path, x: initial.initializer_range * x if parameters.is_matrix(path) else x, params
+  )
+  opt_state = _optimizer(config).init(params)
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state, router_bias)
+
+
+def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+  """Returns the optimizer for what does not depend on its numbers: how its state is laid out."""
+  return optim.make(config.optim, hyperparameters.of(config))
 
 
 def state_shapes(config: Config) -> TrainState:
   """Returns the state as ShapeDtypeStructs, without shardings."""
-  return jax.eval_shape(lambda: _initial_state(config))
+  initial = hyperparameters.initialisation_of(config)
+  return jax.eval_shape(functools.partial(_initial_state, config), initial)
 
 
 def state_shardings(config: Config, mesh) -> TrainState:
@@ -82,7 +99,7 @@ def state_shardings(config: Config, mesh) -> TrainState:
   specs = parameters.specs(shapes.params, mesh)
   # Optimizer moments are trees like the parameters; its counters are replicated.
   opt_specs = optax.tree_map_params(
-    optim.make(config.optim, config.num_steps),
+    _optimizer(config),
     lambda _, spec: spec,
     shapes.opt_state,
     specs,
@@ -95,7 +112,25 @@ def state_shardings(config: Config, mesh) -> TrainState:
 
 def init_state(config: Config, mesh) -> TrainState:
   """Creates the state on the mesh, each array already in its final sharding."""
-  return jax.jit(lambda: _initial_state(config), out_shardings=state_shardings(config, mesh))()
+  return make_init(config, mesh)(hyperparameters.initialisation_of(config))
+
+
+def make_init(config: Config, mesh) -> Callable[[Initialisation], TrainState]:
+  """Returns the jitted function that creates the state of a run whose `program_key` is the config's."""
+  config = hyperparameters.program_key(config)
+  replicated = mesh_lib.named(mesh, jax.sharding.PartitionSpec())
+  return jax.jit(
+    functools.partial(_initial_state, config),
+    in_shardings=replicated,
+    out_shardings=state_shardings(config, mesh),
+  )
+
+
+def device_bytes(state: TrainState) -> int:
+  """Returns the bytes of a device's part of a state with shardings, from `abstract_state` say."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
+  )
 
 
 def check_memory(state: TrainState, mesh) -> None:
@@ -107,9 +142,7 @@ def check_memory(state: TrainState, mesh) -> None:
     state: from `abstract_state`.
     mesh: over whose devices it is split.
   """
-  part = sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state)
-  )
+  part = device_bytes(state)
   room = platforms.device_memory(jax.local_devices()[0])
   if room is not None and part > room:
     raise ValueError(
@@ -129,11 +162,10 @@ def abstract_state(config: Config, mesh) -> TrainState:
   )
 
 
-def _mtp_weight(config: Config, step):
+def _mtp_weight(hyper: Hyperparameters, step):
   """Lambda at this step. Source: DeepSeek-V3 section 4.2, 0.3 and later 0.1."""
-  loss = config.loss
-  late = (loss.mtp_switch_step >= 0) & (step >= loss.mtp_switch_step)
-  return jnp.where(late, loss.mtp_final_loss_weight, loss.mtp_loss_weight)
+  late = (hyper.mtp_switch_step >= 0) & (step >= hyper.mtp_switch_step)
+  return jnp.where(late, hyper.mtp_final_loss_weight, hyper.mtp_loss_weight)
 
 
 def _segments(batch, config: Config):
@@ -149,7 +181,16 @@ def _target_weights(batch, config: Config):
 
 
 def _loss(
-  graphdef, params, router_bias, batch, totals, num_sequences, mtp_weight, config: Config, record
+  graphdef,
+  params,
+  router_bias,
+  batch,
+  totals,
+  num_sequences,
+  mtp_weight,
+  config: Config,
+  hyper: Hyperparameters,
+  record: bool,
 ):
   """Returns the loss on one microbatch, what it consists of, and each token's experts.
 
@@ -163,10 +204,11 @@ def _loss(
       `_target_weights`.
     num_sequences: of the whole batch.
     mtp_weight: lambda.
+    hyper: the other weights.
     record: whether the experts are returned.
   """
   model = nnx.merge(graphdef, params, router_bias)
-  balancer = balance.make(config.balance)
+  balancer = balance.make(config.balance.methods, hyper)
   targets = batch["targets"]
   out = model(
     batch["tokens"], batch["positions"], _segments(batch, config), targets, balancer.loss, record
@@ -180,10 +222,10 @@ def _loss(
         head_DV,
         context.own_tokens(mtp.shift(targets, depth)).reshape(-1),
         weights.reshape(-1),
-        config.loss.z_loss_weight,
+        hyper.z_loss_weight,
         config.loss.cross_entropy_chunk_tokens,
       )
-    return jax.tree.map(lambda x: x / jnp.maximum(totals[depth], 1), (loss, parts))
+      return jax.tree.map(lambda x: x / jnp.maximum(totals[depth], 1), (loss, parts))
 
   weights = _target_weights(batch, config)
   main, parts = cross_entropy(out.hidden_BSD, 0, weights[0])
@@ -201,32 +243,38 @@ def _loss(
     stats = LoadStats(out.stats.counts_E, out.stats.groups_per_token * share, out.stats.dispatch)
   mtp_loss = sum((p.cross_entropy for _, p in depths), zero) / max(len(depths), 1)
   each = Losses(
-    total, parts.cross_entropy, config.loss.z_loss_weight * parts.z_loss, mtp_loss, balance_loss
+    total, parts.cross_entropy, hyper.z_loss_weight * parts.z_loss, mtp_loss, balance_loss
   )
-  each, stats = collectives.sum_over_batch((each, stats))
+  with jax.named_scope("head"):
+    each, stats = collectives.sum_over_batch((each, stats))
   return each.total, ((each, stats), None if out.stats is None else out.stats.expert_BSK)
 
 
 def _loss_and_grads(config: Config, graphdef, record: bool = False):
-  """Returns the function run inside shard_map: (params, bias, step, batch) -> sums, gradients.
+  """Returns the function run inside shard_map: (params, bias, step, batch, hyper) -> sums, gradients.
 
   Its third result are the experts of each token, see `_loss`.
   """
 
-  def run(params, router_bias, step, batch):
+  def run(params, router_bias, step, batch, hyper: Hyperparameters):
     n = config.num_microbatches
-    totals = collectives.sum_over_batch([jnp.sum(w) for w in _target_weights(batch, config)])
+    with jax.named_scope("head"):
+      totals = collectives.sum_over_batch([jnp.sum(w) for w in _target_weights(batch, config)])
     num_sequences = batch["tokens"].shape[0] * collectives.num_batch_shards()
     cast = context.vary(parameters.compute_cast(params, config.model))
-    weight = _mtp_weight(config, step)
+    weight = _mtp_weight(hyper, step)
 
     def microbatch(part):
       def loss(p):
-        return _loss(graphdef, p, router_bias, part, totals, num_sequences, weight, config, record)
+        return _loss(
+          graphdef, p, router_bias, part, totals, num_sequences, weight, config, hyper, record
+        )
 
       (_, (aux, experts)), grads = jax.value_and_grad(loss, has_aux=True)(cast)
-      return aux, jax.tree.map(lambda g: g.astype(jnp.float32), grads), experts
+      with jax.named_scope("gradients"):
+        return aux, jax.tree.map(lambda g: g.astype(jnp.float32), grads), experts
 
+    @jax.named_scope("gradients")
     def whole(aux, grads, experts):
       return aux, context.sum_gradients(grads, params), experts
 
@@ -236,7 +284,8 @@ def _loss_and_grads(config: Config, graphdef, record: bool = False):
 
     def accumulate(total, part):
       *sums, experts = microbatch(part)
-      return jax.tree.map(jnp.add, total, tuple(sums)), experts
+      with jax.named_scope("gradients"):
+        return jax.tree.map(jnp.add, total, tuple(sums)), experts
 
     zeros = _no_microbatch(config.model, cast)
     (aux, grads), experts = jax.lax.scan(accumulate, zeros, parts)
@@ -259,7 +308,7 @@ def _on_mesh(config: Config, mesh, record: bool) -> Callable:
   return mesh_lib.shard_map(
     _loss_and_grads(config, graphdef, record),
     mesh,
-    in_specs=(specs, bias_specs, replicated, mesh_lib.batch_spec()),
+    in_specs=(specs, bias_specs, replicated, mesh_lib.batch_spec(), replicated),
     out_specs=(
       (replicated, replicated),
       specs,
@@ -311,33 +360,48 @@ def _no_microbatch(config: ModelConfig, params):
   return (Losses(zero, zero, zero, zero, zero), load), grads
 
 
-def make_train_step(config: Config, mesh, record_routing: bool = False):
-  """Returns the jitted step: (state, batch) -> (state, metrics).
+class Gate(NamedTuple):
+  """What a step must meet to change the state; the host knows it before it dispatches the step."""
 
-  The state is donated. `batch` holds global arrays [B, S] as `data.py` yields them.
+  step: Any  # int32 scalar, optimizer steps done before: else the step before made no update
+  max_loss: Any = np.float32(np.inf)  # float32 scalars, the largest that are no spikes
+  max_grad_norm: Any = np.float32(np.inf)
+
+
+def make_train_step(config: Config, mesh, record_routing: bool = False, is_gated: bool = False):
+  """Returns the jitted step: (state, batch, hyper) -> (state, metrics).
+
+  The state is donated. `batch` holds global arrays [B, S] as `data.py` yields them. `hyper` are the
+  Hyperparameters of any run whose `program_key` is the config's.
   Metrics: `losses` (Losses), `load` (LoadStats or None), `grad_norm`, `grad_norms`,
-  `learning_rate`, `finite` (bool: losses and gradients; when false the state returned is
-  the old one), and with `record_routing` `expert_LBSK`: int32, the experts that each token chose
-  in each MoE layer, split over the mesh like the batch.
+  `learning_rate`, `router_bias` after the step, `finite` (bool: losses and gradients), `is_made`
+  (bool: whether the state moved; when false the state returned is the old one), and with
+  `record_routing` `expert_LBSK`: int32, the experts that each token chose in each MoE layer, split
+  over the mesh like the batch.
+
+  With `is_gated` the step takes a Gate as fourth argument, and returns the old state too where that
+  is not met. A step may so be dispatched before it is known whether the one before it was finite:
+  if that one was not, no later one moves the state. With recovery.bad_step "skip" the old state
+  counts the step all the same, and later ones move it.
 
   Raises:
     ValueError: when the batch does not divide over the mesh and microbatches.
   """
   check_batch(config, mesh)
+  config = hyperparameters.program_key(config)
   loss_and_grads = _on_mesh(config, mesh, record_routing)
   if config.model.exchange.dropless_fallback == "step":
     exact = _on_mesh(_dropless(config), mesh, record_routing)
     loss_and_grads = _again_if_dropped(loss_and_grads, exact, config.num_microbatches)
-  optimizer = optim.make(config.optim, config.num_steps)
-  learning_rate = optim.schedule(config.optim, config.num_steps)
-  balancer = balance.make(config.balance)
   shardings = state_shardings(config, mesh)
   specs = parameters.specs(state_shapes(config).params, mesh)
   norms = mesh_lib.shard_map(optim.norms, mesh, (specs,), jax.sharding.PartitionSpec())
 
-  def train_step(state: TrainState, batch):
+  def train_step(state: TrainState, batch, hyper: Hyperparameters, gate: Gate | None = None):
+    optimizer = optim.make(config.optim, hyper)
+    learning_rate = optim.schedule(config.optim.schedule, hyper)
     (each, load), grads, experts = loss_and_grads(
-      state.params, state.router_bias, state.step, batch
+      state.params, state.router_bias, state.step, batch, hyper
     )
     with jax.named_scope("optimizer"):
       grad_norm, grad_norms = norms(grads)
@@ -345,27 +409,40 @@ def make_train_step(config: Config, mesh, record_routing: bool = False):
       params = optax.apply_updates(state.params, updates)
     router_bias = state.router_bias
     if jax.tree.leaves(router_bias):
-      router_bias = update_bias(router_bias, load.counts_LE, balancer, state.step)
-    finite = jnp.isfinite(each.total) & jnp.isfinite(grad_norm)
-    new = TrainState(state.step + 1, params, opt_state, router_bias)
-    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+      with jax.named_scope("balance"):
+        balancer = balance.make(config.balance.methods, hyper)
+        router_bias = update_bias(router_bias, load.counts_LE, balancer, state.step)
+    with jax.named_scope("optimizer"):
+      finite = jnp.isfinite(each.total) & jnp.isfinite(grad_norm)
+      is_made = finite
+      if gate is not None:
+        is_made &= (each.total <= gate.max_loss) & (grad_norm <= gate.max_grad_norm)
+        is_made &= state.step == gate.step
+      new = TrainState(state.step + 1, params, opt_state, router_bias)
+      new = jax.tree.map(lambda a, b: jnp.where(is_made, a, b), new, state)
+    if is_gated and config.recovery.bad_step == "skip":
+      new = new._replace(step=state.step + 1)
     metrics = {
       "losses": each,
       "load": load,
       "grad_norm": grad_norm,
       "grad_norms": grad_norms,
-      "learning_rate": learning_rate(state.step),
+      "learning_rate": learning_rate(optim.updates_made(state.opt_state)),
+      "router_bias": new.router_bias,
       "finite": finite,
+      "is_made": is_made,
     }
     if record_routing:
       take = functools.partial(context.in_row_order, devices=mesh.shape[context.AXIS], axis=2)
       metrics["expert_LBSK"] = jax.tree.map(take, experts)
     return new, metrics
 
+  replicated = mesh_lib.named(mesh, jax.sharding.PartitionSpec())
+  of_rows = mesh_lib.named(mesh, mesh_lib.batch_spec())
   return jax.jit(
     train_step,
     donate_argnums=0,
-    in_shardings=(shardings, mesh_lib.named(mesh, mesh_lib.batch_spec())),
+    in_shardings=(shardings, of_rows, replicated, *[replicated] * is_gated),
     out_shardings=(shardings, None),
     compiler_options=platforms.compiler_options(mesh_lib.platform_of(mesh)),
   )
@@ -393,6 +470,7 @@ def make_eval_step(config: Config, mesh):
   No exchange drops rows here.
   """
   check_batch(config, mesh)
+  config = hyperparameters.program_key(config)
   graphdef, params, router_bias = model_parts(_dropless(config))
 
   def evaluate(params, router_bias, batch):

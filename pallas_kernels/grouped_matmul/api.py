@@ -81,7 +81,7 @@ def refusals(dtype, D: int, F: int, rows_per_group: float = 0) -> platform.Refus
 
 
 def _without_kernels() -> str:
-  return "blocked" if jax.default_backend() == "cpu" else "ragged_dot"
+  return "blocked" if platform.backend() == "cpu" else "ragged_dot"
 
 
 def _check_tile(implementation: str, tile: int | None) -> None:
@@ -178,7 +178,7 @@ def grouped_matmul(
   }
   _check_operands(expected, x_PK, group_sizes_E)
   refused = refusals(x_PK.dtype, x_PK.shape[1], N, x_PK.shape[0] / E)
-  otherwise = "reference" if jax.default_backend() == "cpu" else "ragged_dot"
+  otherwise = "reference" if platform.backend() == "cpu" else "ragged_dot"
   implementation = platform.choose(implementation, MATMULS, otherwise, refused)
   if group_starts_E is None:
     group_starts_E = group_starts(group_sizes_E, alignment)
@@ -264,11 +264,13 @@ def grouped_swiglu(
 
 
 def _mosaic_gpu_routed(x_MD, routed: Routed, experts):
-  pair_P, row_MK = expert_order(routed.expert_MK, routed.rank_MK, routed.counts_E)
-  weight_P = weights_of_rows(routed.gate_MK, row_MK, row_MK.size)
+  with jax.named_scope("dispatch"):
+    pair_P, row_MK = expert_order(routed.expert_MK, routed.rank_MK, routed.counts_E)
+    weight_P = weights_of_rows(routed.gate_MK, row_MK, row_MK.size)
+    starts_E = group_starts(routed.counts_E)
   x_PD = permute(x_MD, pair_P, row_MK, "mosaic_gpu")
-  starts_E = group_starts(routed.counts_E)
-  y_PD = gpu.grouped_swiglu(x_PD, weight_P, *experts, routed.counts_E, starts_E)
+  with jax.named_scope("experts"):
+    y_PD = gpu.grouped_swiglu(x_PD, weight_P, *experts, routed.counts_E, starts_E)
   return combine(y_PD, pair_P, row_MK, "mosaic_gpu")
 
 
@@ -295,11 +297,13 @@ def routed_swiglu(
   _check_tile(implementation, tile)
   if implementation == "mosaic_tpu":
     tile = tile or tile_rows(P / E)
-    starts_E = group_starts(counts_E, tile)
     x_MD, gate_MK, *weights = vary_alike(x_MD, gate_MK, *experts)
-    row_MK = starts_E[expert_MK] + rank_MK
-    rows = num_rows(P, E, tile)
-    return tpu.routed_swiglu(x_MD, gate_MK, tuple(weights), row_MK, counts_E, starts_E, rows, tile)
+    with jax.named_scope("dispatch"):
+      starts_E = group_starts(counts_E, tile)
+      row_MK = starts_E[expert_MK] + rank_MK
+    rows, weights = num_rows(P, E, tile), tuple(weights)
+    with jax.named_scope("experts"):
+      return tpu.routed_swiglu(x_MD, gate_MK, weights, row_MK, counts_E, starts_E, rows, tile)
   if implementation == "mosaic_gpu":
     return _mosaic_gpu_routed(x_MD, routed, experts)
   with jax.named_scope("dispatch"):

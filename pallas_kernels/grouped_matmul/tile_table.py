@@ -17,6 +17,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platform
 from pallas_kernels.grouped_matmul.api import TILES, chosen
 
 
@@ -59,7 +60,7 @@ def tile(
   implementation = chosen(implementation)
   if path is None or implementation not in TILES:
     return None
-  sizes = load(path).get(jax.devices()[0].device_kind, {})
+  sizes = load(path).get(platform.device_kind(), {})
   return sizes.get(entry(implementation, P, E, D, F, dtype))
 
 

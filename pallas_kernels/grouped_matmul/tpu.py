@@ -161,10 +161,12 @@ def routed_swiglu(x_MD, gate_MK, weights, row_MK, group_sizes_E, group_starts_E,
 
 def _routed(x_MD, gate_MK, weights, row_MK, plan, P, tile, keep):
   words = permute.row_words(x_MD.dtype, x_MD.shape[1]).dtype
-  x = permute.scatter(x_MD, row_MK, P)
-  weight_P = weights_of_rows(gate_MK, row_MK, P)
+  with jax.named_scope("permute"):
+    x = permute.scatter(x_MD, row_MK, P)
+    weight_P = weights_of_rows(gate_MK, row_MK, P)
   y, kept = _swiglu(x, weight_P, weights, plan, tile, words, keep)
-  return permute.gather_sum(y, row_MK, x_MD.dtype), kept
+  with jax.named_scope("combine"):
+    return permute.gather_sum(y, row_MK, x_MD.dtype), kept
 
 
 def _routed_fwd(x_MD, gate_MK, weights, row_MK, group_sizes_E, group_starts_E, P, tile):
@@ -176,10 +178,12 @@ def _routed_fwd(x_MD, gate_MK, weights, row_MK, group_sizes_E, group_starts_E, P
 def _routed_bwd(P, tile, saved, dy_MD):
   x_MD, gate_MK, weights, row_MK, plan, kept = saved
   # Tokens are moved once more rather than kept as rows: K times as large.
-  x, dy = (permute.scatter(a, row_MK, P) for a in (x_MD, dy_MD))
-  weight_P = weights_of_rows(gate_MK, row_MK, P)
+  with jax.named_scope("permute"):
+    x, dy = (permute.scatter(a, row_MK, P) for a in (x_MD, dy_MD))
+    weight_P = weights_of_rows(gate_MK, row_MK, P)
   dx, dweight_P, *dweights = _swiglu_gradients(x, dy, weight_P, weights, kept, plan, tile, x.dtype)
-  dx_MD = permute.gather_sum(dx, row_MK, x_MD.dtype)
+  with jax.named_scope("combine"):
+    dx_MD = permute.gather_sum(dx, row_MK, x_MD.dtype)
   return dx_MD, dweight_P[row_MK], tuple(dweights), None, None, None
 
 

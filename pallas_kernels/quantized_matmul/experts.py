@@ -136,10 +136,10 @@ def quantized_routed_swiglu(
   if expert_MK.ndim != 2 or expert_MK.shape[0] != M:
     raise ValueError(f"expert_MK must have a row for each of {M} tokens, got {expert_MK.shape}")
   implementation = chosen(implementation, refusals(x_MD.dtype, D, F))
-  if implementation == "mosaic_tpu":
-    return _mosaic_tpu(x_MD, routed, experts, power_of_two_scales)
-  if implementation == "mosaic_gpu":
-    return gpu_routed.routed_swiglu(power_of_two_scales, x_MD, routed, experts)
+  if implementation in ("mosaic_tpu", "mosaic_gpu"):
+    fused = _mosaic_tpu if implementation == "mosaic_tpu" else gpu_routed.routed_swiglu
+    with jax.named_scope("experts"):
+      return fused(power_of_two_scales, x_MD, routed, experts)
   with jax.named_scope("dispatch"):
     pair_P, row_MK = expert_order(expert_MK, rank_MK, counts_E)
     x_PD = permute(x_MD, pair_P, row_MK, "reference")
@@ -172,7 +172,7 @@ def _check(x, experts) -> None:
       raise ValueError(f"{name} must have shape {shape}, got {w.shape}")
 
 
-def _mosaic_tpu(x_MD, routed: Routed, experts, power_of_two_scales: bool):
+def _mosaic_tpu(power_of_two_scales: bool, x_MD, routed: Routed, experts):
   expert_MK, gate_MK, counts_E, rank_MK = routed
   P, E = expert_MK.size, counts_E.shape[0]
   m = tpu_grouped.step_rows(P, E)

@@ -16,7 +16,7 @@ import pytest
 from dsmoe import checkpoint
 from dsmoe.config import CheckpointConfig, MeshConfig
 from dsmoe.parallel import mesh as mesh_lib
-from dsmoe.training import train_step
+from dsmoe.training import hyperparameters, train_step
 from tests.helpers import assert_close, mesh_of, random_batch, small_config
 from tests.runs import TWO_LAYERS, assert_bitwise_equal, checkpoint_arrays
 
@@ -38,8 +38,9 @@ def trained(num_devices, state, steps):
   """Takes steps on fixed batches; returns the state and the losses."""
   losses = []
   for step in range(int(state.step), int(state.step) + steps):
-    batch = random_batch(config_of_two_layers(), step)
-    state, metrics = compiled_step(num_devices)(state, batch)
+    config = config_of_two_layers()
+    args = random_batch(config, step), hyperparameters.of(config)
+    state, metrics = compiled_step(num_devices)(state, *args)
     losses.append(float(metrics["losses"].total))
   return state, losses
 
@@ -72,6 +73,7 @@ def test_round_trip_is_bitwise(tmp_path):
   assert_bitwise_equal(by_path((params, bias)), by_path((state.params, state.router_bias)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(8, 1), (1, 8)])
 def test_goes_on_with_other_devices(tmp_path, before, after):
   config = config_of_two_layers()

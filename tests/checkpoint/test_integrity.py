@@ -1,5 +1,7 @@
 """Tests of dsmoe/checkpoint/integrity.py: checksums against a loop, on meshes, of changed numbers."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,6 +44,18 @@ def test_checksums_of_blocks_are_those_of_the_whole():
     rows = array.reshape(-1, array.shape[-1]) if array.ndim > 1 else array.reshape(-1)
     blocks = [rows[first : first + 3] for first in range(0, max(len(rows), 1), 3)]
     assert integrity.checksum_of_blocks(blocks) == checksum_by_loop(array)
+
+
+@pytest.mark.parametrize("block", [4, 9, 1 << 18])
+def test_checksums_are_the_sums_of_parts(monkeypatch, block):
+  monkeypatch.setattr(integrity, "_BLOCK", block)
+  for array in ARRAYS.values():
+    cuts = [sorted({0, RNG.integers(0, n + 1), n}) for n in array.shape]
+    total = 0
+    for ranges in itertools.product(*(itertools.pairwise(cut) for cut in cuts)):
+      part = array[tuple(slice(*r) for r in ranges)]
+      total += integrity.sum_of_part(part, [first for first, _ in ranges], array.shape)
+    assert f"{array.dtype} {total % 2**32:08x}" == checksum_by_loop(array)
 
 
 def test_what_is_compiled_matches_what_the_host_computes(monkeypatch):

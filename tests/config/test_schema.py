@@ -171,8 +171,12 @@ RULES = [
   ({"optim.clip_norm": -1.0}, "clip_norm must be at least 0, got -1.0"),
   ({"optim.learning_rate": -1.0}, "learning_rate must be at least 0.0, got -1.0"),
   ({"optim.final_learning_rate": -1.0}, "final_learning_rate must be at least 0.0, got -1.0"),
-  ({"optim.beta1": 1.0}, "optim.beta1 must be in [0, 1), got 1.0"),
-  ({"optim.beta2": -0.1}, "optim.beta2 must be in [0, 1), got -0.1"),
+  ({"optim.beta1": 1.0}, "optim.beta1 must be from 0 to the largest float32 below 1, got 1.0"),
+  (
+    {"optim.beta2": 0.99999999},
+    "optim.beta2 must be from 0 to the largest float32 below 1, got 0.99999999",
+  ),
+  ({"optim.beta2": -0.1}, "optim.beta2 must be from 0 to the largest float32 below 1, got -0.1"),
   ({"optim.epsilon": 0.0}, "optim.epsilon must be positive, got 0.0"),
   (
     {"optim.warmup_steps": 21},
@@ -243,10 +247,43 @@ RULES = [
   ({"checkpoint.save_every_steps": 0}, "save_every_steps must be at least 1, got 0"),
   ({"checkpoint.keep_last": 0}, "keep_last must be at least 1, got 0"),
   ({"checkpoint.keep_every_steps": -1}, "keep_every_steps must be at least 0, got -1"),
+  ({"checkpoint.copy_keep": -1}, "copy_keep must be at least 0, got -1"),
+  *(
+    (
+      {f"checkpoint.{name}": 40},
+      f"checkpoint.{name} (40) must be 0 without checkpoint.copy_to, the folder that checkpoints are "
+      "copied to",
+    )
+    for name in ("copy_every_steps", "copy_keep")
+  ),
+  *(
+    (
+      {
+        "checkpoint.copy_to": "c",
+        "checkpoint.copy_every_steps": n,
+        "checkpoint.save_every_steps": 4,
+      },
+      f"checkpoint.copy_every_steps ({n}) must be a positive multiple of "
+      "checkpoint.save_every_steps (4): what is copied are the checkpoints",
+    )
+    for n in (0, 6)
+  ),
   ({"log.log_every_steps": 0}, "log_every_steps must be at least 1, got 0"),
   ({"log.eval_every_steps": 0}, "eval_every_steps must be at least 1, got 0"),
   ({"log.eval_batches": -2}, "log.eval_batches must be -1 (all) or at least 1, got -2"),
   ({"log.eval_batches": 0}, "log.eval_batches must be -1 (all) or at least 1, got 0"),
+  *(
+    (
+      {"profile.steps": steps},
+      "profile.steps must be '' for none or FIRST:END, such as '100:103' for the steps 100, 101 "
+      f"and 102, with 1 <= FIRST < END, got {steps!r}",
+    )
+    for steps in ("7", "7:7", "9:7", "0:2", "-1:2", "1:2:3", "a:b", "1: 2", ":3", "¹:²", "1" * 11)
+  ),
+  (
+    {"profile.steps": "3:6", "log.routing_trace_steps": (2, 5)},
+    "profile.steps (3:6) must have none of log.routing_trace_steps ([5]), which run another program",
+  ),
   ({"seed": -1}, "seed must be from 0 to 4294967295, got -1"),
   ({"data.seed": 2**32}, "seed must be from 0 to 4294967295, got 4294967296"),
   ({"num_steps": 2**31}, "num_steps must be below 2147483648, got 2147483648"),

@@ -124,6 +124,24 @@ def test_links_that_lead_back_do_not_repeat_a_file(tmp_path):
   assert [file for file, _ in found.files] == ["a/b/y.txt", "a/x.txt", "other/y.txt"]
 
 
+def test_packages_beside_the_standard_library_are_not_walked_through(tmp_path, monkeypatch):
+  for name in ("json/a.py", "json/tests/b.py", "site-packages/c/d.py", "config-3/e.py"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("x = 1\n")
+  monkeypatch.setattr(sources.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+  walked, scandir = [], os.scandir
+
+  def noted(folder):
+    walked.append(os.path.relpath(folder, tmp_path))
+    return scandir(folder)
+
+  monkeypatch.setattr(os, "scandir", noted)
+  monkeypatch.setattr(sources, "stdlib_is_train", lambda file: True)
+  found = sources.find_source("stdlib", is_train=True)
+  assert [file for file, _ in found.files] == ["json/a.py"]
+  assert set(walked) == {".", "json"}
+
+
 @pytest.mark.parametrize("name", ["file:///tmp/a.txt", "hdfs://a/b.txt"])
 def test_other_file_systems_are_refused(name):
   with pytest.raises(ValueError, match=rf"must be on disk or on gs://, got '{name}'"):

@@ -176,6 +176,47 @@ def test_synthetic_tokens_are_bytes(folder, tmp_path):
   assert perplexity.count_bytes(records.prepare(none, VOCAB, tmp_path / "b"), none, 4, (-1,)) == {}
 
 
+def test_checksums_tell_which_points_belong_to_one_validation_curve(folder, tmp_path):
+  """Changes that give the validation losses other rows give another checksum, and only they do.
+
+  Most of the changed subsets have as many tokens as the first.
+  """
+  tokenizer_lib.train_tokenizer(texts_of(folder, "v"), VOCAB).save(str(tmp_path / "a.json"))
+  tokenizer_lib.train_tokenizer(texts_of(folder, "a"), VOCAB).save(str(tmp_path / "b.json"))
+  (tmp_path / "reversed").mkdir()
+  for place, text in enumerate(reversed(texts_of(folder, "v"))):
+    (tmp_path / "reversed" / f"{place}.txt").write_text(text, encoding="utf-8")
+  count = itertools.count()
+
+  def checksum(batch_size=2, limit=2, **fields):
+    config = text_config(folder, **{"tokenizer": str(tmp_path / "a.json")} | fields)
+    prepared = records.prepare(config, VOCAB, tmp_path / f"data{next(count)}")
+    return perplexity.subset_checksum(prepared, config, batch_size, limit)
+
+  first = checksum()
+  assert first == checksum(batch_size=4, limit=1) == checksum(batch_size=1, limit=4)
+  one_source = {"train_globs": (f"{folder}/b/*.txt",), "train_weights": (1.0,)}
+  assert first == checksum(**one_source) == checksum(seed=7)
+  assert checksum(limit=-1) == checksum(batch_size=7, limit=-1) == checksum(limit=10**6)
+  noise = one_source | {"train_globs": ("synthetic",), "validation_globs": ("synthetic",)}
+  others = [
+    checksum(limit=1),
+    checksum(batch_size=3),
+    checksum(limit=-1),
+    checksum(sequence_length=32, batch_size=1),
+    checksum(sequence_length=8, batch_size=4),
+    checksum(cross_document_attention=True),
+    checksum(tokenizer=str(tmp_path / "b.json")),
+    checksum(validation_globs=(f"{tmp_path}/reversed/*.txt",)),
+    checksum(validation_globs=(f"{folder}/a/*.txt",)),
+    checksum(validation_globs=(f"{folder}/v/0[1-5].txt",)),
+    checksum(validation_globs=(f"{folder}/b/*.txt", f"{folder}/v/*.txt")),
+    checksum(**noise),
+    checksum(**noise, seed=7),
+  ]
+  assert len({first, *others}) == 1 + len(others)
+
+
 def test_text_that_the_model_was_trained_on_is_said(run, folder, tmp_path, caplog):
   perplexity.score_text(run, f"{folder}/v/*.txt")
   assert "not that of unseen text" not in caplog.text

@@ -108,8 +108,8 @@ def test_export_then_import_is_the_identity(tmp_path, changes, pieces, monkeypat
 def test_bfloat16_folder_comes_back_bit_for_bit(tmp_path):
   write_shards(tmp_path, SMALL, bfloat16_tensors())
   account = convert.import_folder(tmp_path, tmp_path / "run", DEFAULTS)
-  assert account.ignored["model.layers.4.shared_head.head.weight"] == f"copy of {HEAD}"
-  assert len(account.ignored) == 4
+  assert account.not_kept["model.layers.4.shared_head.head.weight"] == f"copy of {HEAD}"
+  assert len(account.not_kept) == 4
   convert.export_workdir(tmp_path / "run", tmp_path / "out", "bfloat16", max_shard_bytes=3000)
   assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
   assert stored_bytes(tmp_path / "out") == stored_bytes(tmp_path)
@@ -708,10 +708,10 @@ def test_script_converts_both_ways(tmp_path):
   args = (f"--folder={tmp_path / 'hf'}", f"--workdir={tmp_path / 'run'}")
   out = runs.run(script, "import", *args)
   assert re.search(r"import: .* of .* GB, .* GB/s, 0 s left", out)
-  assert re.search(r"ignored\s+4\b", out) and "ignored, copy: 4" in out
+  assert re.search(r"not kept\s+4\b", out) and "not kept, copy: 4" in out
   other = (args[0], f"--workdir={tmp_path / 'main'}", "--no_mtp")
   code, out, err = runs.call(script, "import", *other)
-  assert code == 0 and "ignored, MTP: " in out
+  assert code == 0 and "not kept, MTP: " in out
   assert [line for line in err.splitlines() if "are left out: layers [3, 4]" in line]
   code, _, err = runs.call(script, "import", *args)
   assert code == 2 and err.startswith("error: the destination must not exist, ")

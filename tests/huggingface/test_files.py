@@ -193,7 +193,7 @@ def test_frequencies_and_equal_copies_are_left_out(tmp_path):
   assert_holds(loading.load_pretrained(tmp_path), TENSORS)
   account = loading.open_pretrained(tmp_path).account
   reasons = ("follows from config.json", f"copy of {EMBED}", f"copy of {HEAD}")
-  assert account.ignored == dict(zip(extra, reasons))
+  assert account.not_kept == dict(zip(extra, reasons))
   vectors = {name for name, tensor in TENSORS.items() if tensor.ndim == 1}
   assert set(account.stored_as_is) == vectors | {EMBED}
   assert set(account.transposed) == set(TENSORS) - vectors - {EMBED}
@@ -238,7 +238,7 @@ def test_mtp_layers_that_nobody_counts_are_left_out(tmp_path, caplog, config):
   assert "those of the files are left out: layers [3, 4]" in caplog.text
   main = {n: t for n, t in TENSORS.items() if not re.match(r"model\.layers\.[34]\.", n)}
   assert_holds(model, main)
-  left_out = {name for name, why in opened.account.ignored.items() if why == "MTP, left out"}
+  left_out = {name for name, why in opened.account.not_kept.items() if why == "MTP, left out"}
   assert left_out == (set(TENSORS) | set(copies)) - set(main)
 
 
@@ -564,7 +564,9 @@ def test_fp8_blocks_of_any_size_read_back_exactly(tmp_path, scale_dtype):
   opened = loading.open_pretrained(tmp_path)
   np.testing.assert_array_equal(opened.read(Q_A, 3, 6), values[Q_A][3:6])
   assert opened.account.dequantised == sorted([Q_A, UP])
-  assert opened.account.ignored == {n + "_scale_inv": f"scale of {n}" for n in (Q_A, UP)}
+  assert opened.account.not_kept == {
+    n + "_scale_inv": f"scale of {n}, which it has multiplied" for n in (Q_A, UP)
+  }
 
 
 SCALE = f"{Q_A}_scale_inv"

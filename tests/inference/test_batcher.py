@@ -421,6 +421,7 @@ def test_a_stop_token_ends_the_row_after_min_tokens(speculate):
         assert new == whole[: whole.index(stop)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speculate", WITHOUT_AND_WITH_DRAFTS)
 def test_nothing_is_compiled_after_the_start_whatever_is_asked(speculate):
   compiled = []

@@ -80,6 +80,7 @@ def test_hugging_face_filters_the_same():
     np.testing.assert_allclose(np.asarray(found[row])[kept], expected[kept], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_temperature_zero_takes_the_first_of_the_likeliest_beside_rows_that_sample():
   logits = _logits(1, 2)
   logits[:, [4, 20]] = 9.0

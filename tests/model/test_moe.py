@@ -9,7 +9,7 @@ from flax import nnx
 from dsmoe.config import MeshConfig
 from dsmoe.model import moe, parameters
 from dsmoe.parallel import mesh as mesh_lib
-from dsmoe.training import balance
+from dsmoe.training import balance, hyperparameters
 from tests import oracles
 from tests.helpers import assert_close, small_config
 
@@ -25,10 +25,9 @@ def _moe(**changes):
 
 
 def _run(graphdef, state, x):
-  config = dataclasses.replace(small_config().balance, sequence_loss_weight=1.0)
-  run = jax.jit(
-    lambda state, x: nnx.merge(graphdef, state)(x, moe.MoEOptions(balance.make(config).loss))
-  )
+  config = small_config(**{"balance.sequence_loss_weight": 1.0})
+  balancer = balance.make(config.balance.methods, hyperparameters.of(config))
+  run = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x, moe.MoEOptions(balancer.loss)))
   return run(state, x)
 
 
@@ -86,12 +85,13 @@ def test_gradient_reaches_the_router_and_not_its_bias():
   np.testing.assert_array_equal(gradient["router_bias"], np.zeros(12))
 
 
-@pytest.mark.parametrize("inner", [256, 160])
+@pytest.mark.parametrize("inner", [pytest.param(256, marks=pytest.mark.slow), 160])
 def test_fp8_with_inner_sizes_split_over_devices(inner):
   """Codes are alike where each device's part is whole tiles of 128, else within FP8's rounding."""
   config, graphdef, state = _moe(matmul_precision="fp8", moe_intermediate_size=inner)
   rng = np.random.default_rng(2)
   x, dy = rng.standard_normal((2, B, S, config.hidden_size)).astype(np.float32)
+  whole_tiles = inner % 256 == 0
 
   def outputs(num_devices):
     sizes = MeshConfig(stage=1, data=1, expert=1, context=1, model=num_devices)
@@ -103,17 +103,20 @@ def test_fp8_with_inner_sizes_split_over_devices(inner):
         y, stats = nnx.merge(graphdef, state)(x)
         return jnp.sum(y * dy), (y, stats.counts_E)
 
+      if not whole_tiles:  # gradients, which compile for seconds, are not compared
+        _, (y, counts_E) = total(state, x)
+        return counts_E[None], y, ()
       gradients, (y, counts_E) = jax.grad(total, (0, 1), has_aux=True)(state, x)
       return counts_E[None], y, gradients
 
-    out = (rows, rows, (specs, rows))
+    out = (rows, rows, (specs, rows) if whole_tiles else ())
     return jax.device_get(
       jax.jit(mesh_lib.shard_map(run, mesh, (specs, rows, rows), out))(state, x, dy)
     )
 
   (counts, *expected), (counts_split, *actual) = outputs(1), outputs(2)
   np.testing.assert_array_equal(counts_split, counts)
-  if inner % 256 == 0:
+  if whole_tiles:
     assert_close(actual, expected)
   else:
     error = np.linalg.norm(actual[0] - expected[0]) / np.linalg.norm(expected[0])

@@ -8,7 +8,7 @@ from flax import nnx
 from scipy.special import logsumexp
 
 from dsmoe.model import mtp
-from dsmoe.training import train_step
+from dsmoe.training import hyperparameters, train_step
 from tests import oracles
 from tests.helpers import assert_close, forward, mesh_of, random_batch, random_parts, small_config
 
@@ -102,7 +102,7 @@ def test_losses_of_a_dense_model_with_two_depths_by_logsumexp():
   )
   for step, weight in ((4, 0.3), (5, 0.1)):
     state = zeros._replace(params=params, step=np.int32(step))
-    _, metrics = step_fn(state, batch)
+    _, metrics = step_fn(state, batch, hyperparameters.of(config))
     each = metrics["losses"]
     assert_close((each.cross_entropy, each.z_loss, each.mtp_loss), (main, main_z, mtp_nats))
     assert_close(each.total, main + main_z + weight * (mtp_nats + mtp_z))

@@ -116,7 +116,7 @@ def test_ranks_and_counts_go_on_over_blocks_of_tokens():
     return routed, vjp(dgates)[0]
 
   with pltpu.force_tpu_interpret_mode():
-    routed, dlogits = run(logits)
+    routed, dlogits = jax.device_get(run(logits))
   experts, gates, counts, _ = _route_by_loops(logits, bias, c)
   np.testing.assert_array_equal(routed.expert_MK, experts)
   assert_close(routed.gate_MK, gates)

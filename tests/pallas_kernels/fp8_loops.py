@@ -47,11 +47,8 @@ def quantize(x, height, width, power_of_two):
 def values(x, height, width, power_of_two):
   """What the codes and scales stand for, float64."""
   codes, scales = quantize(np.asarray(x, np.float32), height, width, power_of_two)
-  result = codes.astype(np.float64)
-  for r in range(x.shape[0]):
-    for c in range(x.shape[1]):
-      result[r, c] *= scales[r // height, c // width]
-  return result
+  row, column = (np.arange(n) // side for n, side in zip(x.shape, (height, width)))
+  return codes.astype(np.float64) * scales[row[:, None], column]
 
 
 def expert(x, weight, weights, dy, dtype, power_of_two):

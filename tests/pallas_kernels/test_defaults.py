@@ -68,6 +68,24 @@ def test_compiled_kernels_are_the_default_on_the_chips_they_were_compiled_for(
 
 
 @pytest.mark.parametrize(
+  "name, capability, kernels, otherwise",
+  [("tpu", None, "mosaic_tpu", "ragged_dot"), ("gpu", "9.0", "mosaic_gpu", "ragged_dot")],
+)
+def test_a_chip_that_is_not_attached_decides_while_programs_are_traced_for_it(
+  name, capability, kernels, otherwise
+):
+  kind = "TPU v5" if name == "tpu" else "NVIDIA H100 80GB HBM3"
+  device = types.SimpleNamespace(platform=name, device_kind=kind, compute_capability=capability)
+  narrow = grouped_matmul.refusals(jnp.float16, 200, 200)
+  assert platform.compiled_kernels() is None and grouped_matmul.chosen(None) == "blocked"
+  with platform.tracing_for(device):
+    assert platform.compiled_kernels() == grouped_matmul.chosen(None) == kernels
+    assert grouped_matmul.chosen(None, narrow) == otherwise
+    assert platform.device_kind() == kind
+  assert platform.compiled_kernels() is None and grouped_matmul.chosen(None) == "blocked"
+
+
+@pytest.mark.parametrize(
   "topology, kind", [("v5p:2x2x1", "TPU v5"), ("v6e:2x2", "TPU v6 lite"), ("tpu7x:2x2x1", "TPU7x")]
 )
 @pytest.mark.tpu

@@ -19,6 +19,9 @@ from pallas_kernels.routing.reference import Routed, Rule
 from tests.helpers import assert_close
 from tests.pallas_kernels.gpu_topology import compile_for_h100, interpreted
 
+# The interpreter of these kernels takes a minute for them all.
+pytestmark = [pytest.mark.slow, pytest.mark.hopper]
+
 b16 = jnp.bfloat16
 
 

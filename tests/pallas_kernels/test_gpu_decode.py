@@ -17,6 +17,9 @@ from pallas_kernels.mla_attention import decode_attention, gpu_decode
 from tests.helpers import assert_close, small_config
 from tests.pallas_kernels.gpu_topology import compile_for_h100, interpreted
 
+# The interpreter of these kernels takes a minute for them all.
+pytestmark = [pytest.mark.slow, pytest.mark.hopper]
+
 b16 = jnp.bfloat16
 HAS_CLUSTERS = jax.__version_info__ >= (0, 11) or jax.default_backend() == "gpu"
 

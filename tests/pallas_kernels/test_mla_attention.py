@@ -90,11 +90,15 @@ def test_causal_xla_in_other_chunks(chunk):
 
 
 @pytest.mark.parametrize(
-  "tokens, block, span",
-  [(300, 256, 256), (300, 128, 256), (500, 128, 16384)],
-  ids=["two_blocks", "three_blocks", "two_pairs_in_one_span"],
+  "tokens, block, span, with_segments",
+  [
+    (300, 256, 256, False),
+    (300, 128, 256, True),
+    (500, 128, 16384, False),
+    (500, 128, 16384, True),
+  ],
+  ids=["two_blocks", "three_blocks-segments", "pairs_in_one_span", "pairs_in_one_span-segments"],
 )
-@pytest.mark.parametrize("with_segments", [False, True], ids=["whole_rows", "segments"])
 def test_causal_tpu_over_several_blocks(monkeypatch, tokens, block, span, with_segments):
   """A padded tail, segments that begin within and between blocks; the forward takes pairs."""
   monkeypatch.setattr(tpu, "CHUNK_TOKENS", 128)
@@ -133,8 +137,10 @@ def test_causal_of_runs_of_a_rows_tokens(implementation, chunk, with_segments):
     assert_close(actual, _loops(*asked, segments, 0.7, places))
 
 
-@pytest.mark.parametrize("span", [128, 16384])
-@pytest.mark.parametrize("with_segments", [False, True], ids=["whole_rows", "segments"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "span, with_segments", [(16384, False), (128, True)], ids=["whole_rows", "short_spans-segments"]
+)
 def test_causal_tpu_of_chunks(monkeypatch, span, with_segments):
   """Every device's two chunks of a row in one program; chunks of two blocks."""
   monkeypatch.setattr(tpu, "CHUNK_TOKENS", 128)

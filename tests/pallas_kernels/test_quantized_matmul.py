@@ -120,6 +120,8 @@ def test_ue8m0_takes_448_to_448_and_no_more(implementation, exponent):
 @either_scale
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradients_match_loops(implementation, power_of_two, shape):
+  if implementation == "mosaic_tpu" and shape != SHAPES[0] and power_of_two == (shape == SHAPES[1]):
+    pytest.skip("interpreting is slow: either scale of partial tiles, one of it for other shapes")
   inputs, expected = _problem(shape, power_of_two)
   assert_close(_run(implementation, power_of_two, *inputs), expected)
 

@@ -48,6 +48,7 @@ def test_tokens_travel_as_codes_and_scales(M, D, dtype, power_of_two):
     np.testing.assert_array_equal(row[D // 4 :][: D // 128].view(np.float32), scales[m])
 
 
+@pytest.mark.hopper
 @either_scale
 @pytest.mark.parametrize("D, dtype", [(384, "bfloat16"), (8448, "float32")])
 def test_tokens_are_quantised_on_the_way(D, dtype, power_of_two):
@@ -92,7 +93,7 @@ def _experts():
   return experts
 
 
-def _inputs(dtype, tokens=M):
+def _inputs(dtype, tokens=M, D=D, F=F):
   rng = np.random.default_rng(4)
   normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
   weights = [normal(*s) * s[1] ** -0.5 for s in ((E, D, F), (E, D, F), (E, F, D))]
@@ -102,11 +103,11 @@ def _inputs(dtype, tokens=M):
 
 
 @functools.cache
-def _by_loops(dtype, power_of_two, tokens=M):
-  """Value and gradients of the first tokens, an expert at a time, in float64 but for rounding."""
-  inputs = jax.tree.map(lambda a: np.asarray(a, np.float64), _inputs(dtype, tokens))
+def _by_loops(dtype, power_of_two, *sizes):
+  """Value and gradients of `_inputs`, an expert at a time, in float64 but for rounding."""
+  inputs = jax.tree.map(lambda a: np.asarray(a, np.float64), _inputs(dtype, *sizes))
   x, gates, weights, dy = inputs
-  experts = _experts()[:tokens]
+  experts = _experts()[: len(x)]
   y, dx, dgates = np.zeros(x.shape), np.zeros(x.shape), np.zeros(gates.shape)
   dweights = [np.zeros(w.shape) for w in weights]
   for e in sorted(set(experts.reshape(-1).tolist())):
@@ -179,8 +180,8 @@ def _rows_value_and_gradients(implementation, power_of_two, operands, dy, **grou
   "implementation, power_of_two, dtype, groups",
   [
     ("xla", False, "bfloat16", MANY_ROWS),
-    pytest.param("mosaic_tpu", True, "bfloat16", MANY_ROWS, marks=pytest.mark.slow),
-    ("mosaic_tpu", False, "float32", MANY_ROWS),
+    pytest.param("mosaic_tpu", False, "bfloat16", MANY_ROWS, marks=pytest.mark.slow),
+    pytest.param("mosaic_tpu", True, "float32", MANY_ROWS, marks=pytest.mark.slow),
     pytest.param("mosaic_gpu", False, "bfloat16", FEW_ROWS, marks=pytest.mark.slow),
   ],
 )
@@ -207,7 +208,10 @@ def test_experts_on_rows_match_loops(implementation, power_of_two, dtype, groups
   "implementation", ["xla", pytest.param("mosaic_tpu", marks=pytest.mark.slow)]
 )
 def test_experts_on_rows_equal_those_from_tokens_to_tokens(implementation):
-  """In float32, to the last digits: permute, experts on aligned rows, combine; the fused form."""
+  """In float32, to the last digits: permute, experts on aligned rows, combine; the fused form.
+
+  And the TPU's fused form equals the plain one: the codes are the same.
+  """
   x, gates, weights, dy = _inputs("float32")
   experts, alignment = _experts(), row_alignment(M * K, E, implementation)
   assert alignment == {"xla": 1, "mosaic_tpu": 128}[implementation]
@@ -226,10 +230,17 @@ def test_experts_on_rows_equal_those_from_tokens_to_tokens(implementation):
     y, vjp = jax.vjp(fn, x, gates, weights)
     return y, vjp(dy)
 
-  fused = functools.partial(_value_and_gradients, **_way(implementation))
+  def fused(implementation):
+    run = functools.partial(_value_and_gradients, **_way(implementation))
+    return jax.jit(run)(x, gates, weights, dy, experts)
+
   with pltpu.force_tpu_interpret_mode():
-    actual = jax.jit(value_and_gradients)(x, gates, weights, dy)
-    assert_close(actual, jax.jit(fused)(x, gates, weights, dy, experts))
+    on_rows = jax.jit(value_and_gradients)(x, gates, weights, dy)
+    whole = fused(implementation)
+  assert_close(on_rows, whole)
+  if implementation == "mosaic_tpu":
+    assert_close(whole, fused("xla"))
+    assert all(not np.asarray(dw)[[0, 3]].any() for dw in whole[1][2])  # of experts without tokens
 
 
 def _value_and_gradients(x, gates, weights, dy, experts, implementation, power_of_two=False):
@@ -241,9 +252,12 @@ def _value_and_gradients(x, gates, weights, dy, experts, implementation, power_o
   return y, vjp(dy)
 
 
-@either_scale
-@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
+@pytest.mark.parametrize(
+  "implementation, power_of_two",
+  [("xla", False), ("xla", True), pytest.param("mosaic_tpu", True, marks=pytest.mark.slow)],
+)
 def test_value_and_gradients_match_loops(implementation, power_of_two):
+  """The TPU's way with scales of any size is compared with the plain one, to the last digits."""
   run = jax.jit(functools.partial(_value_and_gradients, **_way(implementation, power_of_two)))
   with pltpu.force_tpu_interpret_mode():
     actual = run(*_inputs("bfloat16"), _experts())
@@ -255,27 +269,18 @@ def _way(implementation, power_of_two=False):
 
 
 @pytest.mark.slow
+@pytest.mark.hopper
 def test_the_h100s_way_matches_loops():
-  """Rows are no multiple of eight. Both kinds of scale are tested where tokens are quantised."""
-  tokens, power_of_two = 9, True
+  """Rows are no multiple of eight. Both kinds of scale are tested where tokens are quantised.
+
+  Three and two tiles, the last ones partial; larger sides are interpreted for minutes.
+  """
+  (tokens, *sides), power_of_two = (9, 272, 144), True
   run = jax.jit(functools.partial(_value_and_gradients, **_way("mosaic_gpu", power_of_two)))
   with interpreted():
-    actual = run(*_inputs("bfloat16", tokens), _experts()[:tokens])
+    actual = run(*_inputs("bfloat16", tokens, *sides), _experts()[:tokens])
     actual = jax.tree.map(np.asarray, actual)
-  assert_close(actual, _by_loops("bfloat16", power_of_two, tokens), "bfloat16")
-
-
-@pytest.mark.slow
-def test_the_tpus_way_is_the_plain_way():
-  """In float32, to the last digits: the codes are the same."""
-  with pltpu.force_tpu_interpret_mode():
-    actual, expected = (
-      jax.jit(functools.partial(_value_and_gradients, **_way(i)))(*_inputs("float32"), _experts())
-      for i in ("mosaic_tpu", "xla")
-    )
-  assert_close(actual, expected)
-  empty = [0, 3]
-  assert all(not np.asarray(dw)[empty].any() for dw in actual[1][2])
+  assert_close(actual, _by_loops("bfloat16", power_of_two, tokens, *sides), "bfloat16")
 
 
 @pytest.mark.parametrize(

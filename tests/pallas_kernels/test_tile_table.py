@@ -28,6 +28,7 @@ def _layer(config, M=300):
   return draw(M, D), Routed(experts_MK, draw(M, K), counts_E, rank_MK), ExpertWeights(*weights)
 
 
+@pytest.mark.slow
 def test_tuning_writes_what_the_config_then_reads(tmp_path, monkeypatch):
   path = str(tmp_path / "new" / "tiles.json")
   config = small_config(**{"model.kernels.tuned": path})

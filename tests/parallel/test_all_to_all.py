@@ -87,6 +87,7 @@ def test_rows_that_find_room_are_exact_and_the_others_are_counted_once():
   assert all(dropped) and len(set(dropped)) > 1
 
 
+@pytest.mark.slow
 def test_chunks_of_tokens_have_buffers_of_their_own():
   assert _check(program(_of(chunks=3), 1, 4), "zipf", 6, 1, 4, 8.0, 3) == 0
   assert _check(program(_of(0.75, chunks=3), 1, 4), "zipf", 6, 1, 4, 0.75, 3) > 0

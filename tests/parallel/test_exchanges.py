@@ -21,6 +21,8 @@ EXCHANGES = {
   "replicated": ExchangeConfig(),
   "hierarchical": ExchangeConfig(devices_per_group=PER_GROUP, receive_capacity=8.0),
 }
+# These compile for long: `make test` tests the others.
+SLOW = ("ring", "replicated", "hierarchical")
 KINDS = ("even", "zipf", "one_device", "empty")
 
 
@@ -63,7 +65,10 @@ def test_match_loops_in_value_and_every_gradient(back_end, data, expert, tokens)
     np.testing.assert_array_equal(stats.sent_rows, np.concatenate(sent))
 
 
-@pytest.mark.parametrize("back_end", EXCHANGES)
+@pytest.mark.parametrize(
+  "back_end",
+  [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in EXCHANGES],
+)
 def test_under_scan_and_rematerialisation(back_end):
   x, experts, gates, weights, dy = inputs = _inputs("zipf", 24)
   actual, _ = program(_of(back_end), 2, 4, twice=True)(*inputs)
@@ -74,7 +79,14 @@ def test_under_scan_and_rematerialisation(back_end):
   assert_close(actual, (y, (dx, dgates + first_dgates, dweights)))
 
 
-@pytest.mark.parametrize("back_end", [name for name in EXCHANGES if name != "dense"])
+@pytest.mark.parametrize(
+  "back_end",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+    for name in EXCHANGES
+    if name != "dense"
+  ],
+)
 def test_fp8_equals_one_device(back_end):
   """Tiles of the weights' gradient are of a device's rows of an expert: others are rounded alike."""
   inputs = _inputs("even", 24)

@@ -71,8 +71,9 @@ def test_every_device_has_its_share_and_one_donor(kind):
     counts_E = _counts(kind, seed).astype(np.int32)
     expert_P = np.repeat(np.arange(X * O, dtype=np.int32), counts_E)
     rank_P = np.concatenate([np.arange(n, dtype=np.int32) for n in counts_E])
-    plan, device_P = _planned()(counts_E, expert_P[:, None], rank_P[:, None])
-    device_P = np.asarray(device_P)[:, 0]
+    # As NumPy arrays: elements are looked at one by one.
+    plan, device_P = jax.device_get(_planned()(counts_E, expert_P[:, None], rank_P[:, None]))
+    device_P = device_P[:, 0]
     np.testing.assert_array_equal(device_P, devices_by_loops(expert_P, X, O))
     assert np.bincount(device_P, minlength=X).tolist() == [ROWS] * X
     for x in range(X):

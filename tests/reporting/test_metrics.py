@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dsmoe.reporting import metrics
+from dsmoe.reporting import appended, metrics
 
 COUNTS_LE = np.array([[4, 4, 4, 4], [16, 0, 0, 0], [10, 5, 1, 0], [35, 3, 1, 1]], np.int32)
 
@@ -244,9 +244,20 @@ def test_no_file_is_an_error(tmp_path):
     metrics.read_metrics(tmp_path)
 
 
+def test_a_run_that_goes_back_removes_the_lines_of_steps_to_come(tmp_path):
+  writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
+  for step in (10, 20, 20, 30):
+    writer.write(step, {"loss": step / 10})
+  assert [row["step"] for row in writer.cut(20)] == [10, 20, 20]
+  writer.write(30, {"loss": 9.0})
+  writer.close()
+  assert [row["loss"] for row in metrics.read_metrics(tmp_path)] == [1.0, 2.0, 2.0, 9.0]
+  assert metrics.NoMetrics().cut(20) == []
+
+
 def test_a_store_that_cannot_append_gets_whole_files(tmp_path, monkeypatch):
   _write(tmp_path, [10, 20, 30])
-  monkeypatch.setattr(metrics, "_is_remote", lambda path: True)
+  monkeypatch.setattr(appended, "is_remote", lambda path: True)
   writer = metrics.MetricsWriter(tmp_path, tensorboard=False, start_step=20)
   assert _steps(tmp_path) == [10, 20]
   writer.write(30, {})
@@ -259,8 +270,8 @@ def test_a_store_that_cannot_append_gets_whole_files(tmp_path, monkeypatch):
 
 
 def test_remote_paths_are_told_by_their_scheme():
-  assert metrics._is_remote(epath.Path("gs://bucket/run"))
-  assert not metrics._is_remote(epath.Path("/tmp/run"))
+  assert appended.is_remote(epath.Path("gs://bucket/run"))
+  assert not appended.is_remote(epath.Path("/tmp/run"))
 
 
 def _events(workdir):

@@ -1,6 +1,8 @@
 """The flag --json and one-sentence errors, in a script of its own."""
 
 import json
+import logging
+import os
 
 import pytest
 
@@ -125,3 +127,29 @@ def test_defects_and_what_is_asked_for_keep_their_traceback(script, args):
 )
 def test_a_message_is_one_line_without_quoting(error, sentence):
   assert output._sentence(error) == sentence
+
+
+@pytest.mark.parametrize(
+  "level, text, is_logged",
+  [
+    (logging.WARNING, "[process=%d] Reached preemption sync point, step=3", False),
+    (logging.ERROR, "[process=%d] Reached preemption sync point, step=3", True),
+    (logging.WARNING, "[process=%d] cannot be read", True),
+  ],
+)
+def test_what_orbax_says_of_a_stop_is_not_logged(level, text, is_logged):
+  record = logging.LogRecord("absl", level, "multihost.py", 436, text, (1,), None)
+  assert output._is_worth_logging(record) == is_logged
+
+
+def test_what_is_measured_so_far_replaces_the_file_at_once(tmp_path, capsys):
+  path = tmp_path / "a.json"
+  output.write_json_so_far(str(path), [1])
+  output.write_json_so_far(str(path), [1, 2])
+  assert json.loads(path.read_text()) == [1, 2]
+  assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  for nowhere in (str(pipe), output.STDOUT, None):
+    output.write_json_so_far(nowhere, [1])  # would wait for ever if it wrote into the pipe
+  assert capsys.readouterr().out == "" and len(list(tmp_path.iterdir())) == 2

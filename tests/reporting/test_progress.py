@@ -1,6 +1,7 @@
 import io
 import sys
 
+import rich
 import rich.console
 
 from dsmoe.reporting import progress
@@ -26,7 +27,7 @@ def test_off_a_terminal_an_update_is_a_plain_line(capsys, monkeypatch):
     display.update(30, LINE | {"mfu": None})
     display.update(30, {"validation_loss": 3.5, "validation_bits_per_byte": 1.0})
     display.update(31, {"dropped_rows": 1234, "fallbacks": 0})
-    display.update(40, {"loss": 3.0, "dropped_rows": 0, "fallbacks": 12})
+    display.update(40, {"loss": 3.0, "dropped_rows": 0, "fallbacks": 12, "goodput": 0.934})
     display.print("[bold]a sample[/bold]\x1b[31m " + "long " * 40 + "end")
   out = capsys.readouterr().out
   assert out.splitlines() == [
@@ -34,7 +35,7 @@ def test_off_a_terminal_an_update_is_a_plain_line(capsys, monkeypatch):
     "step 30/1000  loss 3.2500  12,346 tokens/s  9.0 GFLOP/s  0:08:05 left",
     "step 30/1000  validation loss 3.5000  1.0000 bits/byte",
     "step 31/1000  1,234 rows dropped",
-    "step 40/1000  loss 3.0000  12 layers computed by the exact path",
+    "step 40/1000  loss 3.0000  12 layers computed by the exact path  goodput 93%",
     "[bold]a sample[/bold]\\x1b[31m " + "long " * 40 + "end",
   ]
   assert _is_plain(out)
@@ -92,6 +93,9 @@ def test_the_best_validation_is_that_of_the_last_curve():
     for step, loss, tokens in points
   ]
   assert dict(progress.summary(rows))["best validation loss"] == "2.2500 at step 40"
+  for row in rows:  # as many tokens of another text are another curve too
+    row["validation_checksum"] = row.pop("validation_tokens")
+  assert dict(progress.summary(rows))["best validation loss"] == "2.2500 at step 40"
 
 
 def test_the_whole_set_is_no_point_of_the_validation_curve():
@@ -142,3 +146,11 @@ def test_final_table_is_plain_off_a_terminal(capsys):
     ["note", "[red]kept", "as", "it", "is[/red]"],
   ]
   assert not sys.stdout.isatty()
+
+
+def test_a_title_is_no_markup(capsys):
+  rich.print(
+    progress.final_table([("a[b]", "[/c]" + "." * 40)], title="runs/a[/b] :smile: [bold]c")
+  )
+  out = capsys.readouterr().out
+  assert "runs/a[/b] :smile: [bold]c" in out and "a[b]" in out and "[/c]" in out

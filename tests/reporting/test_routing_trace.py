@@ -9,7 +9,7 @@ import pytest
 from dsmoe import train
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.reporting import metrics, routing_trace
-from dsmoe.training import train_step
+from dsmoe.training import hyperparameters, train_step
 from tests import runs
 from tests.helpers import random_batch, small_config
 from tests.training.test_train_step import MARGIN_SEED
@@ -32,7 +32,8 @@ def recorded(folder, num_devices: int, **overrides):
   mesh = mesh_lib.make_mesh(config.mesh, jax.devices()[:num_devices])
   step = train_step.make_train_step(config, mesh, record_routing=True)
   state = train_step.init_state(config, mesh)
-  _, found = step(state, mesh_lib.to_global(random_batch(config, MARGIN_SEED), mesh))
+  batch = mesh_lib.to_global(random_batch(config, MARGIN_SEED), mesh)
+  _, found = step(state, batch, hyperparameters.of(config))
   counts_LE = np.asarray(found["load"].counts_LE)
   path = routing_trace.write(
     folder, 7, found["expert_LBSK"], counts_LE, overrides.get("num_microbatches", 1)
@@ -40,6 +41,7 @@ def recorded(folder, num_devices: int, **overrides):
   return routing_trace.read(path), counts_LE, path
 
 
+@pytest.mark.slow
 def test_eight_devices_and_two_microbatches_record_what_one_device_does(tmp_path):
   one, counts_LE, _ = recorded(tmp_path / "one", 1)
   options = {"num_microbatches": 2, "mesh.expert": 2, "mesh.context": 2}
@@ -53,11 +55,12 @@ def test_eight_devices_and_two_microbatches_record_what_one_device_does(tmp_path
   assert (eight.num_microbatches, eight.step) == (2, 7)
 
 
+@pytest.mark.slow
 def test_a_run_records_the_steps_asked_for(tmp_path):
   config = small_config(
     **SMALL, **{"num_steps": 3, "log.log_every_steps": 1, "log.routing_trace_steps": (1, 3)}
   )
-  assert train.train(config, tmp_path) == 3
+  assert train.train(config, tmp_path).step == 3
   folder = tmp_path / routing_trace.FOLDER
   names = ["step_1_process_0.npz", "step_3_process_0.npz"]
   assert sorted(path.name for path in folder.iterdir()) == names

@@ -21,15 +21,16 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdir(corpus, tmp_path_factory):
-  """A run of three steps on text."""
+  """A run of three steps on text, the last two traced."""
   folder = tmp_path_factory.mktemp("run")
   config = small_config(
     **runs.TWO_LAYERS,
     **{"model.vocab_size": VOCAB, "num_steps": 3, "log.log_every_steps": 1},
+    **{"profile.steps": "2:4"},
     **{"data.train_globs": (f"{corpus}/a/*.txt",)},
     **{"data.validation_globs": (f"{corpus}/v/*.txt",)},
   )
-  assert train.train(config, folder) == 3
+  assert train.train(config, folder).step == 3
   return folder
 
 
@@ -118,6 +119,7 @@ def test_generate_from_a_file(workdir, tmp_path):
   assert missing == "error: the file of prompts must exist, got /nowhere.txt"
 
 
+@pytest.mark.slow
 def test_generate_talks(workdir):
   """Without a template it says what is missing; with one, two turns and a fresh start."""
   args = ("scripts/generate.py", f"--workdir={workdir}", "--num_tokens=8", "--chat")
@@ -152,6 +154,28 @@ def test_bench_decode(tmp_path):
   assert one < three < 3 * one
 
 
+@pytest.mark.slow
+def test_bench_decode_with_a_full_cache(tmp_path):
+  """Rows end with 33 tokens in the cache, of a model with 40 positions."""
+  path = tmp_path / "figures.json"
+  args = ["scripts/bench_decode.py", "--config=experiments/bench_small.py", "--batches=3"]
+  args += ["--config.model.hidden_size=32", "--config.model.vocab_size=64", "--repeats=1"]
+  args += ["--config.model.max_position_embeddings=40", "--config.data.sequence_length=40"]
+  assert "decode tok/s" in runs.run(*args, "--cache_tokens=33", f"--json={path}")
+  found = json.loads(path.read_text())
+  [row] = found["runs"]
+  assert row["cache_bytes_per_step"] == 3 * 33 * row["cache_bytes_per_token"]
+  assert row["decode_tokens_per_sec"] == pytest.approx(3 / row["step_secs"])
+  read_bytes = row["weight_bytes_per_step"] + row["cache_bytes_per_step"]
+  bound = 3 * found["read_bytes_per_sec"] / read_bytes
+  assert row["decode_bound_tokens_per_sec"] == pytest.approx(bound)
+  for tokens in (8, 41):
+    assert failure(*args, f"--cache_tokens={tokens}") == (
+      "error: cache_tokens must be above the 8 tokens of a round and at most "
+      f"max_position_embeddings (40), got {tokens}"
+    )
+
+
 @pytest.mark.parametrize(
   "args, message",
   [
@@ -165,6 +189,7 @@ def test_generate_refuses_in_one_sentence(workdir, args, message):
   assert last.startswith("error: ") and last.endswith(message)
 
 
+@pytest.mark.slow
 def test_evaluate_text_is_the_runs_own_validation(workdir, corpus):
   args = ("scripts/evaluate.py", f"--workdir={workdir}")
   values = json.loads(runs.run(*args, f"--text={corpus}/v/*.txt", "--json=-"))
@@ -216,6 +241,10 @@ def test_evaluate_choices(workdir, tmp_path):
       "kernels.routing must be an implementation for cpu or None, got 'mosaic_tpu'",
     ),
     (("bench_decode",), "--config must be given"),
+    (
+      ("bench_decode", "--config=experiments/tiny.py", "--cache_tokens=9", "--new_tokens=2"),
+      "--cache_tokens measures decoding alone, so --new_tokens must not be given",
+    ),
     (("bench_decode", "--json=/nowhere/a.json"), "the folder of the file must exist"),
     (("report", "--workdir= "), "--workdir must not be empty"),
     (("serve", "--workdir="), "a workdir must be the name of a folder, got ''"),
@@ -244,6 +273,29 @@ def test_mistakes_end_in_one_sentence(args, message):
   assert line.startswith("error: ") and message in line
 
 
+@pytest.mark.slow
+def test_read_profile(workdir, tmp_path):
+  picture, file = tmp_path / "profile.png", tmp_path / "profile.json"
+  args = ("scripts/read_profile.py", workdir)
+  out = runs.run(*args, "--step=2", f"--plot={picture}", f"--json={file}")
+  assert "steps 2 to 3, 8 x cpu" in out and "No bound is known for cpu" in out
+  for text in ("attention", "experts", "optimizer", "recomputed", "no operation is seen"):
+    assert text in out
+  assert picture.read_bytes().startswith(b"\x89PNG")
+  found = json.loads(file.read_text())
+  assert found["steps"] == [2, 3] and "other programs" not in found["parts"]
+  total = sum(sum(row.values()) for row in found["parts"].values())
+  assert total == pytest.approx(found["secs"])
+  for args, message in (
+    ((), "give one workdir, or one folder of a trace"),
+    ((tmp_path,), f"{tmp_path} must hold a trace, it has none in profiles/: a run leaves one with"),
+    (("/nowhere",), "a run's workdir or a trace's folder must exist, got /nowhere"),
+    ((workdir, "--step=3"), "the first traced step must be one of 2, got 3"),
+  ):
+    code, out, err = runs.call("scripts/read_profile.py", *args)
+    assert (code, out) == (2, "") and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
 def test_report(workdir):
   out = runs.run("-m", "scripts.report", f"--workdir={workdir}", "--noplots")
   assert "validation loss" in out
@@ -256,6 +308,7 @@ def test_report_of_metrics_without_a_line(tmp_path):
     assert last == f"error: {tmp_path}/metrics.jsonl must have a whole line, it has none"
 
 
+@pytest.mark.slow
 def test_bench_kernels():
   small = ["--config.model.hidden_size=32", "--config.model.moe_intermediate_size=16"]
   out = runs.run(

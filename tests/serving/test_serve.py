@@ -38,7 +38,7 @@ def workdir(tmp_path_factory):
     **{"data.train_globs": (f"{corpus}/a/*.txt",)},
     **{"data.validation_globs": (f"{corpus}/v/*.txt",)},
   )
-  assert train.train(config, folder) == 2
+  assert train.train(config, folder).step == 2
   return folder
 
 

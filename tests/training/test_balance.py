@@ -1,18 +1,19 @@
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsmoe.config import BalanceConfig
-from dsmoe.training import balance
-from tests.helpers import assert_close
+from dsmoe.training import balance, hyperparameters
+from tests.helpers import assert_close, small_config
 
-DEFAULTS = BalanceConfig(
-  methods=("bias", "sequence"),
-  bias_update_speed=0.001,
-  bias_freeze_step=-1,
-  sequence_loss_weight=0.0001,
+METHODS = ("bias", "sequence")
+HYPER = hyperparameters.of(
+  small_config(
+    **{
+      "balance.bias_update_speed": 0.001,
+      "balance.bias_freeze_step": -1,
+      "balance.sequence_loss_weight": 0.02,
+    }
+  )
 )
 
 
@@ -63,7 +64,7 @@ def test_random_counts_against_a_loop():
 
 
 def test_bias_freezes_from_its_step_on():
-  update = jax.jit(balance.make(dataclasses.replace(DEFAULTS, bias_freeze_step=7)).update)
+  update = jax.jit(balance.make(METHODS, HYPER._replace(bias_freeze_step=np.int32(7))).update)
   bias, counts = np.zeros((2, 3), np.float32), np.array([[1, 2, 3], [3, 3, 0]], np.int32)
   moved = (0.001 * np.array([[1, 0, -1], [-1, -1, 1]])).astype(np.float32)
   for step, expected in ((0, moved), (6, moved), (7, 0 * moved), (800, 0 * moved)):
@@ -71,7 +72,7 @@ def test_bias_freezes_from_its_step_on():
 
 
 def test_bias_never_freezes_at_minus_one():
-  update = jax.jit(balance.make(DEFAULTS).update)
+  update = jax.jit(balance.make(METHODS, HYPER).update)
   moved = update(np.zeros(2, np.float32), np.array([0, 2]), 10**9)
   np.testing.assert_array_equal(moved, np.array([0.001, -0.001], np.float32))
 
@@ -126,18 +127,18 @@ def test_an_even_sequence_costs_one():
 def test_the_loss_has_its_weight_and_the_bias_none():
   scores = np.random.default_rng(2).uniform(0.1, 0.9, (2, 3, 5)).astype(np.float32)
   expected = _sequence_loss_by_loops(scores, 2)[0]
-  both = balance.make(dataclasses.replace(DEFAULTS, sequence_loss_weight=0.02))
+  both = balance.make(METHODS, HYPER)
   assert_close(jax.jit(both.loss, static_argnums=1)(scores, 2), 0.02 * expected)
-  assert float(balance.make(dataclasses.replace(DEFAULTS, methods=("bias",))).loss(scores, 2)) == 0
+  assert float(balance.make(("bias",), HYPER).loss(scores, 2)) == 0
 
 
 def test_sequence_alone_leaves_the_bias():
-  only = balance.make(dataclasses.replace(DEFAULTS, methods=("sequence",)))
+  only = balance.make(("sequence",), HYPER)
   assert only.update(jnp.asarray([0.5, 0.25]), jnp.asarray([0, 9]), 3).tolist() == [0.5, 0.25]
 
 
 def test_without_methods_nothing_happens():
-  none = balance.make(dataclasses.replace(DEFAULTS, methods=()))
+  none = balance.make((), HYPER)
   assert none.update(jnp.asarray([0.5, 0.25]), jnp.asarray([0, 9]), 3).tolist() == [0.5, 0.25]
   loss = none.loss(jnp.full((2, 3, 5), 0.5), 2)
   assert loss.dtype == jnp.float32 and float(loss) == 0

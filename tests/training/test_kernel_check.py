@@ -86,7 +86,7 @@ def test_right_kernels_are_named_and_the_run_goes_on(monkeypatch, tmp_path, caps
   # On one device: interpreted kernels wait for each other inside steps that wait for each other.
   mesh = mesh_of(1)
   monkeypatch.setattr(train.train_step, "make_mesh", lambda _: mesh)
-  assert train.train(_config(routing="mosaic_tpu"), tmp_path) == 2
+  assert train.train(_config(routing="mosaic_tpu"), tmp_path).step == 2
   assert re.search(
     r"^kernels checked: routing mosaic_tpu in \d+\.\d s$", capsys.readouterr().out, re.M
   )
@@ -152,6 +152,7 @@ def test_a_wrong_value_of_attention(monkeypatch, value):
     kernel_check.check(config)
 
 
+@pytest.mark.slow
 def test_attention_of_rows_that_are_split_over_devices(monkeypatch):
   config = _config(attention="mosaic_tpu")
   data = dataclasses.replace(config.data, sequence_length=512)
@@ -182,8 +183,8 @@ def test_right_and_wrong_experts(monkeypatch):
 def test_right_and_wrong_fp8(monkeypatch, factor):
   """XLA's form stands for the kernels, whose values have tests of their own."""
 
-  def routed_swiglu(*args):
-    return factor * quantized.quantized_routed_swiglu(*args[:3], "xla", args[3])
+  def routed_swiglu(power_of_two_scales, *args):
+    return factor * quantized.quantized_routed_swiglu(*args, "xla", power_of_two_scales)
 
   monkeypatch.setattr(quantized, "_mosaic_tpu", routed_swiglu)
   monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_tpu", xla)

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 import re
 
@@ -9,18 +8,19 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from dsmoe.config import MeshConfig, OptimConfig
+from dsmoe.config import MeshConfig
 from dsmoe.parallel import mesh as mesh_lib
-from dsmoe.training import optim
-from tests.helpers import assert_close
+from dsmoe.training import hyperparameters, optim
+from tests.helpers import assert_close, small_config
 
-CONFIG = OptimConfig(
+PEAK, FINAL, WARMUP, DECAY, STEPS = 0.02, 0.004, 5, 8, 30
+OPTIM = dict(
   name="adamw",
-  learning_rate=0.02,
+  learning_rate=PEAK,
   schedule="wsd",
-  warmup_steps=5,
-  decay_steps=8,
-  final_learning_rate=0.004,
+  warmup_steps=WARMUP,
+  decay_steps=DECAY,
+  final_learning_rate=FINAL,
   beta1=0.9,
   beta2=0.95,
   epsilon=1e-3,  # large enough to be seen
@@ -28,7 +28,13 @@ CONFIG = OptimConfig(
   clip_norm=0.0,
   moment_dtype="float32",
 )
-PEAK, FINAL, WARMUP, DECAY, STEPS = 0.02, 0.004, 5, 8, 30
+
+
+def _config(**fields):
+  """Returns (OptimConfig, Hyperparameters)."""
+  optim_fields = {f"optim.{name}": value for name, value in (OPTIM | fields).items()}
+  config = small_config(num_steps=STEPS, **optim_fields)
+  return config.optim, hyperparameters.of(config)
 
 
 def _wsd(step):
@@ -46,19 +52,53 @@ def _cosine(step):
   return FINAL + (PEAK - FINAL) * (1 + math.cos(math.pi * done)) / 2
 
 
+def _schedule(name, **fields):
+  """Returns the learning rates of all steps, and of some after them."""
+  _, hyper = _config(schedule=name, **fields)
+  return np.asarray(jax.vmap(optim.schedule(name, hyper))(np.arange(STEPS + 4)))
+
+
 @pytest.mark.parametrize("name, expected", [("wsd", _wsd), ("cosine", _cosine)])
 def test_schedules_match_their_closed_forms(name, expected):
-  schedule = optim.schedule(dataclasses.replace(CONFIG, schedule=name), STEPS)
-  steps = np.arange(STEPS + 4)
-  actual = np.asarray(jax.vmap(schedule)(steps))
-  assert_close(actual, np.array([expected(s) for s in steps]))
+  actual = _schedule(name)
+  assert_close(actual, np.array([expected(s) for s in range(STEPS + 4)]))
   assert actual[0] == 0 and actual[-1] == np.float32(FINAL)
+
+
+def _optax_cosine(warmup, decay, peak, final):
+  return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, STEPS, final)
+
+
+def _optax_wsd(warmup, decay, peak, final):
+  parts = [
+    optax.linear_schedule(0.0, peak, warmup),
+    optax.constant_schedule(peak),
+    optax.linear_schedule(peak, final, decay),
+  ]
+  return optax.join_schedules(parts, [warmup, STEPS - decay])
+
+
+@pytest.mark.parametrize("name, of_optax", [("wsd", _optax_wsd), ("cosine", _optax_cosine)])
+def test_schedules_are_those_of_optax(name, of_optax):
+  """Without warm-up or decay too, with a peak of zero, and up to a higher end."""
+  for warmup, decay, peak, final in (
+    (3, 9, 0.03, 0.001),
+    (0, 7, 0.01, 0.002),
+    (6, 0, 0.02, 0.005),
+    (0, 0, 0.01, 0.002),
+    (1, 29, 0.01, 0.04),
+    (2, 5, 0.0, 0.0),
+  ):
+    fields = dict(warmup_steps=warmup, decay_steps=decay)
+    fields |= dict(learning_rate=peak, final_learning_rate=final)
+    expected = of_optax(warmup, decay, peak, final)
+    expected = np.array([expected(step) for step in range(STEPS + 4)])
+    assert_close(_schedule(name, **fields), expected)
 
 
 @pytest.mark.parametrize("name", ["wsd", "cosine"])
 def test_no_warmup_starts_at_the_peak(name):
-  config = dataclasses.replace(CONFIG, schedule=name, warmup_steps=0)
-  assert_close(optim.schedule(config, STEPS)(0), PEAK)
+  assert_close(_schedule(name, warmup_steps=0)[0], PEAK)
 
 
 def _step(p, g, mu, nu, t, lr, decay):
@@ -80,12 +120,11 @@ def _gradients(rng):
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0, 50.0])
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 def test_adamw_matches_numpy(clip_norm, moment_dtype):
-  config = dataclasses.replace(CONFIG, clip_norm=clip_norm, moment_dtype=moment_dtype)
-  optimizer = optim.make(config, STEPS)
+  config, hyper = _config(clip_norm=clip_norm, moment_dtype=moment_dtype)
   rng = np.random.default_rng(0)
   expected = _gradients(rng)  # as parameters
   params = jax.tree.map(lambda p: p.astype(np.float32), expected)
-  state = optimizer.init(params)
+  state = optim.make(config, hyper).init(params)
   first = optax.tree_utils.tree_get(state, "mu")
   assert {m.dtype.name for m in jax.tree.leaves(first)} == {moment_dtype}
   assert {n.dtype.name for n in jax.tree.leaves(optax.tree_utils.tree_get(state, "nu"))} == {
@@ -93,8 +132,8 @@ def test_adamw_matches_numpy(clip_norm, moment_dtype):
   }
 
   @jax.jit
-  def step(params, state, gradients, norm):
-    updates, state = optimizer.update(gradients, state, params, norm=norm)
+  def step(params, state, gradients, norm, hyper):
+    updates, state = optim.make(config, hyper).update(gradients, state, params, norm=norm)
     return optax.apply_updates(params, updates), state
 
   paths = [("attention_norm",), ("attention", "o_bias"), ("mlp", "w_up")]
@@ -105,7 +144,7 @@ def test_adamw_matches_numpy(clip_norm, moment_dtype):
     gradients = _gradients(rng)
     norm = math.sqrt(sum((get(gradients, path) ** 2).sum() for path in paths))
     rounded = jax.tree.map(lambda g: g.astype(np.float32), gradients)
-    params, state = step(params, state, rounded, norm)
+    params, state = step(params, state, rounded, norm, hyper)
     factor = min(1.0, clip_norm / norm) if clip_norm else 1.0
     assert (factor < 1) == (clip_norm == 1.0)
     for path in paths:

@@ -1,0 +1,38 @@
+"""Pieces of scripts for bash: starting programs, handing signals on, and what they ended with.
+
+Each line is a whole command, so that lines can be joined by newlines or by semicolons.
+"""
+
+from collections.abc import Mapping, Sequence
+from shlex import quote
+
+TERMINATE = "kill -TERM $children 2>/dev/null"
+
+
+def exports(env: Mapping[str, str]) -> list[str]:
+  """Returns lines that set variables."""
+  return [f"export {name}={quote(value)}" for name, value in env.items()]
+
+
+def started(commands: Sequence[str]) -> list[str]:
+  """Returns lines that start commands in the background, their numbers in `children`."""
+  return ["children=", *(f'{command} & children="$children $!"' for command in commands)]
+
+
+def traps(signals: str, hand: str = TERMINATE) -> list[str]:
+  """Returns lines that, upon one of `signals`, note in `stopped` that it came, and do `hand`."""
+  return ["stopped=", f"trap 'stopped=1; {hand}' {signals}"]
+
+
+def waited() -> list[str]:
+  """Returns lines that wait for all that was started; `code` becomes 0 or that of one that failed.
+
+  A signal that interrupts `wait` for a program may lose what that program ended with. Meanwhile the
+  script therefore waits for something else, a second at a time, and asks for the code at the end.
+  """
+  return [
+    "code=0",
+    'for child in $children; do while kill -0 "$child" 2>/dev/null; do sleep 1 & wait $!; done; '
+    'wait "$child"; ended=$?; '
+    '[ "$ended" -eq 0 ] || code=$ended; done',
+  ]

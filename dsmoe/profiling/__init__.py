@@ -1,0 +1,1 @@
+"""Traces of training steps: taking them, and reading where their time went."""

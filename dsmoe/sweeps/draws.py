@@ -1,0 +1,72 @@
+"""Draws the points of a search by Optuna, each from what the storage knows when it begins."""
+
+import copy
+import datetime
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from dsmoe.sweeps.storage import optuna_package
+
+NUM_PROBES = 16
+_PROBE_SEED = 0
+
+
+def name_of(search: Callable[[Any], Any]) -> str:
+  """Returns what messages call a search: a function, or whatever else can be called."""
+  return f"{getattr(search, '__name__', 'search')}(trial)"
+
+
+def probe(search: Callable[[Any], Any]) -> Iterator[tuple[Any, dict[str, Any]]]:
+  """Returns points that a fixed seed draws from a search's space, in which nothing is known."""
+  optuna = optuna_package()
+  sampler = optuna.samplers.RandomSampler(seed=_PROBE_SEED)
+  study = optuna.create_study(sampler=sampler)
+  for _ in range(NUM_PROBES):
+    yield _drawn(study, search)
+
+
+def draw(
+  search: Callable[[Any], Any], history: Iterable[Any], seed: int
+) -> tuple[Any, dict[str, Any]]:
+  """Draws a point by TPE.
+
+  Args:
+    search: the experiment's `search(trial)`.
+    history: FrozenTrials of the sweep, in the order of their numbers. One that runs counts as a bad
+      one, so that workers do not all draw near the same point.
+    seed: of the sampler. The same history and seed draw the same point.
+
+  Returns:
+    Optuna's FrozenTrial with what was drawn, and the point.
+
+  Raises:
+    ValueError: for a search that suggests nothing or returns no point.
+
+  Source: the tree-structured Parzen estimator, Bergstra et al., NeurIPS 2011.
+  """
+  optuna = optuna_package()
+  sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+  study = optuna.create_study(sampler=sampler, direction="minimize")
+  for trial in history:
+    known = copy.copy(trial)
+    if known.state.name == "WAITING":  # it was handed back, and `ask` would take it
+      known.state = type(known.state).RUNNING
+      known.datetime_start = known.datetime_start or datetime.datetime.now()  # none if tried again
+    study.add_trial(known)
+  return _drawn(study, search)
+
+
+def _drawn(study: Any, search: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
+  trial = study.ask()
+  point = search(trial)
+  name = name_of(search)
+  frozen = study.get_trials(deepcopy=False)[-1]
+  if not frozen.params:
+    raise ValueError(f"a search must have at least one parameter, and {name} suggests none")
+  if not isinstance(point, dict) or not point:
+    raise ValueError(
+      f"{name} must return the config fields that it sets, such as "
+      f"{{'optim.learning_rate': 0.003}}, got {point!r}"
+    )
+  study.tell(trial, state=type(frozen.state).FAIL)
+  return frozen, point
