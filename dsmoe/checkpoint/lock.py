@@ -23,7 +23,9 @@ from etils import epath
 LOCK_FILE = "lock"
 _RENEWAL_SECS = 10.0  # between two writes of an object
 _STALE_SECS = 40.0  # an object that was not written for so long has no owner
-_SETTLE_SECS = 2.0  # of two processes that start at once, the one that wrote last is the owner
+# Of processes that start at once, the one that wrote last is the owner. Whoever writes within this
+# time after it found the object free is seen by all that wait for as long after they wrote.
+_SETTLE_SECS = 2.0
 
 
 class InUseError(ValueError):
@@ -97,7 +99,11 @@ def _kernel_lock(workdir: epath.Path) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _lease(workdir: epath.Path) -> Iterator[Callable[[], None]]:
-  """An object that its owner keeps rewriting, each time with another number."""
+  """An object that its owner keeps rewriting, each time with another number.
+
+  A process whose write came so late that another may have become the owner before it waits until
+  that other has seen the write and given way.
+  """
   path = workdir / LOCK_FILE
   mine = {"owner": _owner(), "token": uuid.uuid4().hex}
 
@@ -111,13 +117,16 @@ def _lease(workdir: epath.Path) -> Iterator[Callable[[], None]]:
       found = {}
     return None if found is not None and found.get("token") == mine["token"] else found
 
+  looked = time.monotonic()
   if (before := others()) is not None:
     print(f"{path} names {before.get('owner')}: waiting for {_STALE_SECS:.0f} s whether it lives")
     time.sleep(_STALE_SECS)
+    looked = time.monotonic()
     if (now := others()) not in (None, before):
       _refuse(workdir, now.get("owner", "another process"))
   path.write_text(json.dumps(mine))
-  time.sleep(_SETTLE_SECS)
+  late = time.monotonic() - looked > _SETTLE_SECS
+  time.sleep(_STALE_SECS if late else _SETTLE_SECS)
   if (now := others()) is not None:
     _refuse(workdir, now.get("owner", "another process"))
 

@@ -70,8 +70,8 @@ def test_a_killed_owner_leaves_the_workdir_free(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-  """Leases that go stale in half a second."""
-  for name, seconds in (("_RENEWAL_SECS", 0.05), ("_STALE_SECS", 0.5), ("_SETTLE_SECS", 0.1)):
+  """Leases that go stale soon, yet not while a busy machine keeps their owner waiting."""
+  for name, seconds in (("_RENEWAL_SECS", 0.05), ("_STALE_SECS", 1.5), ("_SETTLE_SECS", 0.1)):
     monkeypatch.setattr(lock, name, seconds)
 
 
@@ -90,7 +90,7 @@ def test_a_lease_of_a_killed_owner_goes_stale(tmp_path, quick, capsys):
   (tmp_path / "lock").write_text('{"owner": "process 7 on h", "token": "t", "renewed": 5}')
   start = time.monotonic()
   with lock._lease(tmp_path):
-    assert time.monotonic() - start >= 0.5
+    assert time.monotonic() - start >= 1.5
   assert "names process 7 on h: waiting for" in capsys.readouterr().out
 
 
@@ -101,14 +101,22 @@ def test_a_damaged_lease_goes_stale_too(tmp_path, quick, text):
     check()
 
 
-def test_of_two_that_start_at_once_one_owns(tmp_path, quick):
+@pytest.fixture
+def patient(quick, monkeypatch):
+  """Quick leases whose owners look seldom, and in time all the same on a busy machine."""
+  monkeypatch.setattr(lock, "_RENEWAL_SECS", 0.5)
+  monkeypatch.setattr(lock, "_STALE_SECS", 3.0)
+
+
+def test_of_several_that_start_at_once_one_owns(tmp_path, patient):
   outcomes = []
 
   def start():
     try:
-      with lock._lease(tmp_path):
+      with lock._lease(tmp_path) as check:
+        time.sleep(6)
+        check()
         outcomes.append("owner")
-        time.sleep(1.5)
     except ValueError:
       outcomes.append("refused")
 
@@ -120,10 +128,42 @@ def test_of_two_that_start_at_once_one_owns(tmp_path, quick):
   assert sorted(outcomes) == ["owner", "refused", "refused", "refused"]
 
 
+def test_a_write_that_comes_late_owns_only_after_the_owner_has_seen_it(tmp_path, patient):
+  looked, owned = threading.Event(), threading.Event()
+
+  class LatePath(type(tmp_path)):
+    """The writes of a process that stands still after it found no owner."""
+
+    def write_text(self, *args, **kwargs):
+      looked.set()
+      owned.wait()
+      return super().write_text(*args, **kwargs)
+
+  outcomes = []
+
+  def start_late():
+    with lock._lease(LatePath(tmp_path)) as check_late:
+      with pytest.raises(ValueError, match="in use by process"):
+        check()
+      check_late()
+      outcomes.append("owner")
+
+  thread = threading.Thread(target=start_late)
+  thread.start()
+  looked.wait()
+  with lock._lease(tmp_path) as check:
+    check()
+    owned.set()
+    thread.join()
+  assert outcomes == ["owner"]
+
+
 def test_an_owner_that_stood_still_learns_that_it_is_none(tmp_path, quick):
   with lock._lease(tmp_path) as check:
     (tmp_path / "lock").write_text('{"owner": "process 7 on h", "token": "t"}')
-    time.sleep(0.3)
+    end = time.monotonic() + 60
     with pytest.raises(ValueError, match="in use by process 7 on h"):
-      check()
+      while time.monotonic() < end:
+        check()
+        time.sleep(0.05)
   assert (tmp_path / "lock").exists()  # the other's
