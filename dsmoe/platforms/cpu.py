@@ -53,7 +53,7 @@ def _num_devices() -> int:
   """Returns as how many devices the CPU will show, without starting JAX's backend."""
   flags = os.environ.get("XLA_FLAGS", "")
   forced = re.findall(r"--xla_force_host_platform_device_count=(\d+)", flags)
-  configured = jax.config.jax_num_cpu_devices  # -1: not set, and then the flag counts
+  configured = jax.config.values["jax_num_cpu_devices"]  # -1: not set, and then the flag counts
   return configured if configured > 0 else int(forced[-1]) if forced else 1
 
 

@@ -106,7 +106,8 @@ def _draw(
 ) -> tuple[Any | None, dict[str, Any], str] | None:
   """Returns a trial's point, drawn by Optuna or by the first trial of the same point.
 
-  Optuna's trial is None, and the point empty, where the search raised. The last value says why the point must not be run; else it is "".
+  Optuna's trial is None, and the point empty, where the search drew none. The last value says why the
+  point must not be run; else it is "".
   """
   point = record.trials[number].point
   first = next(n for n, planned in enumerate(record.trials) if planned.point == point)
@@ -119,9 +120,8 @@ def _draw(
   history = [begun[n] for n in sorted(begun)]
   try:
     drawn, drawn_point = draws.draw(search, history, record.config["seed"] * _SEED_PRIME + number)
-  except Exception as error:  # of the search, which is the experiment's own code
-    said = " ".join(f"{type(error).__name__}: {error}".split())
-    return None, {}, f"{draws.name_of(search)} must draw a point, and raised {said}"
+  except draws.SearchError as error:
+    return None, {}, str(error)
   try:
     checked = space.checked_draw(record.config, drawn_point, draws.name_of(search))
     corpus.check_drawn(checked, record.fields)

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -9,6 +10,10 @@ from dsmoe.sweeps.storage import optuna_package
 
 NUM_PROBES = 16
 _PROBE_SEED = 0
+
+
+class SearchError(ValueError):
+  """A search, which is the experiment's own code, has drawn no point."""
 
 
 def name_of(search: Callable[[Any], Any]) -> str:
@@ -40,7 +45,7 @@ def draw(
     Optuna's FrozenTrial with what was drawn, and the point.
 
   Raises:
-    ValueError: for a search that suggests nothing or returns no point.
+    SearchError: for a search that suggests nothing, returns no point or raises.
 
   Source: the tree-structured Parzen estimator, Bergstra et al., NeurIPS 2011.
   """
@@ -53,7 +58,16 @@ def draw(
       known.state = type(known.state).RUNNING
       known.datetime_start = known.datetime_start or datetime.datetime.now()  # none if tried again
     study.add_trial(known)
-  return _drawn(study, search)
+
+  @functools.wraps(search)
+  def guarded(trial: Any) -> dict[str, Any]:
+    try:
+      return search(trial)
+    except Exception as error:
+      said = " ".join(f"{type(error).__name__}: {error}".split())
+      raise SearchError(f"{name_of(search)} must draw a point, and raised {said}") from error
+
+  return _drawn(study, guarded)
 
 
 def _drawn(study: Any, search: Callable[[Any], Any]) -> tuple[Any, dict[str, Any]]:
@@ -62,9 +76,9 @@ def _drawn(study: Any, search: Callable[[Any], Any]) -> tuple[Any, dict[str, Any
   name = name_of(search)
   frozen = study.get_trials(deepcopy=False)[-1]
   if not frozen.params:
-    raise ValueError(f"a search must have at least one parameter, and {name} suggests none")
+    raise SearchError(f"a search must have at least one parameter, and {name} suggests none")
   if not isinstance(point, dict) or not point:
-    raise ValueError(
+    raise SearchError(
       f"{name} must return the config fields that it sets, such as "
       f"{{'optim.learning_rate': 0.003}}, got {point!r}"
     )

@@ -17,7 +17,7 @@ from tests.pallas_kernels.gpu_topology import h100_devices
 
 pytestmark = pytest.mark.gpu
 
-M, D, F, E, K = 256, 512, 256, 8, 2
+M, D, F, E, K = 256, 512, 384, 8, 2
 WEIGHTS = {"all-gather", "reduce-scatter"}  # weights and their gradients, rows of `all_gather` too
 # What else each exchange is written as.
 ROWS: dict[str, set[str]] = {
@@ -72,7 +72,7 @@ def test_exchanges_become_the_collectives_they_are_written_as(back_end):
 
 
 def test_a_step_sums_neither_weights_nor_rows():
-  model = SIZES | {"num_hidden_layers": 2, "first_k_dense_replace": 1, "intermediate_size": 384}
+  model = SIZES | {"num_hidden_layers": 2, "first_k_dense_replace": 1, "intermediate_size": 640}
   model |= {"num_nextn_predict_layers": 0, "kv_lora_rank": 64, "q_lora_rank": 48}
   model |= {"num_attention_heads": 2, "qk_nope_head_dim": 96, "qk_rope_head_dim": 32}
   model |= {"v_head_dim": 64, "dispatch": "all_to_all"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import optuna
 import pytest
 
 from dsmoe import config as config_lib
@@ -188,6 +189,26 @@ def test_a_search_is_drawn_from_what_is_known():
     history.append(frozen)
   rates = [trial.values[0] for trial in history]
   assert sum(rates[10:]) / 4 < sum(rates[:10]) / 10  # it has learned that lower is better
+
+
+@pytest.mark.parametrize(
+  "search, message",
+  [
+    (lambda trial: {"batch_size": 4}, "must have at least one parameter, and .* suggests none"),
+    (lambda trial: trial.suggest_int("b", 1, 9), "must return the config fields that it sets"),
+    (lambda trial: 1 / 0, "must draw a point, and raised ZeroDivisionError: division by zero"),
+  ],
+)
+def test_only_what_a_search_does_wrong_is_blamed_on_it(monkeypatch, search, message):
+  with pytest.raises(draws.SearchError, match=message):
+    draws.draw(search, [], 1)
+
+  def ask(self):
+    raise OSError("the storage has no room")
+
+  monkeypatch.setattr(optuna.Study, "ask", ask)
+  with pytest.raises(OSError, match="no room"):
+    draws.draw(search, [], 1)
 
 
 @pytest.mark.parametrize(
