@@ -19,9 +19,18 @@ def started(commands: Sequence[str]) -> list[str]:
   return ["children=", *(f'{command} & children="$children $!"' for command in commands)]
 
 
-def traps(signals: str, hand: str = TERMINATE) -> list[str]:
-  """Returns lines that, upon one of `signals`, note in `stopped` that it came, and do `hand`."""
-  return ["stopped=", f"trap 'stopped=1; {hand}' {signals}"]
+def started_with_traps(commands: Sequence[str], signals: str, hand: str = TERMINATE) -> list[str]:
+  """Returns lines that start commands, and upon one of `signals` note it in `stopped` and do `hand`.
+
+  The script listens to the signals before it starts anything, so that none ends it alone. One that
+  comes while the commands are started is handed on once more, to all of them, when they are there.
+  """
+  return [
+    "stopped=",
+    f"trap 'stopped=1; {hand}' {signals}",
+    *started(commands),
+    f'[ -z "$stopped" ] || {{ {hand}; }}',
+  ]
 
 
 def waited() -> list[str]:
