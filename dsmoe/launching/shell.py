@@ -23,13 +23,14 @@ def started_with_traps(commands: Sequence[str], signals: str, hand: str = TERMIN
   """Returns lines that start commands, and upon one of `signals` note it in `stopped` and do `hand`.
 
   The script listens to the signals before it starts anything, so that none ends it alone. One that
-  comes while the commands are started is handed on once more, to all of them, when they are there.
+  comes while the commands are started is handed on once more, to all of them, a second later: until
+  the program of a command runs, what is there in its place is a shell, which drops the signal.
   """
   return [
     "stopped=",
     f"trap 'stopped=1; {hand}' {signals}",
     *started(commands),
-    f'[ -z "$stopped" ] || {{ {hand}; }}',
+    f'[ -z "$stopped" ] || {{ sleep 1; {hand}; }}',
   ]
 
 
