@@ -37,12 +37,13 @@ def started_with_traps(commands: Sequence[str], signals: str, hand: str = TERMIN
 def waited() -> list[str]:
   """Returns lines that wait for all that was started; `code` becomes 0 or that of one that failed.
 
-  A signal that interrupts `wait` for a program may lose what that program ended with. Meanwhile the
-  script therefore waits for something else, a second at a time, and asks for the code at the end.
+  A signal that interrupts `wait` may lose what a program ended with that ends at the same time, be it
+  another than the one that is waited for. The script therefore sleeps in the foreground, where bash
+  handles a signal half a second later and loses nothing, and asks for the code at the end.
   """
   return [
     "code=0",
-    'for child in $children; do while kill -0 "$child" 2>/dev/null; do sleep 1 & wait $!; done; '
+    'for child in $children; do while kill -0 "$child" 2>/dev/null; do sleep 0.5; done; '
     'wait "$child"; ended=$?; '
     '[ "$ended" -eq 0 ] || code=$ended; done',
   ]

@@ -117,7 +117,7 @@ def test_one_that_hangs_after_anothers_failure_is_killed(monkeypatch, capfd):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_handed_to_all(number, tmp_path, capfd):
   """To children by the signal, to those on other hosts by the end of their input."""
-  waits = "for _ in $(seq 1000); do sleep 0.05; done"
+  waits = "for ((i = 0; i < 1000; i++)); do sleep 0.05; done"
   commands = [
     shell(f"trap 'echo got it; exit 0' {number.name[3:]}; touch {tmp_path}/0; {waits}"),
     shell(f"touch {tmp_path}/1; cat; echo ended", held=True),
