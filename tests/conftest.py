@@ -28,7 +28,21 @@ os.environ.setdefault(
   ),
 )
 
+import hypothesis
 import jax
+
+# How long an example takes says how busy the machine is; the same examples every time, so that a
+# change is refused for what it changed. A search for more is `--hypothesis-profile=default`.
+hypothesis.settings.register_profile(
+  "tests",
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=[
+    hypothesis.HealthCheck.too_slow,
+    hypothesis.HealthCheck.function_scoped_fixture,
+  ],
+)
+hypothesis.settings.load_profile("tests")
 
 # Traced programs are millions of objects that live on, which Python's collector went through again and
 # again: 6% of the time of tests.

@@ -1,9 +1,11 @@
 """Training runs as processes of their own, and what they leave behind."""
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import sys
@@ -106,6 +108,19 @@ def run_fresh(*args) -> str:
   return out
 
 
+def free_port() -> int:
+  """Returns a port that nobody has, and that the system does not give to who asks for any port.
+
+  A process that is told this number may need a minute until it listens. Linux gives out ports from
+  32768 on.
+  """
+  while True:
+    port = random.SystemRandom().randrange(15_000, 32_000)
+    with socket.socket() as free, contextlib.suppress(OSError):
+      free.bind(("", port))
+      return port
+
+
 def start_training(workdir, *overrides) -> subprocess.Popen:
   """Starts a short training run."""
   (process,) = start_processes(workdir, 1, *overrides)
@@ -122,9 +137,7 @@ def start_processes(workdir, number: int, *overrides, program=("-m", "dsmoe.trai
     program: what Python runs.
     **options: for each process a list of further flags `of_each`; what `start` takes.
   """
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    coordinator = f"localhost:{free.getsockname()[1]}"
+  coordinator = f"localhost:{free_port()}"
   of_each = options.pop("of_each", [()] * number)
   flags = (f"--config={SHORT_RUN}", f"--workdir={workdir}", *overrides)
   if number > 1:

@@ -28,7 +28,9 @@ def main() -> None:
     result = train.train(dataclasses.replace(config, seed=int(seed), num_steps=7), workdir)
     assert result.why == "finished", result
     gc.collect()
-    time.sleep(0.5)  # in which threads that were told to end do so
+    end = time.monotonic() + 60
+    while threading.active_count() > 1 and time.monotonic() < end:  # threads that were told to end
+      time.sleep(0.01)
     left = {
       "array_bytes": sum(array.nbytes for array in jax.live_arrays()),
       "threads": sorted(thread.name for thread in threading.enumerate()),

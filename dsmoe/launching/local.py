@@ -40,8 +40,7 @@ def script(run: Run, num_processes: int) -> str:
     "#!/bin/bash",
     f"# Starts {run.name} once; scripts/launch.py local --run also starts it again after a failure.",
     *shell.exports(made[0].env),
-    *shell.started([shlex.join(command.argv) for command in made]),
-    *shell.traps("TERM INT"),
+    *shell.started_with_traps([shlex.join(command.argv) for command in made], "TERM INT"),
     *shell.waited(),
     'exit "$code"',
   ]

@@ -19,20 +19,31 @@ def started(commands: Sequence[str]) -> list[str]:
   return ["children=", *(f'{command} & children="$children $!"' for command in commands)]
 
 
-def traps(signals: str, hand: str = TERMINATE) -> list[str]:
-  """Returns lines that, upon one of `signals`, note in `stopped` that it came, and do `hand`."""
-  return ["stopped=", f"trap 'stopped=1; {hand}' {signals}"]
+def started_with_traps(commands: Sequence[str], signals: str, hand: str = TERMINATE) -> list[str]:
+  """Returns lines that start commands, and upon one of `signals` note it in `stopped` and do `hand`.
+
+  The script listens to the signals before it starts anything, so that none ends it alone. One that
+  comes while the commands are started is handed on once more, to all of them, a second later: until
+  the program of a command runs, what is there in its place is a shell, which drops the signal.
+  """
+  return [
+    "stopped=",
+    f"trap 'stopped=1; {hand}' {signals}",
+    *started(commands),
+    f'[ -z "$stopped" ] || {{ sleep 1; {hand}; }}',
+  ]
 
 
 def waited() -> list[str]:
   """Returns lines that wait for all that was started; `code` becomes 0 or that of one that failed.
 
-  A signal that interrupts `wait` for a program may lose what that program ended with. Meanwhile the
-  script therefore waits for something else, a second at a time, and asks for the code at the end.
+  A signal that interrupts `wait` may lose what a program ended with that ends at the same time, be it
+  another than the one that is waited for. The script therefore sleeps in the foreground, where bash
+  handles a signal half a second later and loses nothing, and asks for the code at the end.
   """
   return [
     "code=0",
-    'for child in $children; do while kill -0 "$child" 2>/dev/null; do sleep 1 & wait $!; done; '
+    'for child in $children; do while kill -0 "$child" 2>/dev/null; do sleep 0.5; done; '
     'wait "$child"; ended=$?; '
     '[ "$ended" -eq 0 ] || code=$ended; done',
   ]

@@ -74,10 +74,10 @@ def script(run: Run, topology: Topology, options: Options) -> str:
     *([options.setup] if options.setup else []),
     *shell.exports(env),
     'failures="$SLURM_JOB_NAME-$SLURM_JOB_ID.failures"',
-    *shell.started([shlex.join(_srun(run, topology, options))]),
     "cancelled=",
-    *shell.traps("USR1", _TERMINATE),  # the time limit is near
     "trap cancelled=1 TERM",  # scancel, which signals the processes too
+    # USR1: the time limit is near.
+    *shell.started_with_traps([shlex.join(_srun(run, topology, options))], "USR1", _TERMINATE),
     *shell.waited(),
     '[ -z "$cancelled" ] || exit "$code"',
     'if [ -n "$stopped" ]; then',

@@ -52,15 +52,14 @@ def check_hosts(hosts: tuple[str, ...], topology: Topology | None) -> None:
 
 def script(run: Run, options: Options) -> str:
   """Returns a shell script that starts the processes once, hands SIGTERM on and waits for them."""
-  # Each ssh reads from a pipe whose other end only this script holds.
-  starts = [f'{shlex.join(c.argv)} < "$hold" 3>&-' for c in commands(run, options)]
+  # Each ssh reads from a pipe (4) whose other end (3) only this script holds. Both are opened here: an
+  # ssh that opened its own end after a signal has closed the other would wait for ever.
+  starts = [f"{shlex.join(c.argv)} <&4 3>&- 4<&-" for c in commands(run, options)]
   lines = [
     "#!/bin/bash",
     f"# Starts {run.name} once; scripts/launch.py ssh --run also starts it again after a failure.",
-    'hold=$(mktemp -u) && mkfifo "$hold" && exec 3<>"$hold" || exit 1',
-    "trap 'rm -f \"$hold\"' EXIT",
-    *shell.started(starts),
-    *shell.traps("TERM INT", "exec 3>&-"),
+    'hold=$(mktemp -u) && mkfifo "$hold" && exec 3<>"$hold" 4<"$hold" && rm "$hold" || exit 1',
+    *shell.started_with_traps(starts, "TERM INT", "exec 3>&-"),
     *shell.waited(),
     'exit "$code"',
   ]

@@ -66,8 +66,7 @@ def command(run: Run) -> list[str]:
   a pod that must not mean that the work is done, so that it ends with RESTART_CODE instead.
   """
   return [
-    *shell.started([shlex.join(run.argv("python"))]),
-    *shell.traps("TERM"),
+    *shell.started_with_traps([shlex.join(run.argv("python"))], "TERM"),
     *shell.waited(),
     f'if [ -n "$stopped" ] && [ "$code" -eq 0 ]; then code={RESTART_CODE}; fi',
     'exit "$code"',

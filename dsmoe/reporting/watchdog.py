@@ -52,8 +52,11 @@ def watching(
 
   def watch() -> None:
     while not ended.wait(min(limit_secs / 4, 10.0)):
+      # The phase first: a phase that begins sets `beat_time` before its name. Read the other way round,
+      # the time of a compilation could be taken for silence of the phase after it.
+      phase = goodput.phase
       silent_secs = goodput.clock() - goodput.beat_time
-      if silent_secs > limit_secs and goodput.phase not in _UNWATCHED:
+      if silent_secs > limit_secs and phase not in _UNWATCHED:
         report(goodput, workdir, silent_secs)
         leave(processes.RESTART_CODE)
         return

@@ -123,16 +123,16 @@ class Leases:
 
     A lease that another machine held is found free only by calls that are a minute apart.
     """
-    file, has_lock = None, False
+    file, has_lock, is_new = None, False, False
     if self._is_on_disk:
-      file = self._opened(name)
+      file, is_new = self._opened(name)
       try:
         has_lock = _locks(file)
       except BlockingIOError:
         os.close(file)
         return False
     text = self._text(name, file)
-    before = _holder(text)
+    before = None if is_new and not text else _holder(text)
     is_certain = has_lock and before in (None, "", self._machine)
     if not is_certain and before is not None and not self._is_stale(name, text):
       if file is not None:
@@ -202,15 +202,17 @@ class Leases:
     holder = {"machine": self._machine, "process": os.getpid(), "token": held.token}
     self._put(name, held.file, json.dumps(holder | {"renewed": count}))
 
-  def _opened(self, name: str) -> int:
-    """Opens the file of a lease; a new one is free."""
+  def _opened(self, name: str) -> tuple[int, bool]:
+    """Opens the file of a lease; returns its descriptor, and whether this call has made it.
+
+    A new file is left empty: what is written before the lock is had could overwrite the lease of a
+    process that has opened the file since, and taken it.
+    """
     path = self._folder / name
     try:
-      file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+      return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
     except FileExistsError:
-      return os.open(path, os.O_RDWR)
-    os.pwrite(file, _RELEASED.encode(), 0)
-    return file
+      return os.open(path, os.O_RDWR), False
 
   def _text(self, name: str, file: int | None) -> str:
     if file is not None:

@@ -11,7 +11,7 @@ from dsmoe.data import packing
 from tests.data.cases import EOS, assert_equal, row_by_loops
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
   lengths=st.lists(st.integers(1, 9), max_size=8),
   spare=st.integers(0, 3),
@@ -37,7 +37,7 @@ def whole_fim(tokens, marks, entropy):
   return packing.fill_in_the_middle(read, len(tokens), marks, entropy, 0, len(tokens) + 3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
   text=st.lists(st.integers(10, 99), unique=True, max_size=20),
   entropy=st.tuples(st.integers(0, 2**40), st.integers(0, 3)),

@@ -8,6 +8,7 @@ import pathlib
 import re
 import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -435,9 +436,12 @@ def test_lock_on_what_is_gone(tmp_path, finishes, monkeypatch):
 def test_groups_are_made_one_after_another(tmp_path):
   """Else the chunks of several leaves are in memory at once."""
   running, together = set(), set()
+  pairs = {group: threading.Barrier(2, timeout=60) for group in "ac"}
 
   def make(item):
     running.add(item)
+    if item[0] in pairs:
+      pairs[item[0]].wait()
     time.sleep(0.01)
     together.update(itertools.permutations([*running], 2))
     running.remove(item)
@@ -526,16 +530,22 @@ def test_unknown_end_of_text_is_left_out(tmp_path):
   assert "eos_token" not in json.loads((tmp_path / "out/tokenizer_config.json").read_text())
 
 
-# Converts as the script does, but slowly, and notes every tensor at once.
+# Converts as the script does, but slowly, and notes every tensor at once; the 31st is never done.
 SLOW = """
-import sys, time
+import itertools, sys, time
 from dsmoe import config as config_lib
 from dsmoe.huggingface import convert, loading, staging
 from experiments import base
 staging.SYNC_SECS = 0
-to_ours, to_hf = loading.Slot.to_ours, loading.Slot.to_hf
-loading.Slot.to_ours = lambda *args: (time.sleep(0.02), to_ours(*args))[1]
-loading.Slot.to_hf = lambda *args: (time.sleep(0.02), to_hf(*args))[1]
+number = itertools.count(1)
+
+def slowly(method):
+  def convert_one(*args):
+    time.sleep(0.02 if next(number) <= 30 else 600)
+    return method(*args)
+  return convert_one
+
+loading.Slot.to_ours, loading.Slot.to_hf = slowly(loading.Slot.to_ours), slowly(loading.Slot.to_hf)
 what, source, target = sys.argv[1:]
 if what == "import":
   convert.import_folder(source, target, config_lib.from_config_dict(base.get_config()))

@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import shutil
-import socket
 
 import jax
 import ml_dtypes
@@ -165,9 +164,7 @@ except ValueError as error:
 def test_each_of_two_processes_reads_the_experts_of_its_devices(tmp_path):
   hf_config = SMALL | dict(vocab_size=12, hidden_size=12, q_lora_rank=8, kv_lora_rank=8)
   write(tmp_path, hf_config, random_tensors(loading.config_from_hf(hf_config)))
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
+  address = f"localhost:{runs.free_port()}"
   processes = [runs.start("-c", PROCESS, address, i, tmp_path) for i in range(2)]
   refusal = "tokens are generated must have devices of one process only, got 2 processes"
   for process, experts in zip(processes, (["0", "1"], ["2", "3"])):

@@ -77,7 +77,7 @@ def converted(tmp_path_factory):
 ALPHABET = st.sampled_from("aaaathec sédge 日本!'sT\n\t0123🙂")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(ALPHABET, max_size=60))
 def test_ids_are_tiktokens(converted, text):
   assert converted.encode(text).ids == expected_ids(text)
@@ -103,7 +103,7 @@ def test_unicode_classes_as_python_knows_them(tmp_path):
   tokenizer = tiktoken.convert(make_folder(tmp_path, f"pat_str = {'|'.join(parts)!r}"))
   pattern = regex.compile("|".join(parts), regex.V1)
 
-  @settings(max_examples=200, deadline=None)
+  @settings(max_examples=200)
   @given(st.text(max_size=40) | st.text(ALPHABET, max_size=40))
   def check(text):
     assert tokenizer.encode(text).ids == expected_ids(text, pattern)

@@ -111,7 +111,7 @@ def test_the_page_unused_for_longest_goes_first_and_ends_before_its_beginning():
   assert table.take([], 17) is None and table.known_pages(keys) == pages[:1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 90), st.integers(0, 30)), max_size=40))
 def test_no_row_loses_a_page_whatever_comes_and_goes(actions):
   """Rows of few distinct beginnings: pages in use belong to rows of equal content there."""

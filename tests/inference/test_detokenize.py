@@ -38,7 +38,7 @@ def pushed(detokenizer, pieces):
 SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=3)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(), SIZES)
 def test_pieces_joined_are_the_text_and_whole_characters(text, sizes):
   ids = ENCODER.encode(text).ids
@@ -48,7 +48,7 @@ def test_pieces_joined_are_the_text_and_whole_characters(text, sizes):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, TOKENIZER.get_vocab_size() + 3)), SIZES)
 def test_any_tokens_give_what_decode_gives(ids, sizes):
   # Most are no valid UTF-8; some are special, some have no token at all.
@@ -99,7 +99,7 @@ def first_stop(text, stops):
   return text, False
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
   st.text("abc", max_size=40),
   st.lists(st.text("abc", min_size=1, max_size=5), max_size=4),
@@ -128,7 +128,7 @@ def test_an_empty_stop_is_refused():
     StopStrings(["a", ""])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text())
 def test_bytes_of_tokens_are_those_of_the_text(text):
   assert b"".join(map(VOCABULARY.token_bytes, ENCODER.encode(text).ids)) == text.encode()
@@ -149,7 +149,7 @@ def test_another_decoder_is_refused():
     Vocabulary(tokenizer)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
   st.text("abc", max_size=30),
   st.integers(0, 30),

@@ -30,13 +30,14 @@ def start(script: str, env: dict[str, str], folder: pathlib.Path) -> subprocess.
 
 
 # A program that says what it was given and ends with $CODE; with $CODE_AFTER_TERM when that is set:
-# then it waits for SIGTERM first.
+# then it waits for SIGTERM first. A loop over $(seq 1200) would now and then lose the signal, with
+# bash 5.2, where that comes while `seq` runs.
 PYTHON = """
 trap 'echo terminated; exit ${CODE_AFTER_TERM:-0}' TERM
 printf '%s\\n' "$@"
 if [ -n "${CODE_AFTER_TERM:-}" ]; then
   touch waiting
-  for _ in $(seq 1200); do sleep 0.05; done
+  for ((i = 0; i < 1200; i++)); do sleep 0.05; done
 fi
 exit ${CODE:-0}
 """

@@ -18,8 +18,7 @@ SRUN = """
 printf "%s\\n" "$@" > srun.txt
 env > env.txt
 shift 3
-"$@" & task=$!
-echo $task > task.pid
+bash -c 'echo $$ > task.pid; exec "$@"' srun "$@" & task=$!
 trap 'kill -KILL $task' TERM
 wait $task; code=$?
 while kill -0 $task 2>/dev/null; do wait $task; code=$?; done

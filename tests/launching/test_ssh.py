@@ -38,9 +38,7 @@ def test_each_host_runs_one_process(tmp_path):
 def test_sigterm_reaches_every_host(tmp_path):
   env = fake_tools.put(tmp_path / "bin", ssh=SSH, python=fake_tools.PYTHON + "exit 9")
   given = options("one", "two", "three", folder=str(tmp_path))
-  python = (
-    'trap "echo terminated; exit 0" TERM; touch $$.up; for _ in $(seq 999); do sleep 0.05; done'
-  )
+  python = 'trap "echo terminated; exit 0" TERM; touch $$.up; for ((i = 0; i < 999; i++)); do sleep 0.05; done'
   env = fake_tools.put(tmp_path / "bin", python=python) | {"PATH": env["PATH"]}
   process = fake_tools.start(ssh.script(RUN, given), env, tmp_path)
   while len(list(tmp_path.glob("*.up"))) < 3 and process.poll() is None:

@@ -117,7 +117,7 @@ def test_one_that_hangs_after_anothers_failure_is_killed(monkeypatch, capfd):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_handed_to_all(number, tmp_path, capfd):
   """To children by the signal, to those on other hosts by the end of their input."""
-  waits = "for _ in $(seq 1000); do sleep 0.05; done"
+  waits = "for ((i = 0; i < 1000; i++)); do sleep 0.05; done"
   commands = [
     shell(f"trap 'echo got it; exit 0' {number.name[3:]}; touch {tmp_path}/0; {waits}"),
     shell(f"touch {tmp_path}/1; cat; echo ended", held=True),
@@ -131,18 +131,26 @@ def test_signals_are_handed_to_all(number, tmp_path, capfd):
   assert sorted(capfd.readouterr().out.splitlines()) == ["[0] got it", "[1] ended"]
 
 
-def test_a_stopped_run_is_not_started_again(tmp_path, capfd):
+def test_a_stopped_run_is_not_started_again(tmp_path, monkeypatch, capfd):
   """Although its processes, before they can save, die by the signal; a third one kills."""
   stubborn = shell(f"trap '' TERM; touch {tmp_path}/up; for _ in $(seq 1000); do sleep 0.1; done")
+  hand, handed = supervise._hand, []
+
+  def noted(child, command, number):
+    handed.append(number)
+    hand(child, command, number)
 
   def thrice():
-    for _ in range(3):
+    """Each when the one before it was handed on: two that come together are one."""
+    for count in range(3):
       os.kill(os.getpid(), signal.SIGTERM)
-      time.sleep(0.1)
+      when(lambda count=count: len(handed) > count, lambda: None).join()
 
+  monkeypatch.setattr(supervise, "_hand", noted)
   thread = when((tmp_path / "up").exists, thrice)
   assert supervise.supervise(lambda _: [stubborn], 3) == 137
   thread.join()
+  assert handed == [signal.SIGTERM, signal.SIGTERM, signal.SIGKILL]
   assert "status 137 after SIGTERM" in capfd.readouterr().err
 
 

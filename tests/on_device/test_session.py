@@ -43,7 +43,7 @@ def is_alive(pid: int) -> bool:
   try:
     with open(f"/proc/{pid}/stat") as file:
       return file.read().rpartition(")")[2].split()[0] != "Z"
-  except FileNotFoundError:
+  except (FileNotFoundError, ProcessLookupError):
     return False
 
 
@@ -78,9 +78,17 @@ def test_a_part_that_hangs_is_killed_with_what_it_started(tmp_path):
     "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
     "print(child.pid, flush=True); time.sleep(600)"
   )
-  is_well, rows, log = run(tmp_path, ((of_python(code, {"figure": 1}, 2.0),),))
+
+  def hang(runner, rows, is_dry_run):
+    rows.append({"figure": 1})
+    process = runner.start("-c", code)
+    runner.wait_for(process, lambda: runner.text(process).endswith("\n"), "its child")
+    runner._limit_secs = 1.0  # of which the start of two processes has taken some
+    runner.finish(process)
+
+  is_well, rows, log = run(tmp_path, ((Part("one", 600, hang),),))
   assert not is_well and rows[0]["figure"] == 1
-  assert "took longer than the 2 s left until its end" in rows[1]["ended"]
+  assert "took longer than the 1 s left until its end" in rows[1]["ended"]
   child = int(log.splitlines()[1])
   end = time.monotonic() + 60
   while is_alive(child):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
@@ -106,12 +106,7 @@ def _ragged_sizes(draw):
 
 @pytest.mark.slow
 @every_implementation
-@settings(
-  max_examples=10,
-  deadline=None,
-  derandomize=True,
-  suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=10)
 @given(sizes=_ragged_sizes())
 def test_ragged_sizes(implementation, sizes):
   _check(implementation, sizes)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
@@ -493,12 +493,7 @@ def _check_decode(implementation, ends):
 
 
 @every_implementation
-@settings(
-  max_examples=10,
-  deadline=None,
-  derandomize=True,
-  suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=10)
 @given(lengths=st.lists(st.integers(0, P * T), min_size=ROWS, max_size=ROWS))
 def test_decode_ragged(implementation, lengths):
   _check_decode(implementation, np.array(lengths, np.int32)[:, None])

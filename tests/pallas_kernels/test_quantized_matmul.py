@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
@@ -143,12 +143,7 @@ def test_many_small_steps_match_loops(monkeypatch, power_of_two, native):
 
 
 @pytest.mark.slow
-@settings(
-  max_examples=4,  # each is a compilation
-  deadline=None,
-  derandomize=True,
-  suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=4)  # each is a compilation
 @given(shape=st.tuples(*[st.integers(2, 290)] * 3), power_of_two=st.booleans())
 def test_any_shape(shape, power_of_two):
   inputs, expected = _problem(shape, power_of_two)
@@ -304,12 +299,7 @@ def _ragged_sizes(draw):
   return tuple(int(n) for n in np.diff([0, *cuts]))
 
 
-@settings(
-  max_examples=10,
-  deadline=None,
-  derandomize=True,
-  suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=10)
 @given(sizes=_ragged_sizes())
 def test_ragged_groups(sizes):
   test_groups_match_loops("xla", False, sizes)

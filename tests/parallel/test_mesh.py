@@ -1,7 +1,6 @@
 """The mesh from its config, and what it refuses."""
 
 import dataclasses
-import socket
 import subprocess
 import sys
 import types
@@ -14,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsmoe.config import MeshConfig
 from dsmoe.parallel import mesh as mesh_lib
+from tests import runs
 from tests.helpers import mesh_of
 
 ONES = dict(stage=1, data=1, expert=1, context=1, model=1)
@@ -89,9 +89,7 @@ for data, along in ((2, 2), (1, 4)):
 
 
 def test_a_row_over_two_processes():
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    address = f"localhost:{free.getsockname()[1]}"
+  address = f"localhost:{runs.free_port()}"
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", PROCESS, address, str(i)], stdout=subprocess.PIPE, text=True
@@ -100,7 +98,7 @@ def test_a_row_over_two_processes():
   ]
   total = sum(i * i for i in range(4 * 24))
   for process in processes:
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=runs.LIMIT_SECS)
     lines = [line for line in out.splitlines() if "Gloo" not in line]  # of the two processes' link
     assert lines == [f"2 (4, 24) {total}", f"1 (4, 24) {total}"]
 

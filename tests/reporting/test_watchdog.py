@@ -1,6 +1,7 @@
 """The watchdog, with a clock that the test moves and an end that it notes."""
 
 import threading
+import time
 
 import pytest
 
@@ -48,6 +49,30 @@ def test_a_silent_phase_ends_the_process_with_the_stacks_in_a_new_file(tmp_path,
   text = (tmp_path / "hang.0.1.txt").read_text()
   assert "stepping after step 7, for 1,234 s" in text and "in wait_in_here" in text
   assert "in wait_in_here" in capfd.readouterr().err
+
+
+class Turning:
+  """In place of a log: a phase that was not watched ends while the watchdog looks."""
+
+  step, phase, looks = 3, "compile", 0
+
+  def clock(self):
+    return 1000.0
+
+  @property
+  def beat_time(self):
+    self.looks += 1
+    self.phase = "step"
+    return 1.0 if self.looks == 1 else 1000.0
+
+
+def test_a_long_phase_that_is_not_watched_is_no_silence_of_the_next(tmp_path):
+  log, codes = Turning(), []
+  with watchdog.watching(log, tmp_path, 0.02, codes.append):
+    end = time.monotonic() + 60
+    while log.looks < 3 and not codes and time.monotonic() < end:
+      time.sleep(0.001)
+  assert log.looks >= 3 and not codes
 
 
 def test_completed_phases_and_steps_keep_it_quiet(tmp_path, times):

@@ -218,7 +218,7 @@ def test_two_hosts_train(tmp_path):
   env |= {"PATH": f"{tmp_path / 'bin'}:{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
   workdir = tmp_path / "run"
   args = ("ssh", f"--config={runs.SHORT_RUN}", f"--workdir={workdir}", "--hosts=localhost,other")
-  args = (*args, f"--port={20000 + os.getpid() % 20000}", "--topology=cpu:2x1", *SPLIT)
+  args = (*args, f"--port={runs.free_port()}", "--topology=cpu:2x1", *SPLIT)
   # A host's own flags are not those of who starts it; without them it compiles for long.
   args = (*args, f"--env=XLA_FLAGS={os.environ['XLA_FLAGS']}")
   launcher = runs.start(

@@ -81,16 +81,17 @@ class FakeBatcher:
       self._num_steps += 1
       while not self.held.is_set() and self._waiting and len(self._running) < self.max_rows:
         number, prompt, sampling = self._waiting.popleft()
-        self._running[number] = [prompt, sampling, continuation(prompt, sampling), True]
+        self._running[number] = [prompt, sampling, continuation(prompt, sampling), 0]
       rows = list(self._running.items())
       if self._num_steps % 2:
         rows.reverse()
       return [self._advance(number, row) for number, row in rows]
 
   def _advance(self, number, row) -> Event:
-    prompt, sampling, left, is_first = row
-    count = 1 + (number + self._num_steps) % 3
-    tokens, row[2], row[3] = left[:count], left[count:], False
+    prompt, sampling, left, steps = row
+    # By the row's own steps: how many there were before it depends on how busy the machine is.
+    count = 1 + (number + steps) % 3
+    tokens, row[2], row[3] = left[:count], left[count:], steps + 1
     finish = None if row[2] else "length"
     for place, token in enumerate(tokens):
       if token in sampling.stop_tokens:
@@ -100,6 +101,6 @@ class FakeBatcher:
       del self._running[number]
     num_top, of_prompt = sampling.logprobs, ()
     logprobs = () if num_top is None else tuple(logprob(t, num_top) for t in tokens)
-    if is_first and sampling.prompt_logprobs:
+    if steps == 0 and sampling.prompt_logprobs:
       of_prompt = (None, *(logprob(t, num_top) for t in prompt[1:]))
     return Event(number, tuple(tokens), logprobs, of_prompt, finish)

@@ -1,5 +1,6 @@
 """Tests of dsmoe/serving: clients that are wrong, too many, too slow or gone; the end."""
 
+import contextlib
 import json
 import re
 import signal
@@ -31,7 +32,7 @@ LONG = GOOD | {"max_tokens": 500}
 
 @pytest.fixture(scope="module")
 def server():
-  with running(limits=Limits(max_body_bytes=20_000, body_secs=0.5)) as result:
+  with running(limits=Limits(max_body_bytes=20_000)) as result:
     yield result
 
 
@@ -53,13 +54,14 @@ def test_a_body_without_length_is_limited_too(server):
     assert read(connection)[0] == 413
 
 
-def test_a_body_that_does_not_come(server):
-  with server.connect() as connection:
+def test_a_body_that_does_not_come():
+  with running(limits=Limits(body_secs=0.5)) as server, server.connect() as connection:
     lines = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
-    connection.sendall("\r\n".join([*lines, "Content-Length: 10", "", "{"]).encode())
-    started = time.monotonic()
-    assert b" 408 " in connection.recv(4096).split(b"\r\n")[0]
-    assert time.monotonic() - started < 5
+    lines += ["Connection: close", "Content-Length: 10", "", "{"]
+    connection.sendall("\r\n".join(lines).encode())
+    status, _, answer = read(connection)
+    assert status == 408
+    assert "must arrive within 0.5 s" in refusal(status, json.loads(answer))
 
 
 def test_api_key():
@@ -77,14 +79,14 @@ def test_api_key():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_takes_its_rows_along(stream):
-  with running(FakeBatcher(secs_per_step=0.02)) as server:
+  with running(FakeBatcher(secs_per_step=0.1)) as server:  # the rows' own end takes 20 s
     with server.connect() as connection:
       body = json.dumps(LONG | {"n": 2, "stream": stream}).encode()
       send(connection, "POST", "/v1/completions", body)
       wait_until(lambda: server.batcher.num_running == 2)
       if stream:
-        assert b"data: " in connection.recv(65536) + connection.recv(65536)
-    wait_until(lambda: server.batcher.num_running == 0, 2)
+        read_some(connection)
+    wait_until(lambda: server.batcher.num_running == 0)
     assert len(server.batcher.cancelled) == 2
     assert server.metric("dsmoe_vanished_clients_total") == 1
     assert server.post(GOOD)[0] == 200
@@ -97,7 +99,7 @@ def test_a_client_that_leaves_while_it_waits(stream):
     with server.connect() as connection:
       send(connection, "POST", "/v1/completions", json.dumps(LONG | {"stream": stream}).encode())
       wait_until(lambda: server.batcher.num_waiting == 1)
-    wait_until(lambda: server.batcher.num_waiting == 0, 2)
+    wait_until(lambda: server.batcher.num_waiting == 0)
     server.batcher.held.clear()
     assert server.post(GOOD)[0] == 200
 
@@ -134,12 +136,12 @@ def test_rows_of_a_refused_request_do_not_stay():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_takes_too_long(stream):
-  with running(limits=Limits(request_secs=0.2)) as server:
+  with running(limits=Limits(request_secs=1)) as server:  # in which the request must be read
     server.batcher.held.set()
     status, _, answer = server.raw(
       "POST", "/v1/completions", json.dumps(GOOD | {"stream": stream}).encode()
     )
-    assert status == (200 if stream else 504) and b"not answered within 0.2 s" in answer
+    assert status == (200 if stream else 504) and b"not answered within 1 s" in answer
     assert server.batcher.num_waiting == 0
     assert server.metric("dsmoe_vanished_clients_total") == 0
 
@@ -152,7 +154,7 @@ def test_limits_must_be_positive():
 
 
 def test_a_failing_batcher_ends_every_request():
-  with running(FakeBatcher(secs_per_step=0.01)) as server:
+  with running(FakeBatcher(secs_per_step=0.1)) as server:  # no request ends before the failure
     results = []
 
     def ask(stream):
@@ -168,7 +170,7 @@ def test_a_failing_batcher_ends_every_request():
     assert server.raw("GET", "/health")[0] == 200
     server.batcher.failure = RuntimeError("out of memory")
     for thread in threads:
-      thread.join(5)
+      thread.join(60)
     assert sorted(status for status, _, _ in results) == [200] * 3 + [500] * 3
     for _, _, answer in results:
       assert b'"code":"engine_failed"' in answer and b"[DONE]" not in answer
@@ -186,20 +188,27 @@ def start_process(drain_secs):
   return process, Running(None, port, None)
 
 
-def ask_streaming(server):
-  """Begins a long stream; returns its connection once text has come."""
-  connection = server.connect()
-  body = LONG | {"stream": True, "max_tokens": 300}
-  send(connection, "POST", "/v1/completions", json.dumps(body).encode())
+def read_some(connection):
+  """Reads a stream until some of its text has come."""
   data = b""
   while b"data: " not in data:
-    data += connection.recv(4096)
+    part = connection.recv(4096)
+    assert part, data
+    data += part
+
+
+def ask_streaming(server, max_tokens=500):
+  """Begins a long stream; returns its connection once text has come."""
+  connection = server.connect()
+  body = LONG | {"stream": True, "max_tokens": max_tokens}
+  send(connection, "POST", "/v1/completions", json.dumps(body).encode())
+  read_some(connection)
   return connection
 
 
 def test_a_signal_finishes_what_runs_and_refuses_the_rest():
   process, server = start_process(30)
-  connection = ask_streaming(server)
+  connection = ask_streaming(server, 300)
   process.send_signal(signal.SIGTERM)
   wait_until(lambda: server.raw("GET", "/health")[0] == 503)
   assert json.loads(server.raw("GET", "/health")[2])["status"] == "draining"
@@ -249,7 +258,7 @@ def test_a_second_signal_tells_those_who_wait():
   assert b"shutting down" in rest and b"[DONE]" not in rest
   code, _, err = runs.finish(process)
   assert code == 0 and "Traceback" not in err, err
-  assert time.monotonic() - started < 10
+  assert time.monotonic() - started < 25  # of the 30 s that the first signal leaves
 
 
 def is_closed(connection) -> bool:
@@ -261,8 +270,8 @@ def is_closed(connection) -> bool:
 
 
 def test_idle_connections_keep_nobody_out():
-  with running() as server:  # with 68 places 392 connections are kept
-    idle = [server.connect() for _ in range(450)]
+  with running(max_queue=4) as server:  # with 8 places 272 connections are kept
+    idle = [server.connect() for _ in range(330)]
     for connection in idle[::2]:
       connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost:")
     for path in ("/health", "/metrics", "/v1/models"):
@@ -276,20 +285,22 @@ def test_idle_connections_keep_nobody_out():
 
 
 def test_connections_without_a_whole_header_are_closed():
-  with running(limits=Limits(idle_secs=0.5)) as server:
-    silent, slow, used = (server.connect() for _ in range(3))
+  with running(limits=Limits(idle_secs=1)) as server:
+    used, silent, slow = (server.connect() for _ in range(3))
     used.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
     answer = b""
     while not answer.endswith(b"}"):
-      answer += used.recv(4096)
-    started = time.monotonic()
-    while time.monotonic() - started < 0.3:  # a byte now and then does not help
-      slow.sendall(b"G")
-      used.sendall(b"G")
+      part = used.recv(4096)
+      assert part, answer
+      answer += part
+    for _ in range(6):  # a byte now and then does not help
+      with contextlib.suppress(ConnectionError):  # where the time has passed already
+        slow.sendall(b"G")
+        used.sendall(b"G")
       time.sleep(0.05)
     for connection in (silent, slow, used):
+      connection.settimeout(15)  # less than a server waits by default
       assert is_closed(connection)
-    assert time.monotonic() - started < 5
     assert server.post(LONG)[0] == 200
 
 
@@ -304,7 +315,7 @@ def test_an_answer_that_nobody_reads_is_given_up(monkeypatch):
     with server.connect() as connection:
       send(connection, "POST", "/v1/completions", json.dumps(body).encode())
       wait_until(lambda: server.http.server_state.tasks)
-      wait_until(lambda: not server.http.server_state.connections, 20)
+      wait_until(lambda: not server.http.server_state.connections)
     assert server.post(GOOD)[0] == 200
 
 

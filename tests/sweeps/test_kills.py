@@ -28,6 +28,7 @@ def start(workdir, machine="here", num_workers=2, storage="", secs="0.2") -> sub
   """Starts a runner of a sweep whose trials sleep `secs` between their ten points."""
   arguments = [str(ROOT / "tests/sweeps/fake_runner.py"), str(workdir), machine]
   env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "FAKE_SECS": secs}
+  env["FAKE_HOLD"] = str(workdir / "hold")
   log = open(workdir / f"{machine}.log", "ab")
   return subprocess.Popen(
     [sys.executable, *arguments, str(num_workers), storage],
@@ -83,7 +84,10 @@ def test_kills_of_workers_and_runners(tmp_path):
       runner.wait()
       runner = start(folder)
     elif running := workers_of(runner):
-      os.kill(chance.choice(running), signal.SIGKILL)
+      try:
+        os.kill(chance.choice(running), signal.SIGKILL)
+      except ProcessLookupError:  # one killed before, which its runner has noticed since
+        continue
     else:
       continue
     done[kills.pop()] += 1
@@ -96,11 +100,14 @@ def test_kills_of_workers_and_runners(tmp_path):
 def test_two_machines_and_a_server_that_is_started_again(tmp_path):
   with postgres.Server() as server:
     folder = prepared(tmp_path / "two")
+    (folder / "hold").touch()  # trials go on when both machines have one, and the server is gone
     runners = [start(folder, name, 1, server.url, "0.1") for name in ("one", "other")]
     while sum("trial" in log.read_text() for log in folder.glob("logs/*.log")) < 2:
-      assert runners[0].poll() is None, (folder / "one.log").read_text()[-2000:]
+      for name, runner in zip(("one", "other"), runners):
+        assert runner.poll() is None, (folder / f"{name}.log").read_text()[-2000:]
       time.sleep(0.1)
     server.stop()
+    (folder / "hold").unlink()
     time.sleep(1)
     server.start()
     assert [finished(runner) for runner in runners] == [0, 0]
@@ -116,6 +123,7 @@ def test_two_machines_and_a_server_that_is_started_again(tmp_path):
 def test_a_sweep_is_handed_back_and_goes_on(tmp_path):
   points = [{"optim.learning_rate": rate} for rate in (2.0, 0.5, 1e-3)]
   folder = prepared(tmp_path / "back", points, 1, 1)
+  (folder / "hold").touch()  # the last trial waits for the signal; the one before it comes less far
   runner = start(folder, num_workers=1, secs="0.1")
   while not list(folder.glob("trials/0002/saved.json")):
     assert runner.poll() is None, (folder / "here.log").read_text()[-2000:]
@@ -126,5 +134,6 @@ def test_a_sweep_is_handed_back_and_goes_on(tmp_path):
   assert [trial.state for trial in sweep.trials] == ["failed", "failed", "waiting"]
   assert sweep.trials[0].error == "optim.learning_rate must be at most 1, got 2.0"
   assert "at most 1 times in a row after the same point" in sweep.trials[1].error
+  (folder / "hold").unlink()
   assert finished(start(folder, num_workers=1)) == 0
   assert results.read(folder).trials[2].state == "complete"

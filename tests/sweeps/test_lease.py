@@ -33,6 +33,24 @@ def test_one_process_has_a_lease(tmp_path):
     assert third.take("0007") and third.take("0008")
 
 
+def test_who_made_a_leases_file_does_not_damage_who_took_it(tmp_path, monkeypatch):
+  """Another process takes the lease between the file's making and its lock."""
+  one, other = lease.Leases(tmp_path), lease.Leases(tmp_path)
+  make = os.open
+
+  def late(path, *args):
+    file = make(path, *args)
+    if "0005" not in other._held:
+      monkeypatch.setattr(lease.os, "open", make)
+      assert other.take("0005")
+    return file
+
+  with one, other:
+    monkeypatch.setattr(lease.os, "open", late)
+    assert not one.take("0005")
+    assert other._is_mine("0005", other._held["0005"])
+
+
 def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path):
   program = (
     "import sys, time; from dsmoe.sweeps import lease; held = lease.Leases(sys.argv[1]); "

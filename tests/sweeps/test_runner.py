@@ -7,7 +7,7 @@ from dsmoe.sweeps.devices import Slot
 
 WORKER = """
 import pathlib, sys, time
-for number, line in enumerate(("compiling for 1 x cpu", "step 3/4  loss 2.0", "evaluating")):
+for number, line in enumerate(("", "compiling for 1 x cpu", "step 3/4  loss 2.0", "evaluating")):
   print(line, flush=True)
   while not (pathlib.Path(sys.argv[1]) / str(number)).exists():
     time.sleep(0.01)
@@ -23,7 +23,7 @@ def test_what_each_worker_printed_last_is_shown(tmp_path, monkeypatch):
   def show(said):
     if not seen or said != seen[-1]:
       seen.append(said)
-    for number, wanted in enumerate(("compiling for 1 x cpu", "", "evaluating")):
+    for number, wanted in enumerate(("starting", "compiling for 1 x cpu", "", "evaluating")):
       if said == [f"worker {n}: {wanted}" for n in (1, 2)] * bool(wanted):
         (tmp_path / str(number)).touch()
 
