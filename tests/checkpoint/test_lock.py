@@ -148,7 +148,7 @@ def test_a_write_that_comes_late_owns_only_after_the_owner_has_seen_it(tmp_path,
       check_late()
       outcomes.append("owner")
 
-  thread = threading.Thread(target=start_late)
+  thread = threading.Thread(target=start_late, daemon=True)
   thread.start()
   looked.wait()
   with lock._lease(tmp_path) as check:
