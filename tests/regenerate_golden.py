@@ -10,10 +10,10 @@ import pathlib
 import jax
 
 from dsmoe import config as config_lib
+from dsmoe import model as model_lib
 from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
 from dsmoe.parallel import sharding
-from dsmoe.training import train_step
 
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 EXPERIMENTS = (
@@ -37,7 +37,7 @@ def parameter_tree(config: config_lib.Config) -> str:
   sizes = {axis: getattr(config.mesh, axis) for axis in mesh_lib.AXES}
   sizes["data"] = 8 if sizes["data"] == -1 else sizes["data"]
   mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-  _, params, router_bias = train_step.model_parts(config)
+  _, params, router_bias = model_lib.shapes_of(config.model)
   lines = []
   for tree in (params, router_bias):
     for path, leaf in jax.tree.leaves_with_path(tree):

@@ -15,13 +15,13 @@ from etils import epath
 from flax import nnx
 from tokenizers import Tokenizer
 
+from dsmoe import model as model_lib
 from dsmoe.checkpoint import LoadedRun
 from dsmoe.config import Config
 from dsmoe.data import tokenizer as tokenizer_lib
 from dsmoe.data.lines import check_unicode, read_lines
 from dsmoe.model import parameters
 from dsmoe.parallel import mesh as mesh_lib
-from dsmoe.training import train_step
 
 
 def make_row_loglikelihoods(config: Config, mesh):
@@ -29,7 +29,7 @@ def make_row_loglikelihoods(config: Config, mesh):
 
   Each row is one document; the result is the sum of weight * log p(target) over it.
   """
-  graphdef, params, router_bias = train_step.model_parts(config)
+  graphdef, params, router_bias = model_lib.shapes_of(config.model)
 
   def rows(params, router_bias, tokens_BS, targets_BS, weights_BS):
     B, S = tokens_BS.shape

@@ -16,6 +16,7 @@ from etils import epath
 
 from dsmoe import checkpoint
 from dsmoe import config as config_lib
+from dsmoe import model as model_lib
 from dsmoe.checkpoint import slices
 from dsmoe.config import Config, ModelConfig
 from dsmoe.huggingface import files, loading, staging, text
@@ -42,7 +43,7 @@ def state_path(path: tuple[str, ...]) -> tuple[str, ...]:
 
 def leaf_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
   """Returns the shape of every leaf of the model by its path in a checkpoint's state."""
-  _, params, router_bias = loading.shapes_of(config)
+  _, params, router_bias = model_lib.shapes_of(config)
   leaves = loading.flat(params) | loading.flat(router_bias)
   return {state_path(path): leaf.shape for path, leaf in leaves.items()}
 
@@ -213,7 +214,7 @@ def export_workdir(
   step = checkpoint.find_step(workdir, step)
   arrays = slices.open_step(workdir, step, leaf_shapes(config.model))
   slices.check_arrays(workdir, step, arrays, leaf_shapes(config.model))
-  slots = loading.layout(*loading.shapes_of(config.model)[1:], config.model)
+  slots = loading.layout(*model_lib.shapes_of(config.model)[1:], config.model)
   # A tied head is left out, though MTP layers have theirs.
   copies = {n: o for n, o in loading.copies_of(config.model).items() if n != "lm_head.weight"}
   slots |= {name: slots[original] for name, original in copies.items()}

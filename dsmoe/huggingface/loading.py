@@ -134,11 +134,6 @@ class Opened(NamedTuple):
     return self.weights.read(name, start, stop)
 
 
-def shapes_of(config: ModelConfig) -> tuple[Any, Any, Any]:
-  """Returns `model.split` of the model's shapes, without computing anything."""
-  return model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
-
-
 def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
   """Reads config.json and the list of tensors; see `load_pretrained`."""
   path = (folder := pathlib.Path(folder)) / "config.json"
@@ -156,7 +151,7 @@ def open_pretrained(folder: str | pathlib.Path, **fields: Any) -> Opened:
   ):
     logging.warning("%s counts MTP layers, but no file has any: loaded without", path)
     config = config_at(path, hf, num_nextn_predict_layers=0, **fields)
-  slots = layout(*shapes_of(config)[1:], config)
+  slots = layout(*model_lib.shapes_of(config)[1:], config)
   return Opened(config, weights, slots, _account(folder, config, weights, slots))
 
 
@@ -266,7 +261,7 @@ def load_pretrained(
       is unknown, missing, of the wrong shape or dtype, or in a broken or missing file.
   """
   opened = open_pretrained(folder, compute_dtype=compute_dtype, **fields)
-  graphdef, params, router_bias = shapes_of(opened.config)
+  graphdef, params, router_bias = model_lib.shapes_of(opened.config)
   if mesh is None:
     check_copies(opened)
   else:

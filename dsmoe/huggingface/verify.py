@@ -69,7 +69,7 @@ def open_source(path: str | pathlib.Path) -> Source:
   step = checkpoint.find_step(path)
   arrays = slices.open_step(path, step, leaf_shapes(config))
   slices.check_arrays(path, step, arrays, leaf_shapes(config))
-  slots = loading.layout(*loading.shapes_of(config)[1:], config)
+  slots = loading.layout(*model_lib.shapes_of(config)[1:], config)
 
   def read(name: str) -> np.ndarray:
     part = arrays[state_path(slots[name].path)][slots[name].at].read().result()

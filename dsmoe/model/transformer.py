@@ -182,9 +182,19 @@ def build(config: ModelConfig, seed: int | jax.Array = 0) -> Transformer:
 
 
 @functools.cache
+def _without_arrays(config: ModelConfig) -> Transformer:
+  return jax.eval_shape(lambda: build(config))
+
+
+def shapes_of(config: ModelConfig) -> tuple[Any, Any, Any]:
+  """Returns `split` of the model with ShapeDtypeStructs for arrays; it is traced once a config."""
+  return split(_without_arrays(config))
+
+
+@functools.cache
 def whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Returns `parameters.shapes` of the model, which no device knows from its own part."""
-  _, params, router_bias = split(jax.eval_shape(lambda: build(config)))
+  _, params, router_bias = shapes_of(config)
   return parameters.shapes(params) | parameters.shapes(router_bias)
 
 

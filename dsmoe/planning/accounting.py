@@ -45,7 +45,7 @@ def parameters(config: ModelConfig) -> dict[str, Any]:
     model by part; `mtp_total`, `mtp_active`: the same for the MTP modules without the shared
     embedding and head.
   """
-  _, params, bias = model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
+  _, params, bias = model_lib.shapes_of(config)
   parts: dict[str, int] = {"embedding": _size(params["embed"])}
   parts["head"] = _size(params.get("head", {}))
   parts["norms"] = _size(params["norm"])
@@ -93,7 +93,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> dict[str, floa
   Norms, biases and softmax are left out. Source of the conventions: arXiv:2505.09343
   Table 2 (causal), MaxText (non-causal), Megatron (causal with MTP).
   """
-  _, params, _ = model_lib.split(jax.eval_shape(lambda: model_lib.build(config)))
+  _, params, _ = model_lib.shapes_of(config)
   head = config.vocab_size * config.hidden_size
   main = _met_by_main(config, params)
   heads_dim = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)

@@ -57,11 +57,6 @@ class LoadStats(NamedTuple):
   dispatch: DispatchStats  # int32 [L] each: what the exchanges of rows counted
 
 
-def model_parts(config: Config):
-  """Returns (graphdef, params, router_bias) as shapes only."""
-  return model_lib.split(jax.eval_shape(lambda: model_lib.build(config.model, config.seed)))
-
-
 def _initial_state(config: Config, initial: Initialisation) -> TrainState:
   """Returns a new state.
 
@@ -74,6 +69,11 @@ def _initial_state(config: Config, initial: Initialisation) -> TrainState:
   params = jax.tree.map_with_path(
     lambda path, x: initial.initializer_range * x if parameters.is_matrix(path) else x, params
   )
+  return _state_with(config, params, router_bias)
+
+
+def _state_with(config: Config, params, router_bias) -> TrainState:
+  """Returns the state before the first step."""
   opt_state = _optimizer(config).init(params)
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state, router_bias)
 
@@ -85,8 +85,8 @@ def _optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
 
 def state_shapes(config: Config) -> TrainState:
   """Returns the state as ShapeDtypeStructs, without shardings."""
-  initial = hyperparameters.initialisation_of(config)
-  return jax.eval_shape(functools.partial(_initial_state, config), initial)
+  _, params, router_bias = model_lib.shapes_of(config.model)
+  return jax.eval_shape(functools.partial(_state_with, config), params, router_bias)
 
 
 def state_shardings(config: Config, mesh) -> TrainState:
@@ -302,7 +302,7 @@ def _join_microbatches(a):
 
 def _on_mesh(config: Config, mesh, record: bool) -> Callable:
   """Returns `_loss_and_grads` as a function of global arrays."""
-  graphdef, params, router_bias = model_parts(config)
+  graphdef, params, router_bias = model_lib.shapes_of(config.model)
   specs, bias_specs = parameters.specs(params, mesh), parameters.specs(router_bias, mesh)
   replicated = jax.sharding.PartitionSpec()
   return mesh_lib.shard_map(
@@ -471,7 +471,7 @@ def make_eval_step(config: Config, mesh):
   """
   check_batch(config, mesh)
   config = hyperparameters.program_key(config)
-  graphdef, params, router_bias = model_parts(_dropless(config))
+  graphdef, params, router_bias = model_lib.shapes_of(_dropless(config).model)
 
   def evaluate(params, router_bias, batch):
     model = nnx.merge(graphdef, parameters.compute_cast(params, config.model), router_bias)

@@ -7,7 +7,6 @@ import numpy as np
 from flax import nnx
 
 from dsmoe import model as model_lib
-from dsmoe.training import train_step
 
 SEQUENCE_LENGTH = 16
 _LONGEST = 40
@@ -16,7 +15,7 @@ _LONGEST = 40
 @functools.cache
 def _graphdef(config):
   """Of a model, which is traced to find it: once for all that a test asks."""
-  return train_step.model_parts(config)[0]
+  return model_lib.shapes_of(config.model)[0]
 
 
 def log_probabilities(run, ids):

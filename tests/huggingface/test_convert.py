@@ -621,7 +621,7 @@ def test_memory_stays_far_below_the_checkpoint(tmp_path):
   (tmp_path / "hf").mkdir()
   (tmp_path / "hf/config.json").write_text(json.dumps(hf_config))
   config = loading.config_from_hf(hf_config)
-  slots = loading.layout(*loading.shapes_of(config)[1:], config)
+  slots = loading.layout(*model_lib.shapes_of(config)[1:], config)
   plan = {name: ("BF16", slot.hf_shape) for name, slot in slots.items()}
   for place in files.create_shards(tmp_path / "hf", plan, 20_000_000).values():
     files.write_rows(place, 0, np.full(place.shape, 0.5, ml_dtypes.bfloat16))

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from dsmoe import model as model_lib
 from dsmoe.model import moe, parameters, routing
 from dsmoe.parallel import mesh as mesh_lib
-from dsmoe.training import kernel_check, train_step
+from dsmoe.training import kernel_check
 from tests.helpers import mesh_of
 
 
@@ -18,7 +19,7 @@ def biased_scores(config):
   They have the bias added and are [L, M, E], the layers of multi-token prediction last. The layers
   give them in the place where a run records its tokens' experts.
   """
-  graphdef, params, bias = train_step.model_parts(config)
+  graphdef, params, bias = model_lib.shapes_of(config.model)
 
   def run(params, bias, batch):
     seen, route, stats = [], routing.route, moe.MoEStats
