@@ -39,13 +39,7 @@ TWO_BY_TWO_BY_TWO = dict(
   model__num_nextn_predict_layers=2,
 )
 RING = dict(
-  num_devices=8,
-  expert=4,
-  dispatch="ring",
-  num_microbatches=2,
-  remat="full",
-  scanned=True,
-  model__num_nextn_predict_layers=2,
+  num_devices=8, expert=4, dispatch="ring", num_microbatches=2, remat="full", scanned=True
 )
 ALONG_DATA = dict(num_devices=8, num_microbatches=2, remat="full", scanned=True)
 # What goes on for the five further steps; the others make one.
@@ -133,7 +127,7 @@ def _config(
       "model.v_head_dim": 12,  # 24 with qk_nope_head_dim, which is split over `expert`
       "mesh.context": context,
       "data.sequence_length": 16,  # whose tokens are split over `context`
-      # A written-out layer compiles for seconds; TWO_BY_TWO_BY_TWO and RING predict two more tokens.
+      # A written-out layer compiles for seconds; TWO_BY_TWO_BY_TWO predicts two more tokens.
       "model.num_hidden_layers": 3,
       "model.first_k_dense_replace": 1,
       "model.num_nextn_predict_layers": 1,
