@@ -213,8 +213,8 @@ def _grouped_matmul(module, power_of_two, x_PD, w_EDF, sizes_E, starts_E):
 
 def grouped_gradients(module, power_of_two, x_PD, w_EDF, plan, dy_PF):
   """Returns the gradients of `quantized_grouped_matmul` to x and w; plan: sizes and starts."""
-  w_EFD = w_EDF.swapaxes(1, 2)  # its blocks are w's, transposed
-  dx_PD = module.grouped_rows(dy_PF, w_EFD, *plan, power_of_two, x_PD.dtype)
+  # The blocks of w^T are those of w, transposed.
+  dx_PD = module.grouped_rows(dy_PF, w_EDF, *plan, power_of_two, x_PD.dtype, transposed=True)
   dw_EDF = module.grouped_weights(x_PD, dy_PF, *plan, power_of_two, w_EDF.dtype)
   return dx_PD, dw_EDF
 

@@ -1,8 +1,9 @@
 """The FP8 matmuls for H100 (Mosaic GPU): E4M3 codes into the tensor cores, promoted every 128.
 
-XLA quantises; the codes lie with the contraction last, as the tensor cores want both operands of
-one byte. A step multiplies one scale tile, 128 deep, into float32 registers, which are scaled and
-added to the sum: the tensor cores' own sums of E4M3 products are narrower than float32.
+Codes lie with the contraction last, as the tensor cores want both operands of one byte. XLA
+quantises along a row; `gpu_quantize` quantises what is blocks or columns. A step multiplies one
+scale tile, 128 deep, into float32 registers, which are scaled and added to the sum: the tensor
+cores' own sums of E4M3 products are narrower than float32.
 
 Shapes: P rows, K contraction, N columns, E experts, T = ceil(K / 128) tiles; D hidden, F inner.
 """
@@ -16,7 +17,8 @@ from pallas_kernels.grouped_matmul.gpu import EIGHT, LINE, STRIP, rows_to_store,
 from pallas_kernels.mosaic_gpu import call
 from pallas_kernels.permute import in_a_group
 from pallas_kernels.quantized_matmul import xla
-from pallas_kernels.quantized_matmul.e4m3 import TILE, Quantized, columns_of
+from pallas_kernels.quantized_matmul.e4m3 import TILE, Quantized
+from pallas_kernels.quantized_matmul.gpu_quantize import quantize_groups, quantize_weights, whole
 
 WGS = 2
 WG_ROWS = 64
@@ -28,14 +30,25 @@ f32, i32 = jnp.float32, jnp.int32
 WGMMA = plgpu.Layout.WGMMA
 
 quantize_rows = xla.quantize_rows
-quantize_columns = xla.quantize_columns
-quantize_blocks = xla.quantize_blocks
 
 
-def whole(a, **multiples: int):
-  """Fills axes up with zeros to multiples; a copy where one is not."""
-  more = [(0, -size % multiples.get(f"axis{i}", 1)) for i, size in enumerate(a.shape)]
-  return jnp.pad(a, more) if any(after for _, after in more) else a
+def quantize_columns(
+  x_KN, power_of_two_scales: bool = False, transposed: bool = False
+) -> Quantized:
+  """See `api.quantize_columns`."""
+  K, N = x_KN.shape
+  first_T = jnp.arange(0, K, TILE, dtype=i32)
+  count_T = jnp.minimum(K - first_T, TILE)
+  codes_NK, scale_TN = quantize_groups(x_KN, first_T, count_T, power_of_two_scales)
+  codes_NK = codes_NK[:N, :K]
+  return Quantized(codes_NK if transposed else codes_NK.T, scale_TN[:, :N])
+
+
+def quantize_blocks(w_KN, power_of_two_scales: bool = False) -> Quantized:
+  """See `api.quantize_blocks`; the codes lie transposed in memory, as `product` reads them."""
+  K, N = w_KN.shape
+  codes_ENK, scale_ETN = quantize_weights(w_KN[None], power_of_two_scales)
+  return Quantized(codes_ENK[0, :N, :K].T, scale_ETN[0, :, ::TILE])
 
 
 def _codes(first) -> plgpu.BlockSpec:
@@ -163,34 +176,35 @@ def product(lhs: Quantized, rhs: Quantized, dtype, power_of_two_scales: bool = F
   return _rows_times(lhs, rhs.codes.T[None], rhs.scale[None], rows, jnp.zeros(1, i32), dtype)
 
 
-def grouped_rows(x_PK, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
+def grouped_rows(
+  x_PK, w, sizes_E, starts_E, power_of_two_scales: bool, dtype, transposed: bool = False
+):
   """See `reference.grouped_rows`."""
   x = quantize_rows(x_PK, power_of_two_scales)
-  return grouped_codes(x, w_EKN, sizes_E, starts_E, power_of_two_scales, dtype)
+  y_PN = grouped_codes(x, w, sizes_E, starts_E, power_of_two_scales, dtype, transposed)
+  return jnp.where(in_a_group(x_PK.shape[0], sizes_E, starts_E)[:, None], y_PN, 0)
 
 
-def grouped_codes(x: Quantized, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
-  """`grouped_rows` of quantised rows, which may have more tiles of scales than of codes."""
-  w = jax.vmap(lambda w_KN: columns_of(quantize_blocks(w_KN, power_of_two_scales)))(w_EKN)
-  y_PN = _rows_times(x, w.codes.swapaxes(1, 2), w.scale, sizes_E, starts_E, dtype)
-  own_P = in_a_group(x.codes.shape[0], sizes_E, starts_E)
-  return jnp.where(own_P[:, None], y_PN, 0)
+def grouped_codes(
+  x: Quantized, w, sizes_E, starts_E, power_of_two_scales: bool, dtype, transposed: bool = False
+):
+  """`grouped_rows` of quantised rows, which may have more tiles of scales than of codes.
+
+  Rows outside all groups are undefined.
+  """
+  own = quantize_weights(w, power_of_two_scales, transposed)
+  y_PN = _rows_times(x, *own, sizes_E, starts_E, dtype)
+  return y_PN[:, : w.shape[1 if transposed else 2]]
 
 
 def grouped_weights(x_PD, dy_PF, sizes_E, starts_E, power_of_two_scales: bool, dtype):
   """See `reference.grouped_weights`."""
   (P, D), F, E = x_PD.shape, dy_PF.shape[1], sizes_E.shape[0]
-  *plan, _ = xla.row_tiles(sizes_E, starts_E, P)
-  row_R = plan[1].reshape(-1)
+  _, row_Rr, _ = xla.row_tiles(sizes_E, starts_E, P)
+  tiles = row_Rr[:, 0], jnp.sum(row_Rr < P, axis=1, dtype=i32)
+  x, dy = (quantize_groups(a, *tiles, power_of_two_scales) for a in (x_PD, dy_PF))
   tiles_E = (sizes_E + TILE - 1) // TILE
   first_E = jnp.cumsum(tiles_E) - tiles_E
-
-  def columns(a, size):  # each group's rows from the beginning of a tile
-    a = a.at[row_R].get(mode="fill", fill_value=0)
-    codes, scale = quantize_columns(a, power_of_two_scales, transposed=True)
-    return whole(codes, axis0=size), whole(scale, axis1=size)
-
-  x, dy = columns(x_PD, ROWS), columns(dy_PF, COLUMNS)
   shape = (x[0].shape[0] // ROWS, dy[0].shape[0] // COLUMNS)
 
   def kernel(tiles_hbm, first_hbm, x_hbm, xs_hbm, dy_hbm, dys_hbm, out_hbm, out_smem):

@@ -4,6 +4,7 @@ The one place that touches the interpreter's private modules.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import tempfile
@@ -116,6 +117,18 @@ def _run_state(body):
   return run
 
 
+def _load(ref, idx, *, layout, **_):
+  """`plgpu.load`, also of a transposed reference."""
+  from jax._src.state.types import TransposeTransform
+
+  transforms = getattr(ref, "transforms", ())
+  if transforms and isinstance(transforms[-1], TransposeTransform):
+    value = dataclasses.replace(ref, transforms=transforms[:-1])[...].T[idx]
+  else:
+    value = ref[idx]
+  return plgpu.layout_cast(value, layout)
+
+
 class _CompiledOnce:
   """Runs the warpgroups' programs, which the interpreter would compile for each thread block."""
 
@@ -163,12 +176,11 @@ def interpreted():
   copy_name = "_execute_device_local_memory_transfer"
   transfer = functools.partial(_transfer, getattr(gpu_callbacks, copy_name))
   interpret = params.InterpretGPUParams(out_of_bounds_reads="uninitialized")
-  load = lambda ref, idx, *, layout, **_: plgpu.layout_cast(ref[idx], layout)  # noqa: E731
   with (
     mock.patch.object(gpu_callbacks, "wgmma", wgmma),
     mock.patch.object(gpu_callbacks, copy_name, transfer),
     mock.patch.object(thread_map, "_run_jaxpr", _CompiledOnce()),
-    mock.patch.object(plgpu, "load", load),  # nor this
+    mock.patch.object(plgpu, "load", _load),  # nor this
     run_state,
     params.force_gpu_interpret_mode(interpret),
   ):
