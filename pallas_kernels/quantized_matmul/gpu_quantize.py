@@ -125,7 +125,7 @@ def quantize_weights(w, power_of_two_scales: bool = False, transposed: bool = Fa
   (E, K, N) = w.shape if turned else (w.shape[0], w.shape[2], w.shape[1])
 
   def kernel(w_hbm, codes_hbm, scale_hbm, *room):
-    expert, column, tile = (jax.lax.axis_index(name) for name in ("expert", "column", "tile"))
+    expert, column, tile = (jax.lax.axis_index(name) for name in ("group", "column", "tile"))
     n, k = pl.ds(column * TILE, TILE), pl.ds(tile * TILE, TILE)
     rows, first = (k, column * TILE) if turned else (n, tile * TILE)
     halves = _load(w_hbm.at[expert], rows, first, room, turned)
@@ -142,7 +142,7 @@ def quantize_weights(w, power_of_two_scales: bool = False, transposed: bool = Fa
     "quantize_weights",
     [w],
     [jax.ShapeDtypeStruct((E, N, K), CODE), jax.ShapeDtypeStruct((E, K // TILE, N), f32)],
-    {"expert": E, "column": N // TILE, "tile": K // TILE},
+    {"group": E, "column": N // TILE, "tile": K // TILE},
     _room(w.dtype, turned),
   )
   return Quantized(codes, scale)
