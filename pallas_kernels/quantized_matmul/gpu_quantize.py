@@ -9,6 +9,8 @@ multiprocessor and some work while others wait for memory.
 Shapes: E experts, K contraction, N columns, P rows in expert order, D numbers of a row, R tiles.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,40 +66,39 @@ def _largest(x, axis: int):
   return jax.lax.bitcast_convert_type(jnp.max(size, axis=axis), x.dtype).astype(f32)
 
 
-def _room(dtype, turned: bool):
+def _room(dtype, ways):
   """Shared memory of a thread block: a tile's halves, its codes, and a barrier for the halves.
 
-  Swizzles avoid bank conflicts.
+  Swizzles avoid bank conflicts. `ways`: for each set of codes, whether it is transposed.
   """
   swizzle = [plgpu.SwizzleTransform(TILE)] if HALF * dtype.itemsize == TILE else []
-  halves = plgpu.SMEM((TILE // HALF, TILE, HALF), dtype, transforms=swizzle)
-  width = TILE if turned else HALF
-  swizzle = [plgpu.SwizzleTransform(width)]
-  codes = plgpu.SMEM((TILE // width, TILE, width), CODE, transforms=swizzle)
-  return [halves, codes, plgpu.Barrier(num_arrivals=TILE // HALF)]
+  room = [plgpu.SMEM((TILE // HALF, TILE, HALF), dtype, transforms=swizzle)]
+  for width in (TILE if turned else HALF for turned in ways):
+    swizzle = [plgpu.SwizzleTransform(width)]
+    room.append(plgpu.SMEM((TILE // width, TILE, width), CODE, transforms=swizzle))
+  return [*room, plgpu.Barrier(num_arrivals=TILE // HALF)]
 
 
-def _load(x_hbm, rows, column, room, turned: bool):
-  """Returns the halves of a tile, of 64 columns each: [64, 128] if turned, else [128, 64]."""
-  halves, _, arrived = room
+def _load(x_hbm, rows, column, halves, arrived) -> None:
+  """Brings a tile on chip, in halves of 64 columns."""
   for h in range(TILE // HALF):
     own = pl.ds(column + h * HALF, HALF)
     plgpu.copy_gmem_to_smem(x_hbm.at[rows, own], halves.at[h], arrived)
   plgpu.barrier_wait(arrived)
 
-  def half(h):
-    if not turned:
-      return plgpu.load(halves, h, layout=WGMMA, optimized=False)
-    across = plgpu.Layout.WGMMA_TRANSPOSED
-    return plgpu.layout_cast(plgpu.load(halves.at[h].T, (), layout=across, optimized=False), WGMMA)
 
-  return [half(h) for h in range(TILE // HALF)]
+def _values(halves, turned: bool) -> list:
+  """Returns the halves of a tile, [64, 128] each if turned, else [128, 64]."""
+  if not turned:
+    load = functools.partial(plgpu.load, layout=WGMMA, optimized=False)
+    return [load(halves, h) for h in range(TILE // HALF)]
+  across = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
+  return [plgpu.layout_cast(across(halves.at[h].T, ()), WGMMA) for h in range(TILE // HALF)]
 
 
-def _store(halves, codes_hbm, room, turned: bool):
-  """Stores the codes of halves in [128, 128]."""
-  codes = room[1]
-  for h, half in enumerate(halves):
+def _store(values, codes, codes_hbm, turned: bool) -> None:
+  """Stores the codes of a tile's halves in [128, 128], by way of shared memory."""
+  for h, half in enumerate(values):
     if turned:
       codes[0, h * HALF : (h + 1) * HALF] = half
     else:
@@ -106,7 +107,47 @@ def _store(halves, codes_hbm, room, turned: bool):
   width = codes.shape[2]
   for c in range(TILE // width):
     plgpu.copy_smem_to_gmem(codes.at[c], codes_hbm.at[:, c * width : (c + 1) * width])
-  plgpu.wait_smem_to_gmem(0)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize_weights(w, power_of_two_scales: bool, ways: tuple[bool, ...]) -> list[Quantized]:
+  """Returns the codes of w, and where `ways` says so of w transposed, from one read."""
+  w = whole(w, axis1=TILE, axis2=TILE)
+  E, *sides = w.shape
+
+  def kernel(w_hbm, *refs):
+    outs, (halves, *codes_smem, arrived) = refs[: 2 * len(ways)], refs[2 * len(ways) :]
+    expert, *at = (jax.lax.axis_index(name) for name in ("group", "row", "column"))
+    own = [pl.ds(i * TILE, TILE) for i in at]
+    _load(w_hbm.at[expert], own[0], at[1] * TILE, halves, arrived)
+    scale = None
+    for turned, codes, codes_hbm, scale_hbm in zip(ways, codes_smem, outs[::2], outs[1::2]):
+      values = _values(halves, turned)
+      if scale is None:
+        low, high = (_largest(half, axis=1) for half in values)
+        scale = scale_of(_largest(jnp.maximum(low, high), axis=0), power_of_two_scales)
+        scales = plgpu.layout_cast(jax.lax.broadcast_in_dim(scale, (TILE,), ()), WGMMA.reduce(1))
+        inverse = reciprocal(scale)
+      outer, inner = (1, 0) if turned else (0, 1)
+      scale_hbm[expert, at[inner], own[outer]] = scales
+      values = [encode(half, inverse) for half in values]
+      _store(values, codes, codes_hbm.at[expert, own[outer], own[inner]], turned)
+    plgpu.wait_smem_to_gmem(0)
+
+  out_types = []
+  for turned in ways:
+    outer, inner = reversed(sides) if turned else sides
+    out_types.append(jax.ShapeDtypeStruct((E, outer, inner), CODE))
+    out_types.append(jax.ShapeDtypeStruct((E, inner // TILE, outer), f32))
+  results = call(
+    kernel,
+    "quantize_weights" if len(ways) == 1 else "quantize_weights_both",
+    [w],
+    out_types,
+    {"group": E, "row": sides[0] // TILE, "column": sides[1] // TILE},
+    _room(w.dtype, ways),
+  )
+  return [Quantized(*pair) for pair in zip(results[::2], results[1::2])]
 
 
 def quantize_weights(w, power_of_two_scales: bool = False, transposed: bool = False) -> Quantized:
@@ -120,32 +161,71 @@ def quantize_weights(w, power_of_two_scales: bool = False, transposed: bool = Fa
     codes [E, N, K] and scale [E, K / 128, N], those of `quantize_blocks` with the contraction last
     and every column given its block's scales. N and K are filled up with zeros to multiples of 128.
   """
-  w = whole(w, axis1=TILE, axis2=TILE)
-  turned = not transposed
-  (E, K, N) = w.shape if turned else (w.shape[0], w.shape[2], w.shape[1])
+  return _quantize_weights(w, power_of_two_scales, (not transposed,))[0]
 
-  def kernel(w_hbm, codes_hbm, scale_hbm, *room):
-    expert, column, tile = (jax.lax.axis_index(name) for name in ("group", "column", "tile"))
-    n, k = pl.ds(column * TILE, TILE), pl.ds(tile * TILE, TILE)
-    rows, first = (k, column * TILE) if turned else (n, tile * TILE)
-    halves = _load(w_hbm.at[expert], rows, first, room, turned)
-    low, high = (_largest(w, axis=1) for w in halves)
-    scale = scale_of(_largest(jnp.maximum(low, high), axis=0), power_of_two_scales)
-    scales = jax.lax.broadcast_in_dim(scale, (TILE,), ())
-    scale_hbm[expert, tile, n] = plgpu.layout_cast(scales, WGMMA.reduce(1))
-    inverse = reciprocal(scale)
-    codes = [encode(w, inverse) for w in halves]
-    _store(codes, codes_hbm.at[expert, n, k], room, turned)
 
-  codes, scale = call(
+def quantize_weights_both(w, power_of_two_scales: bool = False) -> list[Quantized]:
+  """Returns `quantize_weights` of w, and of w as the transposed matrix, from one read."""
+  return _quantize_weights(w, power_of_two_scales, (True, False))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _quantize_groups(
+  x_PD, first_R, count_R, power_of_two_scales: bool, ways: tuple[bool, ...]
+) -> list[Quantized]:
+  """Returns tiles quantised by columns, transposed, and where `ways` says so by rows."""
+  x_PD = whole(x_PD, axis1=TILE)
+  D, R = x_PD.shape[1], first_R.shape[0]
+
+  def kernel(first_hbm, count_hbm, x_hbm, *refs):
+    outs, (halves, *codes_smem, arrived) = refs[: 2 * len(ways)], refs[2 * len(ways) :]
+    tile, column = jax.lax.axis_index("tile"), jax.lax.axis_index("column")
+    count = count_hbm[tile]
+    rows, columns = pl.ds(tile * TILE, TILE), pl.ds(column * TILE, TILE)
+
+    def inverse_of(scale, shape):
+      return jax.lax.broadcast_in_dim(reciprocal(scale), shape, (0,))
+
+    def by_columns(codes, codes_hbm, scale_hbm):
+      own = plgpu.broadcasted_iota(jnp.int32, (HALF, TILE), 1, layout=WGMMA) < count
+      encoded = []
+      for h, half in enumerate(_values(halves, True)):
+        x = jnp.where(own, half.astype(f32), 0)
+        scale = scale_of(_largest(x, axis=1), power_of_two_scales)
+        scale_hbm[tile, pl.ds(column * TILE + h * HALF, HALF)] = scale
+        encoded.append(encode(x, inverse_of(scale, x.shape)))
+      _store(encoded, codes, codes_hbm.at[columns, rows], True)
+
+    def by_rows(codes, codes_hbm, scale_hbm):
+      values = _values(halves, False)
+      low, high = (_largest(half, axis=1) for half in values)
+      scale = scale_of(jnp.maximum(low, high), power_of_two_scales)
+      scale_hbm[column, rows] = scale
+      inverse = inverse_of(scale, (TILE, HALF))
+      encoded = [encode(half, inverse) for half in values]
+      _store(encoded, codes, codes_hbm.at[rows, columns], False)
+
+    @pl.when(count > 0)
+    def _():
+      _load(x_hbm, pl.ds(first_hbm[tile], TILE), column * TILE, halves, arrived)
+      for turned, codes, *out in zip(ways, codes_smem, outs[::2], outs[1::2]):
+        (by_columns if turned else by_rows)(codes, *out)
+      plgpu.wait_smem_to_gmem(0)
+
+  out_types = []
+  for turned in ways:
+    outer, inner = (D, R * TILE) if turned else (R * TILE, D)
+    out_types.append(jax.ShapeDtypeStruct((outer, inner), CODE))
+    out_types.append(jax.ShapeDtypeStruct((inner // TILE, outer), f32))
+  results = call(
     kernel,
-    "quantize_weights",
-    [w],
-    [jax.ShapeDtypeStruct((E, N, K), CODE), jax.ShapeDtypeStruct((E, K // TILE, N), f32)],
-    {"group": E, "column": N // TILE, "tile": K // TILE},
-    _room(w.dtype, turned),
+    "quantize_groups" if len(ways) == 1 else "quantize_groups_both",
+    [first_R, count_R, x_PD],
+    out_types,
+    {"tile": R, "column": D // TILE},
+    _room(x_PD.dtype, ways),
   )
-  return Quantized(codes, scale)
+  return [Quantized(*pair) for pair in zip(results[::2], results[1::2])]
 
 
 def quantize_groups(x_PD, first_R, count_R, power_of_two_scales: bool = False) -> Quantized:
@@ -161,33 +241,16 @@ def quantize_groups(x_PD, first_R, count_R, power_of_two_scales: bool = False) -
     each tile is filled up with zeros. Tiles without rows are undefined. D is filled up with zeros
     to a multiple of 128.
   """
-  x_PD = whole(x_PD, axis1=TILE)
-  D, R = x_PD.shape[1], first_R.shape[0]
+  return _quantize_groups(x_PD, first_R, count_R, power_of_two_scales, (True,))[0]
 
-  def kernel(first_hbm, count_hbm, x_hbm, codes_hbm, scale_hbm, *room):
-    tile, column = jax.lax.axis_index("tile"), jax.lax.axis_index("column")
-    count = count_hbm[tile]
 
-    @pl.when(count > 0)
-    def _():
-      halves = _load(x_hbm, pl.ds(first_hbm[tile], TILE), column * TILE, room, True)
-      own = plgpu.broadcasted_iota(jnp.int32, (HALF, TILE), 1, layout=WGMMA) < count
-      codes = []
-      for h, half in enumerate(halves):
-        x = jnp.where(own, half.astype(f32), 0)
-        scale = scale_of(_largest(x, axis=1), power_of_two_scales)
-        scale_hbm[tile, pl.ds(column * TILE + h * HALF, HALF)] = scale
-        inverse = jax.lax.broadcast_in_dim(reciprocal(scale), x.shape, (0,))
-        codes.append(encode(x, inverse))
-      there = codes_hbm.at[pl.ds(column * TILE, TILE), pl.ds(tile * TILE, TILE)]
-      _store(codes, there, room, True)
+def quantize_groups_both(
+  x_PD, first_R, count_R, power_of_two_scales: bool = False
+) -> list[Quantized]:
+  """Quantises tiles of rows by columns and by rows, from one read; see `quantize_groups`.
 
-  codes, scale = call(
-    kernel,
-    "quantize_groups",
-    [first_R, count_R, x_PD],
-    [jax.ShapeDtypeStruct((D, R * TILE), CODE), jax.ShapeDtypeStruct((R, D), f32)],
-    {"tile": R, "column": D // TILE},
-    _room(x_PD.dtype, True),
-  )
-  return Quantized(codes, scale)
+  Returns:
+    What `quantize_groups` does; and codes [R * 128, D] and scale [D / 128, R * 128], those of
+    `quantize_rows`, tile after tile. The rows that a tile does not have are undefined.
+  """
+  return _quantize_groups(x_PD, first_R, count_R, power_of_two_scales, (True, False))

@@ -18,7 +18,6 @@ from pallas_kernels.mosaic_gpu import call
 from pallas_kernels.permute import combine, expert_order, group_starts, weights_of_rows
 from pallas_kernels.permute import gpu as permute
 from pallas_kernels.quantized_matmul import gpu
-from pallas_kernels.quantized_matmul.api import grouped_gradients
 from pallas_kernels.quantized_matmul.e4m3 import (
   CODE,
   TILE,
@@ -34,6 +33,7 @@ from pallas_kernels.varying import vary_alike
 TILES = 64  # quantised at once, in a warpgroup's registers
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def permute_quantized(x_MD, row_MK, num_rows: int, power_of_two_scales: bool = False) -> Quantized:
   """Copies each token's row, quantised by tiles of 1 x 128, to its K places.
 
@@ -96,48 +96,40 @@ def permute_quantized(x_MD, row_MK, num_rows: int, power_of_two_scales: bool = F
   return Quantized(codes.reshape(num_rows, D), scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gate_and_up(power_of_two, x_MD, w_gate_EDF, w_up_EDF, row_MK, counts_E):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gate_and_up(power_of_two, w_dtype, x_MD, w_gate_EDF, w_up_EDF, row_MK, counts_E):
   """Returns each row's two products, [A, F]; A is the number of rows rounded up to eights.
 
   Rows of no expert are undefined.
   """
+  del w_dtype  # for the gradient
+  weights = [gpu.quantize_weights(w, power_of_two) for w in (w_gate_EDF, w_up_EDF)]
+  return _products(power_of_two, x_MD, weights, w_up_EDF.shape[2], row_MK, counts_E)
+
+
+def _products(power_of_two, x_MD, weights, F: int, row_MK, counts_E):
   A = pl.cdiv(row_MK.size, EIGHT) * EIGHT
   x = permute_quantized(x_MD, row_MK, A, power_of_two)
   plan = counts_E, group_starts(counts_E)
-  return tuple(
-    gpu.grouped_codes(x, w, *plan, power_of_two, x_MD.dtype) for w in (w_gate_EDF, w_up_EDF)
-  )
+  return tuple(gpu.rows_times(x, w, *plan, x_MD.dtype)[:, :F] for w in weights)
 
 
-def _gate_and_up_bwd(power_of_two, saved, dgate_dup):
-  x_MD, *weights, row_MK, counts_E = saved
+def _gate_and_up_fwd(power_of_two, _, x_MD, w_gate_EDF, w_up_EDF, row_MK, counts_E):
+  both = [gpu.quantize_weights_both(w, power_of_two) for w in (w_gate_EDF, w_up_EDF)]
+  weights, transposed = zip(*both)
+  gate_up = _products(power_of_two, x_MD, weights, w_up_EDF.shape[2], row_MK, counts_E)
+  return gate_up, (x_MD, transposed, row_MK, counts_E)
+
+
+def _gate_and_up_bwd(power_of_two, w_dtype, saved, dgate_dup):
+  x_MD, weights, row_MK, counts_E = saved
   x_AD = permute.permute(x_MD, row_MK, dgate_dup[0].shape[0])
   plan = counts_E, group_starts(counts_E)
-  (dx_gate, dw_gate), (dx_up, dw_up) = (
-    grouped_gradients(gpu, power_of_two, x_AD, w, plan, d) for w, d in zip(weights, dgate_dup)
-  )
-  return permute.combine(dx_gate + dx_up, row_MK), dw_gate, dw_up, None, None
+  dx_AD, *dws = gpu.gradients(power_of_two, w_dtype, x_AD, weights, plan, dgate_dup)
+  return permute.combine(dx_AD, row_MK), *dws, None, None
 
 
-_gate_and_up.defvjp(lambda *args: (_gate_and_up(*args), args[1:]), _gate_and_up_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _down(power_of_two, inner_AF, w_down_EFD, counts_E):
-  """`quantized_grouped_matmul` that leaves rows of no expert undefined, as nothing reads them."""
-  inner = gpu.quantize_rows(inner_AF, power_of_two)
-  plan = counts_E, group_starts(counts_E)
-  return gpu.grouped_codes(inner, w_down_EFD, *plan, power_of_two, inner_AF.dtype)
-
-
-def _down_bwd(power_of_two, saved, dy_AD):
-  inner_AF, w_down_EFD, counts_E = saved
-  plan = counts_E, group_starts(counts_E)
-  return *grouped_gradients(gpu, power_of_two, inner_AF, w_down_EFD, plan, dy_AD), None
-
-
-_down.defvjp(lambda *args: (_down(*args), args[1:]), _down_bwd)
+_gate_and_up.defvjp(_gate_and_up_fwd, _gate_and_up_bwd, optimize_remat=True)
 
 
 def routed_swiglu(power_of_two: bool, x_MD, routed, experts):
@@ -148,9 +140,10 @@ def routed_swiglu(power_of_two: bool, x_MD, routed, experts):
   x_MD, w_gate, w_up, w_down = vary_alike(x_MD, *experts)
   x_MD, w_down = whole(x_MD, axis1=TILE), whole(w_down, axis2=TILE)
   w_gate, w_up = (whole(w, axis1=TILE) for w in (w_gate, w_up))
-  gate_AF, up_AF = _gate_and_up(power_of_two, x_MD, w_gate, w_up, row_MK, counts_E)
+  gate_AF, up_AF = _gate_and_up(power_of_two, w_up.dtype, x_MD, w_gate, w_up, row_MK, counts_E)
   weight_A = weights_of_rows(gate_MK, row_MK, gate_AF.shape[0])
   inner_AF = jax.nn.silu(gate_AF.astype(f32)) * up_AF.astype(f32) * weight_A[:, None]
-  y_AD = _down(power_of_two, inner_AF.astype(dtype), w_down, counts_E)
+  plan = counts_E, group_starts(counts_E)
+  y_AD = gpu.multiply(power_of_two, inner_AF.astype(dtype), w_down, *plan)
   y_PD = y_AD[: pair_P.size]
   return combine(y_PD, pair_P, row_MK, "mosaic_gpu")[:, :D]

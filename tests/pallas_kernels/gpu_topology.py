@@ -14,6 +14,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from jax._src import custom_derivatives
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -129,6 +130,12 @@ def _load(ref, idx, *, layout, **_):
   return plgpu.layout_cast(value, layout)
 
 
+def _forward_rule(fun, debug_fun, fwd, *_, **__):
+  """`optimize_remat` that does not: the forward rule runs even where nothing keeps its codes."""
+  del fun, debug_fun
+  return fwd
+
+
 class _CompiledOnce:
   """Runs the warpgroups' programs, which the interpreter would compile for each thread block."""
 
@@ -160,9 +167,11 @@ def interpreted():
     yield
     return
   run_state = mock.patch.object(pl, "run_state", _run_state)  # which it does not know
+  # The interpreter's callbacks have effects, which jax does not let a custom gradient choose by.
+  either = mock.patch.object(custom_derivatives, "optimize_remat_of_custom_vjp_fwd", _forward_rule)
   if hasattr(plgpu, "force_gpu_interpret_mode"):  # jax 0.12
     params = plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized")
-    with plgpu.force_gpu_interpret_mode(params), run_state:
+    with plgpu.force_gpu_interpret_mode(params), run_state, either:
       yield
     return
   from jax._src.interpreters import mlir
@@ -182,6 +191,7 @@ def interpreted():
     mock.patch.object(thread_map, "_run_jaxpr", _CompiledOnce()),
     mock.patch.object(plgpu, "load", _load),  # nor this
     run_state,
+    either,
     params.force_gpu_interpret_mode(interpret),
   ):
     yield
