@@ -133,7 +133,10 @@ def quantized_matmul(
       f"{w_DF.shape[0]} in {w_DF.shape}"
     )
   module = module_of(IMPLEMENTATIONS, implementation)
-  return _matmul(module, power_of_two_scales, jnp.asarray(x_MD), jnp.asarray(w_DF))
+  x_MD, w_DF = jnp.asarray(x_MD), jnp.asarray(w_DF)
+  if module is gpu:
+    return gpu.matmul(power_of_two_scales, x_MD, w_DF)
+  return _matmul(module, power_of_two_scales, x_MD, w_DF)
 
 
 def _transposed(blocks: Quantized) -> Quantized:
@@ -211,17 +214,12 @@ def _grouped_matmul(module, power_of_two, x_PD, w_EDF, sizes_E, starts_E):
   return module.grouped_rows(x_PD, w_EDF, sizes_E, starts_E, power_of_two, x_PD.dtype)
 
 
-def grouped_gradients(module, power_of_two, x_PD, w_EDF, plan, dy_PF):
-  """Returns the gradients of `quantized_grouped_matmul` to x and w; plan: sizes and starts."""
-  w_EFD = w_EDF.swapaxes(1, 2)  # its blocks are w's, transposed
-  dx_PD = module.grouped_rows(dy_PF, w_EFD, *plan, power_of_two, x_PD.dtype)
-  dw_EDF = module.grouped_weights(x_PD, dy_PF, *plan, power_of_two, w_EDF.dtype)
-  return dx_PD, dw_EDF
-
-
 def _grouped_matmul_bwd(module, power_of_two, saved, dy_PF):
   x_PD, w_EDF, *plan = saved
-  return *grouped_gradients(module, power_of_two, x_PD, w_EDF, plan, dy_PF), None, None
+  # The blocks of w^T are those of w, transposed.
+  dx_PD = module.grouped_rows(dy_PF, w_EDF, *plan, power_of_two, x_PD.dtype, transposed=True)
+  dw_EDF = module.grouped_weights(x_PD, dy_PF, *plan, power_of_two, w_EDF.dtype)
+  return dx_PD, dw_EDF, None, None
 
 
 _grouped_matmul.defvjp(lambda *args: (_grouped_matmul(*args), args[2:]), _grouped_matmul_bwd)

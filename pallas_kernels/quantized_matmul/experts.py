@@ -10,7 +10,7 @@ from pallas_kernels import platform
 from pallas_kernels.permute import combine, expert_order, group_starts, num_rows, permute
 from pallas_kernels.permute import gpu as permute_gpu
 from pallas_kernels.permute.alignment import AlignedRows
-from pallas_kernels.quantized_matmul import gpu_routed, tpu_grouped, tpu_routed
+from pallas_kernels.quantized_matmul import gpu, gpu_routed, tpu_grouped, tpu_routed
 from pallas_kernels.quantized_matmul.api import (
   check_operand,
   chosen,
@@ -87,6 +87,8 @@ def quantized_grouped_swiglu(
     return _mosaic_tpu_rows(x_PD, weight_P, experts, plan, alignment, power_of_two_scales)
 
   def multiply(x, w):
+    if implementation == "mosaic_gpu":
+      return gpu.multiply(power_of_two_scales, x, w, sizes_E, starts_E)
     return quantized_grouped_matmul(x, w, sizes_E, implementation, power_of_two_scales, starts_E)
 
   gate_PF, up_PF = (multiply(x_PD, w).astype(jnp.float32) for w in experts[:2])

@@ -1,22 +1,41 @@
 """The FP8 matmuls for H100 (Mosaic GPU): E4M3 codes into the tensor cores, promoted every 128.
 
-XLA quantises; the codes lie with the contraction last, as the tensor cores want both operands of
-one byte. A step multiplies one scale tile, 128 deep, into float32 registers, which are scaled and
-added to the sum: the tensor cores' own sums of E4M3 products are narrower than float32.
+Codes lie with the contraction last, as the tensor cores want both operands of one byte. XLA
+quantises along a row; `gpu_quantize` quantises what is blocks or columns. A step multiplies one
+scale tile, 128 deep, into float32 registers, which are scaled and added to the sum: the tensor
+cores' own sums of E4M3 products are narrower than float32.
 
 Shapes: P rows, K contraction, N columns, E experts, T = ceil(K / 128) tiles; D hidden, F inner.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_matmul.gpu import EIGHT, LINE, STRIP, rows_to_store, store_rows, tiles
+from pallas_kernels.grouped_matmul.gpu import (
+  EIGHT,
+  LINE,
+  STRIP,
+  Tiles,
+  rows_to_store,
+  store_rows,
+  tiles,
+)
 from pallas_kernels.mosaic_gpu import call
 from pallas_kernels.permute import in_a_group
 from pallas_kernels.quantized_matmul import xla
-from pallas_kernels.quantized_matmul.e4m3 import TILE, Quantized, columns_of
+from pallas_kernels.quantized_matmul.e4m3 import TILE, Quantized
+from pallas_kernels.quantized_matmul.gpu_quantize import (
+  quantize_groups,
+  quantize_groups_both,
+  quantize_weights,
+  quantize_weights_both,
+  whole,
+)
+from pallas_kernels.varying import vary_alike
 
 WGS = 2
 WG_ROWS = 64
@@ -28,14 +47,25 @@ f32, i32 = jnp.float32, jnp.int32
 WGMMA = plgpu.Layout.WGMMA
 
 quantize_rows = xla.quantize_rows
-quantize_columns = xla.quantize_columns
-quantize_blocks = xla.quantize_blocks
 
 
-def whole(a, **multiples: int):
-  """Fills axes up with zeros to multiples; a copy where one is not."""
-  more = [(0, -size % multiples.get(f"axis{i}", 1)) for i, size in enumerate(a.shape)]
-  return jnp.pad(a, more) if any(after for _, after in more) else a
+def quantize_columns(
+  x_KN, power_of_two_scales: bool = False, transposed: bool = False
+) -> Quantized:
+  """See `api.quantize_columns`."""
+  K, N = x_KN.shape
+  first_T = jnp.arange(0, K, TILE, dtype=i32)
+  count_T = jnp.minimum(K - first_T, TILE)
+  codes_NK, scale_TN = quantize_groups(x_KN, first_T, count_T, power_of_two_scales)
+  codes_NK = codes_NK[:N, :K]
+  return Quantized(codes_NK if transposed else codes_NK.T, scale_TN[:, :N])
+
+
+def quantize_blocks(w_KN, power_of_two_scales: bool = False) -> Quantized:
+  """See `api.quantize_blocks`; the codes lie transposed in memory, as `product` reads them."""
+  K, N = w_KN.shape
+  codes_ENK, scale_ETN = quantize_weights(w_KN[None], power_of_two_scales)
+  return Quantized(codes_ENK[0, :N, :K].T, scale_ETN[0, :, ::TILE])
 
 
 def _codes(first) -> plgpu.BlockSpec:
@@ -109,24 +139,30 @@ def _run(kernel, name: str, operands, out_type, grid):
   return call(kernel, name, operands, out_type, grid, room, warpgroups=WGS + 1)
 
 
-def _rows_times(x: Quantized, codes_ENK, scale_ETN, sizes_E, starts_E, dtype):
-  """Returns [P, N], each row times its expert's matrix; rows outside all groups are undefined."""
-  num_rows, N = x.codes.shape[0], codes_ENK.shape[1]
+@functools.partial(jax.jit, static_argnums=(4, 5))  # lowered once for all layers
+def _tiles_times(x: Quantized, from_T, plan: Tiles, w: Quantized, P: int, dtype):
+  """Returns [P, N], each row times its expert's matrix; rows of no tile are undefined.
+
+  Args:
+    x: codes [., K] and scale [T, .], from which `from_T` says where each tile of `plan` begins, at
+      a multiple of EIGHT.
+    w: codes [E, N, K] and scale [E, T, N].
+  """
+  N = w.codes.shape[1]
   codes_PK = whole(x.codes, axis0=EIGHT, axis1=TILE)
   scale_TP = whole(x.scale, axis1=EIGHT)
-  codes_ENK = whole(codes_ENK, axis1=COLUMNS, axis2=TILE)
-  scale_ETN = whole(scale_ETN, axis2=COLUMNS)
-  P, steps = codes_PK.shape[0], codes_PK.shape[1] // TILE
+  codes_ENK = whole(w.codes, axis1=COLUMNS, axis2=TILE)
+  scale_ETN = whole(w.scale, axis2=COLUMNS)
+  steps = codes_PK.shape[1] // TILE
   columns = codes_ENK.shape[1] // COLUMNS
-  plan = tiles(sizes_E, starts_E, P)
   T = plan.expert_T.shape[0]
 
-  def kernel(expert_hbm, first_hbm, begin_hbm, end_hbm, x_hbm, xs_hbm, w_hbm, ws_hbm, *refs):
-    out_hbm, out_smem = refs
+  def kernel(from_hbm, expert_hbm, first_hbm, begin_hbm, end_hbm, *refs):
+    x_hbm, xs_hbm, w_hbm, ws_hbm, out_hbm, out_smem = refs
     tile, column = plgpu.planar_snake(jax.lax.axis_index("place"), (T, columns), 0, STRIP)
     wg = jax.lax.axis_index("wg")
-    first, end = first_hbm[tile], end_hbm[tile]
-    own_first = first + wg * WG_ROWS
+    source, end = from_hbm[tile], end_hbm[tile]
+    own_first = first_hbm[tile] + wg * WG_ROWS
 
     def finish(total):
       begin = jnp.clip(begin_hbm[tile] - own_first, 0, WG_ROWS)
@@ -141,57 +177,65 @@ def _rows_times(x: Quantized, codes_ENK, scale_ETN, sizes_E, starts_E, dtype):
     @pl.when(end > 0)
     def _():
       expert = expert_hbm[tile]
-      lhs = x_hbm.at[pl.ds(first, ROWS)], xs_hbm
+      lhs = x_hbm.at[pl.ds(source, ROWS)], xs_hbm
       rhs = w_hbm.at[expert, pl.ds(column * COLUMNS, COLUMNS)], ws_hbm.at[expert]
-      _sums(lhs, rhs, jnp.int32(0), jnp.int32(steps), first, column * COLUMNS, finish)
+      _sums(lhs, rhs, jnp.int32(0), jnp.int32(steps), source, column * COLUMNS, finish)
 
-  operands = [*plan, codes_PK, scale_TP, codes_ENK, scale_ETN]
   y_PN = _run(
     kernel,
     "quantized_rows",
-    operands,
+    [from_T, *plan, codes_PK, scale_TP, codes_ENK, scale_ETN],
     jax.ShapeDtypeStruct((P, columns * COLUMNS), dtype),
     {"place": T * columns},
   )
-  return y_PN[:num_rows, :N]
+  return y_PN[:, :N]
+
+
+def rows_times(x: Quantized, w: Quantized, sizes_E, starts_E, dtype):
+  """Returns [P, N], each row times its expert's matrix; rows outside all groups are undefined."""
+  P = x.codes.shape[0]
+  plan = tiles(sizes_E, starts_E, -(-P // EIGHT) * EIGHT)
+  return _tiles_times(x, plan.first_T, plan, w, P, dtype)
 
 
 def product(lhs: Quantized, rhs: Quantized, dtype, power_of_two_scales: bool = False):
   """See `reference.product`."""
   del power_of_two_scales  # one way for all
-  rows = jnp.full(1, lhs.codes.shape[0], i32)
-  return _rows_times(lhs, rhs.codes.T[None], rhs.scale[None], rows, jnp.zeros(1, i32), dtype)
+  rows, w = jnp.full(1, lhs.codes.shape[0], i32), Quantized(rhs.codes.T[None], rhs.scale[None])
+  return rows_times(lhs, w, rows, jnp.zeros(1, i32), dtype)
 
 
-def grouped_rows(x_PK, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
+def grouped_rows(
+  x_PK, w, sizes_E, starts_E, power_of_two_scales: bool, dtype, transposed: bool = False
+):
   """See `reference.grouped_rows`."""
   x = quantize_rows(x_PK, power_of_two_scales)
-  return grouped_codes(x, w_EKN, sizes_E, starts_E, power_of_two_scales, dtype)
-
-
-def grouped_codes(x: Quantized, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
-  """`grouped_rows` of quantised rows, which may have more tiles of scales than of codes."""
-  w = jax.vmap(lambda w_KN: columns_of(quantize_blocks(w_KN, power_of_two_scales)))(w_EKN)
-  y_PN = _rows_times(x, w.codes.swapaxes(1, 2), w.scale, sizes_E, starts_E, dtype)
-  own_P = in_a_group(x.codes.shape[0], sizes_E, starts_E)
-  return jnp.where(own_P[:, None], y_PN, 0)
+  own = quantize_weights(w, power_of_two_scales, transposed)
+  y_PN = rows_times(x, own, sizes_E, starts_E, dtype)[:, : w.shape[1 if transposed else 2]]
+  return jnp.where(in_a_group(x_PK.shape[0], sizes_E, starts_E)[:, None], y_PN, 0)
 
 
 def grouped_weights(x_PD, dy_PF, sizes_E, starts_E, power_of_two_scales: bool, dtype):
   """See `reference.grouped_weights`."""
-  (P, D), F, E = x_PD.shape, dy_PF.shape[1], sizes_E.shape[0]
-  *plan, _ = xla.row_tiles(sizes_E, starts_E, P)
-  row_R = plan[1].reshape(-1)
+  _, first_R, count_R = _group_tiles(sizes_E, starts_E, x_PD.shape[0])
+  x, dy = (quantize_groups(a, first_R, count_R, power_of_two_scales) for a in (x_PD, dy_PF))
+  dw = _weights(x, dy, sizes_E, dtype)
+  return dw[:, : x_PD.shape[1], : dy_PF.shape[1]]
+
+
+def _group_tiles(sizes_E, starts_E, num_rows: int):
+  """Returns the tiles of rows of `quantize_groups`: their experts, first rows and sizes."""
+  expert_R, row_Rr, _ = xla.row_tiles(sizes_E, starts_E, num_rows)
+  return expert_R, row_Rr[:, 0], jnp.sum(row_Rr < num_rows, axis=1, dtype=i32)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _weights(x: Quantized, dy: Quantized, sizes_E, dtype):
+  """Returns [E, D, F], the sums over each group's tiles of `quantize_groups`."""
+  E = sizes_E.shape[0]
   tiles_E = (sizes_E + TILE - 1) // TILE
   first_E = jnp.cumsum(tiles_E) - tiles_E
-
-  def columns(a, size):  # each group's rows from the beginning of a tile
-    a = a.at[row_R].get(mode="fill", fill_value=0)
-    codes, scale = quantize_columns(a, power_of_two_scales, transposed=True)
-    return whole(codes, axis0=size), whole(scale, axis1=size)
-
-  x, dy = columns(x_PD, ROWS), columns(dy_PF, COLUMNS)
-  shape = (x[0].shape[0] // ROWS, dy[0].shape[0] // COLUMNS)
+  shape = (x.codes.shape[0] // ROWS, dy.codes.shape[0] // COLUMNS)
 
   def kernel(tiles_hbm, first_hbm, x_hbm, xs_hbm, dy_hbm, dys_hbm, out_hbm, out_smem):
     expert, wg = jax.lax.axis_index("group"), jax.lax.axis_index("wg")
@@ -213,5 +257,70 @@ def grouped_weights(x_PD, dy_PF, sizes_E, starts_E, power_of_two_scales: bool, d
 
   operands = [tiles_E.astype(i32), first_E.astype(i32), *x, *dy]
   out = jax.ShapeDtypeStruct((E, shape[0] * ROWS, shape[1] * COLUMNS), dtype)
-  dw = _run(kernel, "quantized_weights", operands, out, {"place": shape[0] * shape[1], "group": E})
-  return dw[:, :D, :F]
+  return _run(
+    kernel, "quantized_weights", operands, out, {"place": shape[0] * shape[1], "group": E}
+  )
+
+
+# A group's product with its gradients.
+
+
+def multiply(power_of_two: bool, x_PD, w_EDF, sizes_E, starts_E):
+  """`api.quantized_grouped_matmul`; rows outside all groups are undefined, in the gradient too.
+
+  Weights are quantised once for the product and the gradient of x, where nothing recomputes the
+  forward pass. In place of them the gradient keeps their codes.
+  """
+  x_PD, w_EDF = vary_alike(x_PD, w_EDF)
+  return _multiply(power_of_two, w_EDF.dtype, x_PD, w_EDF, sizes_E, starts_E)
+
+
+def matmul(power_of_two: bool, x_MD, w_DF):
+  """See `api.quantized_matmul`: a single group."""
+  rows = jnp.full(1, x_MD.shape[0], i32)
+  return multiply(power_of_two, x_MD, w_DF[None], rows, jnp.zeros(1, i32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _multiply(power_of_two, w_dtype, x_PD, w_EDF, sizes_E, starts_E):
+  del w_dtype  # for the gradient
+  x = quantize_rows(x_PD, power_of_two)
+  w = quantize_weights(w_EDF, power_of_two)
+  return rows_times(x, w, sizes_E, starts_E, x_PD.dtype)[:, : w_EDF.shape[2]]
+
+
+def _multiply_fwd(power_of_two, _, x_PD, w_EDF, sizes_E, starts_E):
+  x = quantize_rows(x_PD, power_of_two)
+  w, w_transposed = quantize_weights_both(w_EDF, power_of_two)
+  y_PF = rows_times(x, w, sizes_E, starts_E, x_PD.dtype)[:, : w_EDF.shape[2]]
+  return y_PF, (x_PD, w_transposed, sizes_E, starts_E)
+
+
+def _multiply_bwd(power_of_two, w_dtype, saved, dy_PF):
+  x_PD, w, *plan = saved
+  return *gradients(power_of_two, w_dtype, x_PD, [w], plan, [dy_PF]), None, None
+
+
+_multiply.defvjp(_multiply_fwd, _multiply_bwd, optimize_remat=True)
+
+
+def gradients(power_of_two: bool, w_dtype, x_PD, weights, plan, dys):
+  """Returns the gradients of the products of x with some matrices: x's, and each matrix's.
+
+  Args:
+    weights: `quantize_weights` of each matrix, transposed.
+    plan: the groups' sizes and starts.
+    dys: [P, F] each.
+  """
+  (P, D), (sizes_E, starts_E) = x_PD.shape, plan
+  expert_R, first_R, count_R = _group_tiles(sizes_E, starts_E, P)
+  x = quantize_groups(x_PD, first_R, count_R, power_of_two)
+  end_R = jnp.where(count_R > 0, first_R + count_R, 0)
+  tiles_R = Tiles(expert_R, first_R, first_R, end_R)
+  from_R = jnp.arange(first_R.shape[0], dtype=i32) * TILE
+  dx, dws = [], []
+  for w, dy_PF in zip(weights, dys):
+    columns, rows = quantize_groups_both(dy_PF, first_R, count_R, power_of_two)
+    dx.append(_tiles_times(rows, from_R, tiles_R, w, P, x_PD.dtype)[:, :D])
+    dws.append(_weights(x, columns, sizes_E, w_dtype)[:, :D, : dy_PF.shape[1]])
+  return sum(dx[1:], dx[0]), *dws

@@ -10,7 +10,6 @@ Shapes: M tokens, K choices a token, P rows, D hidden, F inner, E experts, T til
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -19,7 +18,6 @@ from pallas_kernels.mosaic_gpu import call
 from pallas_kernels.permute import combine, expert_order, group_starts, weights_of_rows
 from pallas_kernels.permute import gpu as permute
 from pallas_kernels.quantized_matmul import gpu
-from pallas_kernels.quantized_matmul.api import grouped_gradients, quantized_grouped_matmul
 from pallas_kernels.quantized_matmul.e4m3 import (
   CODE,
   TILE,
@@ -29,30 +27,13 @@ from pallas_kernels.quantized_matmul.e4m3 import (
   largest_magnitude,
   scale_of,
 )
+from pallas_kernels.quantized_matmul.gpu_quantize import reciprocal, whole
 from pallas_kernels.varying import vary_alike
 
 TILES = 64  # quantised at once, in a warpgroup's registers
 
 
-def _upper_half(x):
-  """Returns x with 12 of its 24 digits, so that products of two such are exact."""
-  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-  return jax.lax.bitcast_convert_type(bits & ~0xFFF, f32)
-
-
-def _reciprocal(x):
-  """Returns 1 / x, rounded to nearest: a quotient here may be one digit off, which breaks ties."""
-  near = 1 / x
-  x_upper, near_upper = _upper_half(x), _upper_half(near)
-  x_lower, near_lower = x - x_upper, near - near_upper
-  # 1 - x * near, without rounding.
-  error = 1 - x_upper * near_upper
-  error = error - x_upper * near_lower
-  error = error - x_lower * near_upper
-  error = error - x_lower * near_lower
-  return near + near * error
-
-
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def permute_quantized(x_MD, row_MK, num_rows: int, power_of_two_scales: bool = False) -> Quantized:
   """Copies each token's row, quantised by tiles of 1 x 128, to its K places.
 
@@ -86,7 +67,7 @@ def permute_quantized(x_MD, row_MK, num_rows: int, power_of_two_scales: bool = F
       tiles = pl.ds(first, TILES)
       x = plgpu.load(row_smem, (tiles,), layout=plgpu.Layout.WGMMA, optimized=False).astype(f32)
       scale = scale_of(largest_magnitude(x, axis=1), power_of_two_scales)
-      codes_smem[tiles] = encode(x, jax.lax.broadcast_in_dim(_reciprocal(scale), x.shape, (0,)))
+      codes_smem[tiles] = encode(x, jax.lax.broadcast_in_dim(reciprocal(scale), x.shape, (0,)))
 
       def store_scale(row, tiles=tiles, scale=scale):
         scale_hbm[tiles, row] = scale
@@ -115,28 +96,40 @@ def permute_quantized(x_MD, row_MK, num_rows: int, power_of_two_scales: bool = F
   return Quantized(codes.reshape(num_rows, D), scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gate_and_up(power_of_two, x_MD, w_gate_EDF, w_up_EDF, row_MK, counts_E):
-  """Returns each row's two products, [A, F]; A is the number of rows rounded up to eights."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gate_and_up(power_of_two, w_dtype, x_MD, w_gate_EDF, w_up_EDF, row_MK, counts_E):
+  """Returns each row's two products, [A, F]; A is the number of rows rounded up to eights.
+
+  Rows of no expert are undefined.
+  """
+  del w_dtype  # for the gradient
+  weights = [gpu.quantize_weights(w, power_of_two) for w in (w_gate_EDF, w_up_EDF)]
+  return _products(power_of_two, x_MD, weights, w_up_EDF.shape[2], row_MK, counts_E)
+
+
+def _products(power_of_two, x_MD, weights, F: int, row_MK, counts_E):
   A = pl.cdiv(row_MK.size, EIGHT) * EIGHT
   x = permute_quantized(x_MD, row_MK, A, power_of_two)
   plan = counts_E, group_starts(counts_E)
-  return tuple(
-    gpu.grouped_codes(x, w, *plan, power_of_two, x_MD.dtype) for w in (w_gate_EDF, w_up_EDF)
-  )
+  return tuple(gpu.rows_times(x, w, *plan, x_MD.dtype)[:, :F] for w in weights)
 
 
-def _gate_and_up_bwd(power_of_two, saved, dgate_dup):
-  x_MD, *weights, row_MK, counts_E = saved
+def _gate_and_up_fwd(power_of_two, _, x_MD, w_gate_EDF, w_up_EDF, row_MK, counts_E):
+  both = [gpu.quantize_weights_both(w, power_of_two) for w in (w_gate_EDF, w_up_EDF)]
+  weights, transposed = zip(*both)
+  gate_up = _products(power_of_two, x_MD, weights, w_up_EDF.shape[2], row_MK, counts_E)
+  return gate_up, (x_MD, transposed, row_MK, counts_E)
+
+
+def _gate_and_up_bwd(power_of_two, w_dtype, saved, dgate_dup):
+  x_MD, weights, row_MK, counts_E = saved
   x_AD = permute.permute(x_MD, row_MK, dgate_dup[0].shape[0])
   plan = counts_E, group_starts(counts_E)
-  (dx_gate, dw_gate), (dx_up, dw_up) = (
-    grouped_gradients(gpu, power_of_two, x_AD, w, plan, d) for w, d in zip(weights, dgate_dup)
-  )
-  return permute.combine(dx_gate + dx_up, row_MK), dw_gate, dw_up, None, None
+  dx_AD, *dws = gpu.gradients(power_of_two, w_dtype, x_AD, weights, plan, dgate_dup)
+  return permute.combine(dx_AD, row_MK), *dws, None, None
 
 
-_gate_and_up.defvjp(lambda *args: (_gate_and_up(*args), args[1:]), _gate_and_up_bwd)
+_gate_and_up.defvjp(_gate_and_up_fwd, _gate_and_up_bwd, optimize_remat=True)
 
 
 def routed_swiglu(power_of_two: bool, x_MD, routed, experts):
@@ -145,13 +138,12 @@ def routed_swiglu(power_of_two: bool, x_MD, routed, experts):
   dtype, D = x_MD.dtype, x_MD.shape[1]
   pair_P, row_MK = expert_order(expert_MK, rank_MK, counts_E)
   x_MD, w_gate, w_up, w_down = vary_alike(x_MD, *experts)
-  x_MD, w_down = gpu.whole(x_MD, axis1=TILE), gpu.whole(w_down, axis2=TILE)
-  w_gate, w_up = (gpu.whole(w, axis1=TILE) for w in (w_gate, w_up))
-  gate_AF, up_AF = _gate_and_up(power_of_two, x_MD, w_gate, w_up, row_MK, counts_E)
+  x_MD, w_down = whole(x_MD, axis1=TILE), whole(w_down, axis2=TILE)
+  w_gate, w_up = (whole(w, axis1=TILE) for w in (w_gate, w_up))
+  gate_AF, up_AF = _gate_and_up(power_of_two, w_up.dtype, x_MD, w_gate, w_up, row_MK, counts_E)
   weight_A = weights_of_rows(gate_MK, row_MK, gate_AF.shape[0])
   inner_AF = jax.nn.silu(gate_AF.astype(f32)) * up_AF.astype(f32) * weight_A[:, None]
-  y_AD = quantized_grouped_matmul(
-    inner_AF.astype(dtype), w_down, counts_E, "mosaic_gpu", power_of_two
-  )
+  plan = counts_E, group_starts(counts_E)
+  y_AD = gpu.multiply(power_of_two, inner_AF.astype(dtype), w_down, *plan)
   y_PD = y_AD[: pair_P.size]
   return combine(y_PD, pair_P, row_MK, "mosaic_gpu")[:, :D]

@@ -71,25 +71,29 @@ def product(lhs: Quantized, rhs: Quantized, dtype, power_of_two_scales: bool = F
   return y_MN.astype(dtype)
 
 
-def grouped_rows(x_PK, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
+def grouped_rows(
+  x_PK, w, sizes_E, starts_E, power_of_two_scales: bool, dtype, transposed: bool = False
+):
   """Multiplies each row by its expert's matrix in FP8; rows outside all groups become zeros.
 
   Args:
     x_PK: rows in expert order.
-    w_EKN: the experts' matrices, quantised by blocks.
+    w: the experts' matrices, quantised by blocks; [E, K, N], or [E, N, K] when transposed.
     sizes_E, starts_E: int32, each expert's rows and its first row.
     power_of_two_scales: whether scales are powers of two.
     dtype: of the result.
+    transposed: whether w is.
 
   Returns:
     [P, N].
   """
+  w_EKN = w.swapaxes(1, 2) if transposed else w
   x, row_P = quantize_rows(x_PK, power_of_two_scales), jnp.arange(x_PK.shape[0])
   y_PN = jnp.zeros((x_PK.shape[0], w_EKN.shape[2]), dtype)
   for e, (start, size) in enumerate(zip(starts_E, sizes_E)):
     mine_P = (row_P >= start) & (row_P < start + size)
-    w = columns_of(quantize_blocks(w_EKN[e], power_of_two_scales))
-    y_PN = jnp.where(mine_P[:, None], product(x, w, dtype), y_PN)
+    own = columns_of(quantize_blocks(w_EKN[e], power_of_two_scales))
+    y_PN = jnp.where(mine_P[:, None], product(x, own, dtype), y_PN)
   return y_PN
 
 

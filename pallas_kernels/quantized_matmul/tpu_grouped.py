@@ -40,8 +40,11 @@ def lay_out(x_PK, row_A):
   return x_PK.at[row_A].get(mode="fill", fill_value=0)
 
 
-def grouped_rows(x_PK, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
+def grouped_rows(
+  x_PK, w, sizes_E, starts_E, power_of_two_scales: bool, dtype, transposed: bool = False
+):
   """See `reference.grouped_rows`."""
+  w_EKN = w.swapaxes(1, 2) if transposed else w
   (P, K), (E, _, N) = x_PK.shape, w_EKN.shape
   T, m = pl.cdiv(K, TILE), step_rows(P, E)
   # Two cores of a chip share the columns.

@@ -98,8 +98,11 @@ def row_tiles(sizes_E, starts_E, num_rows: int, size: int = TILE):
   return expert_R.astype(jnp.int32), row_Rr.astype(jnp.int32), last_E[-1]
 
 
-def grouped_rows(x_PK, w_EKN, sizes_E, starts_E, power_of_two_scales: bool, dtype):
+def grouped_rows(
+  x_PK, w, sizes_E, starts_E, power_of_two_scales: bool, dtype, transposed: bool = False
+):
   """See `reference.grouped_rows`."""
+  w_EKN = w.swapaxes(1, 2) if transposed else w
   P, N = x_PK.shape[0], w_EKN.shape[2]
   x = quantize_rows(x_PK, power_of_two_scales)
   w = jax.vmap(lambda w_KN: columns_of(quantize_blocks(w_KN, power_of_two_scales)))(w_EKN)

@@ -4,6 +4,7 @@ The one place that touches the interpreter's private modules.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import tempfile
@@ -13,6 +14,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from jax._src import custom_derivatives
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -116,6 +118,24 @@ def _run_state(body):
   return run
 
 
+def _load(ref, idx, *, layout, **_):
+  """`plgpu.load`, also of a transposed reference."""
+  from jax._src.state.types import TransposeTransform
+
+  transforms = getattr(ref, "transforms", ())
+  if transforms and isinstance(transforms[-1], TransposeTransform):
+    value = dataclasses.replace(ref, transforms=transforms[:-1])[...].T[idx]
+  else:
+    value = ref[idx]
+  return plgpu.layout_cast(value, layout)
+
+
+def _forward_rule(fun, debug_fun, fwd, *_, **__):
+  """`optimize_remat` that does not: the forward rule runs even where nothing keeps its codes."""
+  del fun, debug_fun
+  return fwd
+
+
 class _CompiledOnce:
   """Runs the warpgroups' programs, which the interpreter would compile for each thread block."""
 
@@ -147,9 +167,11 @@ def interpreted():
     yield
     return
   run_state = mock.patch.object(pl, "run_state", _run_state)  # which it does not know
+  # The interpreter's callbacks have effects, which jax does not let a custom gradient choose by.
+  either = mock.patch.object(custom_derivatives, "optimize_remat_of_custom_vjp_fwd", _forward_rule)
   if hasattr(plgpu, "force_gpu_interpret_mode"):  # jax 0.12
     params = plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized")
-    with plgpu.force_gpu_interpret_mode(params), run_state:
+    with plgpu.force_gpu_interpret_mode(params), run_state, either:
       yield
     return
   from jax._src.interpreters import mlir
@@ -163,13 +185,13 @@ def interpreted():
   copy_name = "_execute_device_local_memory_transfer"
   transfer = functools.partial(_transfer, getattr(gpu_callbacks, copy_name))
   interpret = params.InterpretGPUParams(out_of_bounds_reads="uninitialized")
-  load = lambda ref, idx, *, layout, **_: plgpu.layout_cast(ref[idx], layout)  # noqa: E731
   with (
     mock.patch.object(gpu_callbacks, "wgmma", wgmma),
     mock.patch.object(gpu_callbacks, copy_name, transfer),
     mock.patch.object(thread_map, "_run_jaxpr", _CompiledOnce()),
-    mock.patch.object(plgpu, "load", load),  # nor this
+    mock.patch.object(plgpu, "load", _load),  # nor this
     run_state,
+    either,
     params.force_gpu_interpret_mode(interpret),
   ):
     yield

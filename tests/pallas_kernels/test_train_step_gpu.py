@@ -14,6 +14,7 @@ OWN = ["routing", "routing_gradient", "attention", "attention_gradient_keys"]
 OWN += ["attention_gradient_values", "attention_gradient_queries", "permute", "combine"]
 LOCAL = ["grouped_matmul_rows", "grouped_matmul_weights"]
 FP8 = ["permute_quantized", "quantized_rows", "quantized_weights"]
+FP8 += ["quantize_weights", "quantize_weights_both", "quantize_groups", "quantize_groups_both"]
 
 
 @pytest.mark.parametrize("precision, kernels", [("compute_dtype", LOCAL), ("fp8", FP8)])
