@@ -221,6 +221,46 @@ def test_rows_outside_all_groups_are_not_seen():
     assert np.isnan(y[~inside]).all() and np.isnan(dx[~inside]).all()
 
 
+def test_gradients_of_a_recomputed_product_are_those_of_one_that_is_kept(monkeypatch):
+  """What JAX makes of `optimize_remat`, which no kernel can tell: exact products stand in for them."""
+  sizes, starts = np.array([3, 0, 9], np.int32), np.array([1, 4, 6], np.int32)
+  own_EP = np.zeros((3, 18), np.float32)
+  for own_P, start, size in zip(own_EP, starts, sizes):
+    own_P[start : start + size] = 1
+
+  def rows_times(x, w, *_):
+    x_PK = x.codes.astype(jnp.float32) * jnp.repeat(x.scale, 128, axis=0)[: x.codes.shape[1]].T
+    return jnp.einsum("ep,pk,enk->pn", own_EP, x_PK, w.codes)
+
+  def gradients(_, w_dtype, x_PD, weights, plan, dys):
+    dx_PD = jnp.einsum("ep,pf,edf->pd", own_EP, dys[0], weights[0].codes)
+    return dx_PD, jnp.einsum("ep,pd,pf->edf", own_EP, x_PD, dys[0])
+
+  one = lambda w, _: gpu.Quantized(w.swapaxes(1, 2), None)  # noqa: E731
+  # Other numbers, which tell in the results that they are its.
+  both = lambda w, _: [gpu.Quantized(2 * w.swapaxes(1, 2), None), gpu.Quantized(3 * w, None)]  # noqa: E731
+  monkeypatch.setattr(gpu, "rows_times", rows_times)
+  monkeypatch.setattr(gpu, "gradients", gradients)
+  monkeypatch.setattr(gpu, "quantize_weights", one)
+  monkeypatch.setattr(gpu, "quantize_weights_both", both)
+  x, w, dy = draw(11, 18, 200), draw(12, 3, 200, 136), draw(13, 18, 136)
+
+  def gradient(wrap):
+    def layer(x, w):
+      return jnp.tanh(gpu.multiply(False, jnp.sin(x), w, sizes, starts))
+
+    return jax.jit(lambda *a: (lambda y, vjp: (y, vjp(dy)))(*jax.vjp(wrap(layer), *a)))(x, w)
+
+  y, kept = gradient(lambda layer: layer)
+  y_recomputed, recomputed = gradient(jax.checkpoint)
+  codes = gpu.quantize_rows(jnp.sin(x), False)
+  u = rows_times(codes, one(w, False))
+  # Kept, the pass that writes codes both ways ran; recomputed, first the one that writes them once.
+  assert_close((y, y_recomputed), (jnp.tanh(2 * u), jnp.tanh(u)), "op_float32")
+  assert_close(recomputed, kept, "op_float32")
+  assert all(np.abs(a).max() > 0 for a in kept)
+
+
 def _compiled_bytes(fn, *shapes):
   """Compiles for an H100, without spills; returns the bytes to and from HBM."""
   compiled, printed = compile_for_h100(fn, *shapes)
