@@ -50,7 +50,7 @@ def mosaic_gpu_kernel(x, w):
   def body(x_ref, y_ref):
     y_ref[...] = x_ref[...]
 
-  return plgpu.kernel(body, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x) @ w
+  return plgpu.kernel(body, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype))(x) @ w
 
 
 def declared(x, w):
