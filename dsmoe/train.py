@@ -14,7 +14,7 @@ from concurrent import futures
 
 import jax
 import rich
-from absl import flags, logging
+from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
@@ -357,7 +357,6 @@ def report(config: Config, workdir: epath.Path) -> None:
 
 def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
-  logging.set_verbosity(logging.WARNING)
   try:
     runtime.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   except TimeoutError as error:

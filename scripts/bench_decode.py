@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich
 import rich.table
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from dsmoe import config as config_lib
@@ -223,7 +223,6 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(
       f"--cache_tokens measures decoding alone, so --{prompts[0]} must not be given"
     )
-  logging.set_verbosity(logging.WARNING)
   runtime.start()
   config = config_lib.from_config_dict(_CONFIG.value).model
   platforms.check_kernels(config.kernels)

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import rich
 import rich.console
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from dsmoe import config as config_lib
@@ -147,7 +147,6 @@ def table_of(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
-  logging.set_verbosity(logging.WARNING)
   config = config_lib.from_config_dict(_CONFIG.value)
   if _TOPOLOGY.value is not None:
     found = plan(config, _TOPOLOGY.value)

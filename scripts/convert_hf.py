@@ -11,7 +11,7 @@ code 1 if the logits of random tokens differ by more than --tolerance.
 
 import numpy as np
 import rich
-from absl import app, flags, logging
+from absl import app, flags
 
 from dsmoe import config as config_lib
 from dsmoe import runtime
@@ -127,7 +127,6 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"one of {', '.join(COMMANDS)} must be given, got {' '.join(argv[1:])!r}")
   command = argv[1]
   _check_flags(command)
-  logging.set_verbosity(logging.WARNING)
   try:
     if command == "verify":
       runtime.start()

@@ -8,7 +8,7 @@ form in which ARC is published: "choices": {"text": [texts], "label": [names]}, 
 """
 
 import rich
-from absl import app, flags, logging
+from absl import app, flags
 
 from dsmoe import checkpoint, runtime
 from dsmoe.evaluation import multiple_choice, perplexity
@@ -23,7 +23,6 @@ _JSON = output.define_json()
 
 def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
-  logging.set_verbosity(logging.WARNING)
   runtime.start()
   for option in (_WORKDIR, _TEXT, _CHOICES):
     if option.value is not None and not option.value.strip():

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Generator
 
 import rich.console
-from absl import app, flags, logging
+from absl import app, flags
 from etils import epath
 
 from dsmoe import runtime
@@ -167,7 +167,6 @@ def main(argv: list[str]) -> None:
   for option in (_WORKDIR, _PROMPTS):
     if option.value is not None and not option.value.strip():
       raise app.UsageError(f"--{option.name} must not be empty")
-  logging.set_verbosity(logging.WARNING)
   runtime.start()
   # All are checked before the checkpoint is loaded.
   for name, text in (("prompt", _PROMPT.value or ""), *(("stop", text) for text in _STOP.value)):

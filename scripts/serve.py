@@ -113,7 +113,6 @@ def compile_programs(batcher: batcher_lib.Batcher) -> None:
 
 def main(argv: list[str]) -> None:
   output.refuse_arguments(argv)
-  logging.set_verbosity(logging.WARNING)
   runtime.start()
   key = api_key()
   check_address(_HOST.value, _PORT.value)

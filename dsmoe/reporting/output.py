@@ -89,6 +89,8 @@ def run_script(main: Callable[[list[str]], Any]) -> None:
   flags.DEFINE_bool("traceback", False, "Show where in the code an error was raised.")
 
   def guarded(argv: list[str]) -> Any:
+    # JAX tells, at INFO, of each platform that it looked for in vain.
+    logging.set_verbosity(logging.WARNING)
     try:
       return main(argv)
     except (app.UsageError, ValueError, OSError) as error:

@@ -10,7 +10,7 @@ from dsmoe.reporting import output
 from tests import runs
 
 SCRIPT = """
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 from dsmoe.reporting import output
@@ -31,6 +31,8 @@ def main(argv):
     epath.Path({"path": "hdfs://a", "package": "az://a"}[_RAISE.value]).exists()
   if _RAISE.value == "type":
     raise TypeError("a defect")
+  logging.info("no TPU was found")
+  logging.warning("a file is missing")
   if _CONFIG.value is not None:
     print(_CONFIG.value.num_steps)
   output.write_json(_JSON.value, {"rows": [1, 2]})
@@ -60,6 +62,11 @@ def test_json_is_all_that_stdout_gets(script):
 
 def test_without_json_there_is_the_table_only(script):
   assert runs.run(script) == "a table\n"
+
+
+def test_warnings_are_logged_and_what_is_below_them_is_not(script):
+  code, _, err = runs.call(script)
+  assert code == 0 and "a file is missing" in err and "no TPU was found" not in err
 
 
 @pytest.mark.parametrize(
