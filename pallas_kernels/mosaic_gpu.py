@@ -1,5 +1,7 @@
 """How the kernels for NVIDIA GPUs (Mosaic GPU) are called."""
 
+import inspect
+
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -56,3 +58,9 @@ def call(
     thread_name="wg" if warpgroups > 1 else None,
   )(*operands)
   return varying_like(outs, *operands)
+
+
+def load(ref, layout):
+  """Loads from memory straight into a layout, which may be slow."""
+  at = [()] if "idx" in inspect.signature(plgpu.load).parameters else []  # until jax 0.11
+  return plgpu.load(ref, *at, layout=layout, optimized=False)

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.gpu import EIGHT
-from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.mosaic_gpu import call, load
 from pallas_kernels.permute import combine, expert_order, group_starts, weights_of_rows
 from pallas_kernels.permute import gpu as permute
 from pallas_kernels.quantized_matmul import gpu
@@ -65,7 +65,7 @@ def permute_quantized(x_MD, row_MK, num_rows: int, power_of_two_scales: bool = F
 
     for first in range(0, T, TILES):
       tiles = pl.ds(first, TILES)
-      x = plgpu.load(row_smem, (tiles,), layout=plgpu.Layout.WGMMA, optimized=False).astype(f32)
+      x = load(row_smem.at[tiles], plgpu.Layout.WGMMA).astype(f32)
       scale = scale_of(largest_magnitude(x, axis=1), power_of_two_scales)
       codes_smem[tiles] = encode(x, jax.lax.broadcast_in_dim(reciprocal(scale), x.shape, (0,)))
 

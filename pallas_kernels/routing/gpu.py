@@ -11,14 +11,13 @@ at once, J K rounded up.
 """
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.mosaic_gpu import call, load
 from pallas_kernels.routing.reference import Routed, Rule
 
 TOKENS = 32  # T
@@ -36,12 +35,6 @@ f32, i32 = jnp.float32, jnp.int32
 ROWS = plgpu.Layout.TILED(
   plgpu.Tiling(((4, LANES), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1
 )
-
-
-def _load(ref, layout):
-  """Loads from memory off chip straight into a layout."""
-  at = [()] if "idx" in inspect.signature(plgpu.load).parameters else []  # until jax 0.11
-  return plgpu.load(ref, *at, layout=layout, optimized=False)
 
 
 def _store(ref, value):
@@ -169,7 +162,7 @@ def _forward(rule: Rule, M: int, E: int, logits_hbm, bias_hbm, *refs):
   steps, R, J = shape
   last, width = logits_hbm.shape[0], logits_hbm.shape[2]
   block = jax.lax.axis_index("block")
-  bias_E = _load(bias_hbm, ROWS.reduce(0))
+  bias_E = load(bias_hbm, ROWS.reduce(0))
   bias_RE = jax.lax.broadcast_in_dim(bias_E, (R, width), (1,))
   bias_RE = plgpu.layout_cast(bias_RE, ROWS)
   nobody = plgpu.layout_cast(jnp.full((R,), -1, i32), ROWS.reduce(1))
@@ -177,7 +170,7 @@ def _forward(rule: Rule, M: int, E: int, logits_hbm, bias_hbm, *refs):
   @pl.loop(0, steps)
   def _(step):
     rows = jnp.minimum(block * steps + step, last - 1)  # past the last: for nothing
-    logits_RE = _load(logits_hbm.at[rows], ROWS)
+    logits_RE = load(logits_hbm.at[rows], ROWS)
     experts, gates = _choose(logits_RE, bias_RE, rule, E)
     for k in range(K):
       _store(expert_smem.at[step, :, k], experts[k])
@@ -216,10 +209,10 @@ def _backward(rule: Rule, steps: int, logits_hbm, expert_hbm, dgate_hbm, dlogits
   block = jax.lax.axis_index("block")
 
   def column(hbm, rows, k):
-    return _load(hbm.at[rows, :, k], ROWS.reduce(1))
+    return load(hbm.at[rows, :, k], ROWS.reduce(1))
 
   def one_step(rows):
-    logits_RE = _load(logits_hbm.at[rows], ROWS)
+    logits_RE = load(logits_hbm.at[rows], ROWS)
     scores_RE = _scores(logits_RE, rule.scoring_func)
     column_RE = _iota((R, width), 1, ROWS)
     K = rule.num_experts_per_tok
