@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.mosaic_gpu import call, load
 from pallas_kernels.quantized_matmul.e4m3 import (
   CODE,
   TILE,
@@ -90,10 +90,9 @@ def _load(x_hbm, rows, column, halves, arrived) -> None:
 def _values(halves, turned: bool) -> list:
   """Returns the halves of a tile, [64, 128] each if turned, else [128, 64]."""
   if not turned:
-    load = functools.partial(plgpu.load, layout=WGMMA, optimized=False)
-    return [load(halves, h) for h in range(TILE // HALF)]
-  across = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
-  return [plgpu.layout_cast(across(halves.at[h].T, ()), WGMMA) for h in range(TILE // HALF)]
+    return [load(halves.at[h], WGMMA) for h in range(TILE // HALF)]
+  across = [load(halves.at[h].T, plgpu.Layout.WGMMA_TRANSPOSED) for h in range(TILE // HALF)]
+  return [plgpu.layout_cast(half, WGMMA) for half in across]
 
 
 def _store(values, codes, codes_hbm, turned: bool) -> None:
