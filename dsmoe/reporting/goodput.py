@@ -37,7 +37,7 @@ PHASES = {
   "start_up": "starting up",
   "paused": "paused by the caller",
 }
-_SHOWN_SECS = 1e-3  # a shorter time is not worth a row
+_SHOWN_SECS = 0.5  # a shorter time would be a row of 0:00:00
 _LOST = {
   "made_again": "lost to going back, and to steps made again",
   "down": "lost between a kill and the next start",

@@ -164,7 +164,7 @@ def rank(trials: Sequence[Trial], level: float = LEVEL) -> Ranking:
   ):
     to_all = noise_lib.differences(value_SK, noise, tail, rows)
     is_worse_R = np.any(to_all.estimate_RS > to_all.margin_RS, axis=1)
-    for r, s in enumerate(rows):
+    for r, s in enumerate(rows.tolist()):
       value_K = value_SK[s][~np.isnan(value_SK[s])]
       interval = noise_lib.interval(value_K, noise, s, (1 - level) / 2)
       is_tied, behind = (
