@@ -6,23 +6,35 @@ none was run. The default is what the sources below set in every run; the other 
 
 Source: https://docs.jax.dev/en/latest/gpu_performance_tips.html,
 https://docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance, MaxText's
-benchmarks/xla_flags_library.py; names checked in libtpu 0.0.42 and jaxlib 0.10.2.
+benchmarks/xla_flags_library.py; names checked in libtpu 0.0.42, jaxlib 0.10.2 and 0.12.0.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import jaxlib
+
 DEFAULT, NONE = "default", "none"
 _TPUS = ("v5p", "v6e", "tpu7x")
 _GPUS = ("a100", "h100", "h800", "h200", "b200")
+_PIPELINED_BEFORE = (0, 11)  # jaxlib 0.12.0 does not know these flags; 0.11 was not tried
 
 
 class Flag(NamedTuple):
-  """A flag of XLA, without its dashes, and the reason to set it."""
+  """A flag of XLA, without its dashes, and the reason to set it.
+
+  A flag that the compiler does not know ends the process.
+  """
 
   name: str
   value: str
   reason: str
+  before_jaxlib: tuple[int, int] | None = None  # from this version on it is unknown; None: known
+
+  @property
+  def is_known(self) -> bool:
+    """Whether the installed compiler knows the flag."""
+    return self.before_jaxlib is None or jaxlib.version.__version_info__[:2] < self.before_jaxlib
 
 
 class FlagSet(NamedTuple):
@@ -137,11 +149,13 @@ SETS = (
         "xla_gpu_enable_pipelined_all_gather",
         "true",
         "in a scan, the next layer's weights are gathered while this one computes",
+        _PIPELINED_BEFORE,
       ),
       Flag(
         "xla_gpu_enable_pipelined_reduce_scatter",
         "true",
         "in a scan, this layer's gradients are scattered while the next one computes",
+        _PIPELINED_BEFORE,
       ),
       Flag(
         "xla_gpu_enable_while_loop_double_buffering",
@@ -232,7 +246,7 @@ def chosen(kind: str, choice: Iterable[str], num_slices: int = 1) -> dict[str, s
         f"--xla_flags must be among {', '.join((DEFAULT, NONE, *known))} for {kind}, got {name!r}"
       )
   sets = [s for s in SETS if kind in s.kinds and s.purpose in names]
-  return {flag.name: flag.value for s in sets for flag in s.flags}
+  return {flag.name: flag.value for s in sets for flag in s.flags if flag.is_known}
 
 
 def parse(text: str) -> dict[str, str]:

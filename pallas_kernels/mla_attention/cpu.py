@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels import varying
 from pallas_kernels.mla_attention import cpu_blocks
 
-# Of the cache, read at once. With 1,024 tokens in the cache, blocks of 128 take a quarter longer; with
-# at most 128, half a block is computed for nothing, and blocks of 128 take a fifth less.
-BLOCK_TOKENS = 256
+BLOCK_TOKENS = 128  # of the cache, read at once
 
 # Written out, chunks take no more than their triangle of products, but XLA keeps the logits of many
 # at once and compiles each anew. Rows of more chunks than this loop over blocks of keys as well.
