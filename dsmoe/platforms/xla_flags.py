@@ -33,7 +33,7 @@ class Flag(NamedTuple):
 
   @property
   def is_known(self) -> bool:
-    """Whether the installed compiler knows the flag."""
+    """Whether the compiler installed here knows the flag; a run elsewhere should have the same."""
     return self.before_jaxlib is None or jaxlib.version.__version_info__[:2] < self.before_jaxlib
 
 

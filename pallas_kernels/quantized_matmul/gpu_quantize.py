@@ -2,8 +2,8 @@
 
 The tensor cores want codes with the contraction last; weights, and rows whose gradient of weights
 is wanted, come with it first. A thread block reads one tile, of bfloat16 say, and stores its codes
-transposed, with their scales: each number is read once and each code written once, where XLA
-stores magnitudes and masks in between. Thread blocks are small, so that several share a
+transposed, as they lie, or both ways, with their scales: each number is read once and each code
+written once, where XLA stores magnitudes and masks in between. Thread blocks are small, so that several share a
 multiprocessor and some work while others wait for memory.
 
 Shapes: E experts, K contraction, N columns, P rows in expert order, D numbers of a row, R tiles.

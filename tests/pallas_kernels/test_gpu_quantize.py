@@ -249,7 +249,12 @@ def test_gradients_of_a_recomputed_product_are_those_of_one_that_is_kept(monkeyp
     def layer(x, w):
       return jnp.tanh(gpu.multiply(False, jnp.sin(x), w, sizes, starts))
 
-    return jax.jit(lambda *a: (lambda y, vjp: (y, vjp(dy)))(*jax.vjp(wrap(layer), *a)))(x, w)
+    @jax.jit
+    def run(x, w):
+      y, vjp = jax.vjp(wrap(layer), x, w)
+      return y, vjp(dy)
+
+    return run(x, w)
 
   y, kept = gradient(lambda layer: layer)
   y_recomputed, recomputed = gradient(jax.checkpoint)
