@@ -15,7 +15,7 @@ from pallas_kernels.permute import group_starts
 from pallas_kernels.quantized_matmul import gpu, reference, tpu, tpu_grouped, xla
 from pallas_kernels.quantized_matmul.e4m3 import Quantized, columns_of
 
-# Each has quantize_rows, quantize_columns, quantize_blocks and product.
+# Each has quantize_rows, quantize_columns, quantize_blocks and product; gpu has matmul for the last.
 IMPLEMENTATIONS: dict[str, ModuleType] = {
   "reference": reference,
   "xla": xla,

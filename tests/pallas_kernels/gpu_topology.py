@@ -19,6 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dsmoe.compilers import compile_only
+from pallas_kernels.mla_attention import gpu_decode
+from pallas_kernels.quantized_matmul import gpu as quantized
 
 
 def h100_devices():
@@ -160,7 +162,8 @@ def interpreted():
   On a GPU (DSMOE_TEST_PLATFORM=cuda) the kernels themselves run.
 
   Rows a copy takes from past an array's end are NaN too; an H100 would give zeros. Layouts of
-  registers mean nothing here. A thread block's warpgroups wait for each other in XLA's threads:
+  registers mean nothing here. jax 0.10's interpreter knows no clusters: there each thread block
+  fetches for itself, and what a cluster shares has its values untested. A thread block's warpgroups wait for each other in XLA's threads:
   there must be as many, which the 8 devices of conftest.py see to.
   """
   if jax.default_backend() == "gpu":
@@ -190,6 +193,8 @@ def interpreted():
     mock.patch.object(gpu_callbacks, copy_name, transfer),
     mock.patch.object(thread_map, "_run_jaxpr", _CompiledOnce()),
     mock.patch.object(plgpu, "load", _load),  # nor this
+    mock.patch.object(gpu_decode, "CLUSTER", 1),
+    mock.patch.object(quantized, "CLUSTER", 1),
     run_state,
     either,
     params.force_gpu_interpret_mode(interpret),

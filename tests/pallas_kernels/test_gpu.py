@@ -396,21 +396,32 @@ def _fp8_kind():
   return "op_float32" if jax.default_backend() == "cpu" else "fp8_on_hopper"
 
 
-def test_quantized_product():
-  M, K, N, T = 37, 300, 150, 3
+@pytest.mark.parametrize("N", [150, 270])
+def test_quantized_product(N):
+  """Of codes and scales, with a matrix of blocks of columns; two thread blocks along them or one."""
+  M, K, T = 137, 300, 3
   rng = np.random.default_rng(5)
   lhs, rhs = (rng.standard_normal(s).astype(jnp.float8_e4m3fn) for s in ((M, K), (K, N)))
-  lhs_scale, rhs_scale = (rng.random((T, n)).astype(np.float32) + 0.5 for n in (M, N))
+  lhs_scale = rng.random((T, M)).astype(np.float32) + 0.5
+  rhs_scale = (rng.random((T, -(-N // 128))).astype(np.float32) + 0.5).repeat(128, axis=1)[:, :N]
   expected = np.zeros((M, N))
   for t in range(T):
     tile = slice(t * 128, (t + 1) * 128)
     partial = lhs[:, tile].astype(np.float64) @ rhs[tile].astype(np.float64)
     expected += partial * lhs_scale[t][:, None] * rhs_scale[t][None]
 
-  def fn(*args):
-    return quantized.product(Quantized(*args[:2]), Quantized(*args[2:]), jnp.float32)
+  args = (lhs, lhs_scale, np.ascontiguousarray(rhs.T)[None], rhs_scale[None])
+  assert_close(_run(_fp8_product(jnp.float32), *args), expected, _fp8_kind())
 
-  assert_close(_run(fn, lhs, lhs_scale, rhs, rhs_scale), expected, _fp8_kind())
+
+def _fp8_product(dtype):
+  """Rows times a single matrix, of which the codes come with the contraction last."""
+
+  def fn(x, x_scale, w, w_scale):
+    groups = jnp.full(1, x.shape[0], jnp.int32), jnp.zeros(1, jnp.int32)
+    return quantized.rows_times(Quantized(x, x_scale), Quantized(w, w_scale), *groups, dtype)
+
+  return fn
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -569,12 +580,9 @@ def test_attention_compiles(B, S, H, A, U, packed):
 def test_quantized_product_compiles(M, K, N):
   T = -(-K // 128)
   codes, scales = jnp.float8_e4m3fn, np.float32
-
-  def fn(*args):
-    return quantized.product(Quantized(*args[:2]), Quantized(*args[2:]), b16)
-
   lhs = _struct(M, K, dtype=codes), _struct(T, M, dtype=scales)
-  _compiles(fn, *lhs, _struct(K, N, dtype=codes), _struct(T, N, dtype=scales))
+  rhs = _struct(1, N, K, dtype=codes), _struct(1, T, N, dtype=scales)
+  _compiles(_fp8_product(b16), *lhs, *rhs)
 
 
 @pytest.mark.gpu

@@ -1,8 +1,4 @@
-"""Decoding on GPU: values by the interpreter on CPU, and what the H100's compiler makes of it.
-
-jax 0.10's interpreter knows no clusters: there, rows of more than 64 queries are run as thread
-blocks that each fetch for themselves, and what a cluster shares has its values untested.
-"""
+"""Decoding on GPU: values by the interpreter on CPU, and what the H100's compiler makes of it."""
 
 import types
 
@@ -21,7 +17,6 @@ from tests.pallas_kernels.gpu_topology import compile_for_h100, interpreted
 pytestmark = [pytest.mark.slow, pytest.mark.hopper]
 
 b16 = jnp.bfloat16
-HAS_CLUSTERS = jax.__version_info__ >= (0, 11) or jax.default_backend() == "gpu"
 
 B, S, H, W, C, P = 4, 2, 3, 192, 128, 9
 
@@ -101,10 +96,8 @@ def test_entries_behind_the_end_are_not_looked_at():
 
 
 @pytest.mark.parametrize("page_tokens", [32, 64])
-def test_two_tiles_of_queries_and_large_logits(monkeypatch, page_tokens):
+def test_two_tiles_of_queries_and_large_logits(page_tokens):
   """80 queries; logits beyond what exp can hold, rising and falling over blocks and parts."""
-  if not HAS_CLUSTERS:
-    monkeypatch.setattr(gpu_decode, "CLUSTER", 1)
   q, pages, table = _inputs(40, page_tokens)
   q = np.abs(q)
   for b in range(B):
