@@ -136,6 +136,8 @@ def store_rows(smem, hbm, first, columns, begin, count):
     begin = begin + (count & length)
 
 
+# Lowered once for all layers.
+@functools.partial(jax.jit, static_argnames=("body", "transposed", "outs", "sums"))
 def _over_rows(
   body: Callable,
   rows,
@@ -355,6 +357,7 @@ def _through_activation(products, extras, weight):
   return [dgate, dact * silu, silu * up * weight, dinner * silu * up]
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def grouped_matmul_weights(x_PD, dy_PF, sizes_E, starts_E=None, dtype=f32):
   """Returns x^T dy of each group's rows, [E, D, F] in dtype; zeros for an empty group.
 

@@ -134,6 +134,7 @@ def _pipeline(step, specs, count, stages: int, compute):
   )
 
 
+@functools.partial(jax.jit, static_argnums=4)  # lowered once for all layers
 def _forward(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
   """Returns the output and, for the backward pass, log2 of each query's sum, [B, H, S]."""
   (B, S, H, A), U = q_BSHA.shape, v_BSHU.shape[3]
@@ -214,6 +215,7 @@ def _forward(q_BSHA, k_BSHA, v_BSHU, segments_BS, scale: float):
   return out, sums.reshape(B, H, S)
 
 
+@functools.partial(jax.jit, static_argnums=7)
 def _gradient_to_queries(
   q_BSHA, k_BSHA, v_BSHU, segments_BS, dout_BSHU, sums_BHS, delta_BHS, scale
 ):
@@ -289,6 +291,7 @@ def _gradient_to_queries(
   )[0]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 8))
 def _gradient_to_keys(
   values: bool, q_BSHA, k_BSHA, v_BSHU, segments_BS, dout_BSHU, sums_BHS, delta_BHS, scale
 ):

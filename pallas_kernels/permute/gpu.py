@@ -41,6 +41,7 @@ def num_chunks(D: int) -> int:
   return D // LANES
 
 
+@functools.partial(jax.jit, static_argnums=2)  # lowered once for all layers
 def permute(x_MD, row_MK, num_rows: int):
   """Copies each token's row to its K places.
 
@@ -78,6 +79,7 @@ def permute(x_MD, row_MK, num_rows: int):
   return y.reshape(num_rows, D)
 
 
+@jax.jit
 def combine(y_PD, row_MK, weight_MK=None):
   """Sums each token's K rows, weighted where weights are given, in float32.
 
