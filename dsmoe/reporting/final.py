@@ -4,7 +4,7 @@ from etils import epath
 
 from dsmoe.config import Config
 from dsmoe.data import sources
-from dsmoe.reporting import goodput, metrics, plots, progress
+from dsmoe.reporting import goodput, metrics, progress
 
 SAMPLE_FILE = "sample.txt"  # in the workdir: what the model wrote at the end
 
@@ -32,6 +32,8 @@ def rows(config: Config, workdir: epath.Path) -> list[tuple[str, str]]:
     for name, bits in sources.compressed_bits_per_byte(documents).items():
       rows.append((f"{name}, bits per byte", f"{bits:.3f}"))
   if config.log.plots:
+    from dsmoe.reporting import plots  # matplotlib would be a fifth of what a run imports
+
     rows += [("plot", str(path)) for path in plots.draw(workdir)]
   rows.append(("checkpoints", str(workdir / "checkpoints")))
   rows.append(("metrics", str(workdir / metrics.METRICS_FILE)))
