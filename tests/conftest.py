@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+import pathlib
 import signal
 
 # A shell starts what runs in the background with Ctrl-C ignored, and so would be the processes that
@@ -10,7 +11,10 @@ import signal
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".jax_cache")
+# By its full path, which holds in tests and processes that work in another folder too.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+)
 
 # For processes that tests start; what chips an extra could drive does not matter.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -26,6 +26,9 @@ from pallas_kernels import platform
 
 # The chips whose compilers run without a device.
 COMPILED = ("v5p", "v6e", "tpu7x", "h100")
+# What libtpu looks for while it is loaded, and reports as errors if it is absent. No topology depends
+# on the values.
+_LIBTPU_VARIABLES = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 # GpuTargetConfigProto of an H100 SXM, which the compiler reads instead of asking a device.
 _H100 = """
 gpu_device_info {
@@ -77,7 +80,13 @@ def tpu_devices(topology: str) -> list[jax.Device]:
   # Read when libtpu is loaded: do not ask a metadata server, and allow several processes.
   os.environ["TPU_SKIP_MDS_QUERY"] = "1"
   os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
-  return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+  absent = _LIBTPU_VARIABLES.keys() - os.environ.keys()
+  os.environ.update({name: _LIBTPU_VARIABLES[name] for name in absent})
+  try:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+  finally:
+    for name in absent:  # they would tell dsmoe.runtime of a cluster
+      del os.environ[name]
 
 
 def h100_devices() -> list[jax.Device]:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -133,6 +134,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
       fail(f"--config must name a file such as experiments/tiny.py, there is no {path!r}")
   try:
     return flags.FLAGS(argv)
+  except BrokenPipeError:  # of `--help | head`: nobody reads the rest, which is flushed at the exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
   except Exception as error:
     if "--traceback" in argv:
       raise

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from dsmoe.compilers import compile_only
 from dsmoe.planning import chips
+from tests import runs
 from tests.compilers.test_bundles import CODE, DYNAMIC, TABLE
 
 # A Pallas kernel that declares 1,000 bytes, beside one fusion.
@@ -38,6 +41,27 @@ def test_unknown_chips_are_refused():
   assert compile_only.chip_of("v6e:2x2x1").name == "v6e"
   with pytest.raises(ValueError, match="among v5p, v6e, tpu7x, h100, got 'v9:2x2x1'"):
     compile_only.chip_of("v9:2x2x1")
+
+
+@pytest.mark.tpu
+def test_libtpu_reports_no_errors_and_no_cluster_is_named_afterwards():
+  if missing := compile_only.missing_compiler("v5p:2x2x1"):
+    pytest.skip(missing)
+  program = """
+import os
+from dsmoe.compilers import compile_only
+print(len(compile_only.tpu_devices("v5p:2x2x1")), "TPU_WORKER_HOSTNAMES" in os.environ)
+"""
+  environment = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+  done = subprocess.run(
+    [sys.executable, "-c", program],
+    cwd=runs.ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert (done.stdout, done.stderr) == ("4 False\n", "")
 
 
 def test_a_fresh_process():

@@ -109,6 +109,13 @@ def test_mistakes_end_in_one_sentence(script, args, message):
   assert line.startswith("error: ") and message in line
 
 
+def test_help_that_nobody_reads_to_the_end_is_no_mistake(script):
+  process = runs.start(script, "--help", env={"PYTHONUNBUFFERED": "1"})
+  process.stdout.close()
+  assert process.stderr.read() == ""
+  assert process.wait(runs.LIMIT_SECS) == 1
+
+
 @pytest.mark.parametrize(
   "args",
   [
