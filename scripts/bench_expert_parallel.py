@@ -26,7 +26,9 @@ Options of an exchange are set with its dispatch, as --config.model.dispatch=all
 
 Bytes a token are of x, one way: `wire` leaves its device, `least` is a row for each other device
 that owns one of the token's experts, `logical` counts the device itself too, where it owns one. A
-link's peak is that of one direction: half of what is published for both together.
+link's peak is that of one direction: half of what is published for both together. Of a compiled
+program, `peak` is the memory in use at once, arguments and results included, and `temp` is what the
+compiler sets aside for temporary buffers: more than they need at once, where the chip has room.
 """
 
 import functools
