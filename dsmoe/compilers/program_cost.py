@@ -46,9 +46,9 @@ def figures(
 
   Returns:
     `axis_bytes`: by mesh axis what `collective_bytes.by_axis` counts; `upper_limit`: whether some
-    of it are sizes of buffers; `buffer_bytes`: arguments, results and temporary buffers, for
-    which TPU's compiler sets more aside than is in use at once where the chip has room; `peak_bytes`: what is
-    in use at once, by the compiler; `compiler_flops`, `bytes`, `optimal_secs`: its cost analysis,
+    of it are sizes of buffers; `buffer_bytes`: arguments, results and temporary buffers, for which
+    TPU's compiler sets more aside than is in use at once where the chip has room; `peak_bytes`: what
+    is in use at once, by the compiler; `compiler_flops`, `bytes`, `optimal_secs`: its cost analysis,
     which takes the body of a loop once, None where it has none; `flops`, `useful_flops`: as given;
     `executed_over_useful`; `compute_secs` of the useful FLOPs, `hbm_secs` of `bytes`, and `link_secs` by
     axis: at the chip's peaks, a link's being half of what is published for both directions together;

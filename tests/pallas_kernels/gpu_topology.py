@@ -162,9 +162,10 @@ def interpreted():
   On a GPU (DSMOE_TEST_PLATFORM=cuda) the kernels themselves run.
 
   Rows a copy takes from past an array's end are NaN too; an H100 would give zeros. Layouts of
-  registers mean nothing here. jax 0.10's interpreter knows no clusters: there each thread block
-  fetches for itself, and what a cluster shares has its values untested. A thread block's warpgroups wait for each other in XLA's threads:
-  there must be as many, which the 8 devices of conftest.py see to.
+  registers mean nothing here. A thread block's warpgroups wait for each other in XLA's threads:
+  there must be as many, which the 8 devices of conftest.py see to. jax 0.10's interpreter knows no
+  clusters: there each thread block fetches for itself, and what a cluster shares has its values
+  untested.
   """
   if jax.default_backend() == "gpu":
     yield

@@ -398,7 +398,7 @@ def _fp8_kind():
 
 @pytest.mark.parametrize("N", [150, 270])
 def test_quantized_product(N):
-  """Of codes and scales, with a matrix of blocks of columns; two thread blocks along them or one."""
+  """Of codes and scales, with a matrix of blocks of columns; one thread block along them, or two."""
   M, K, T = 137, 300, 3
   rng = np.random.default_rng(5)
   lhs, rhs = (rng.standard_normal(s).astype(jnp.float8_e4m3fn) for s in ((M, K), (K, N)))
